@@ -1,0 +1,43 @@
+# The two commands of the README are `make quickstart` and `make test`. PYTHON chooses the interpreter for .venv (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TESTS ?= tests
+# Two processes suit two cores; each holds eight pretend devices.
+WORKERS ?= 2
+
+.PHONY: quickstart test lint bench clean
+
+quickstart: $(VENV)/.core
+	$(BIN)/python -m jaxllm.train --config configs/quickstart.py --workdir runs/quickstart
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest $(TESTS) -n $(WORKERS) --dist loadgroup --durations 15
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/nanogpt.py
+
+# Each stamp is renewed when the dependencies change, so that a second run needs no network.
+$(VENV)/.core: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jaxllm needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Use make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/.bench: pyproject.toml $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache runs

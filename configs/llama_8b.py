@@ -1,0 +1,40 @@
+"""The shape of Llama 3 8B, 8.03 billion parameters, on 64 accelerators with ZeRO-3: one pass over 350 billion tokens of FineWeb-Edu.
+
+Shape, learning rate, rope_theta and context: Grattafiori et al. 2024, arXiv:2407.21783, table 3 and section 3. Batch of 4 million
+tokens, warm-up, decay to a tenth and weight decay: Llama 2, Touvron et al. 2023, arXiv:2307.09288, section 2.2.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxllm.config import base
+
+
+def get_config() -> ConfigDict:
+    config = base()
+    config.model.name = "llama"
+    config.model.layers = 32
+    config.model.width = 4096
+    config.model.heads = 32
+    config.model.kv_heads = 8
+    config.model.mlp_width = 14_336
+    config.model.context_tokens = 8192
+    config.model.vocab_size = 128_256
+    config.model.rope_theta = 500_000.0
+    config.model.attention_block_tokens = 512
+    config.model.layers_as = "scan"
+    config.model.remat = "full"
+    config.precision.compute = "bfloat16"
+    config.tokenizer.kind = "bpe"
+    config.tokenizer.vocab_size = 128_256
+    config.data.source = "hf:HuggingFaceFW/fineweb-edu?config=sample-350BT&split=train"
+    config.data.validation_frac = 0.0001
+    config.train.steps = 83_400
+    config.train.batch_seqs = 512
+    config.train.microbatches = 8
+    config.train.loss_chunk_tokens = 131_072
+    config.optimizer.learning_rate = 3e-4
+    config.schedule.warmup_steps = 2000
+    config.eval.max_seqs = 1024
+    config.parallel.data = 1
+    config.parallel.fsdp = 64
+    return config

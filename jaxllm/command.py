@@ -1,0 +1,153 @@
+"""What the commands have in common: flags, the config behind `--config`, and errors that a person can act on."""
+
+import linecache
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+from rich.console import Console
+from rich.text import Text
+
+from jaxllm.config import SCHEMA, check, load, unknown_key
+
+PACKAGE = Path(__file__).resolve().parent
+FAILED, INTERRUPTED = 2, 130
+
+# So that --help of a command lists the flags that are defined here for it.
+flags.disclaim_key_flags()
+
+
+class BadConfigFile(Exception):
+    """Not a ValueError, because absl would wrap that in words of its own."""
+
+
+def define_flags() -> None:
+    """Defines `--config FILE`, `--config.section.name=value` and `--workdir`; read them with `experiment()`."""
+    config_flags.DEFINE_config_file(
+        "config", None, "a file of configs/, or a run's config.json; --config.a.b=value changes a field"
+    )
+    flags.FLAGS["config"].parser = _ConfigParser()
+    flags.DEFINE_string("workdir", "", "run directory; default: runs/ and the name of the config file")
+
+
+def experiment() -> tuple[ConfigDict, Path]:
+    """(the checked and locked config, the run directory) that the flags ask for."""
+    given: Any = flags.FLAGS["config"]
+    if given.value is None:
+        raise ValueError(_no_config())
+    check(given.value)
+    path = Path(given.config_filename)
+    name = path.resolve().parent.name if path.suffix == ".json" else path.stem
+    return given.value, Path(flags.FLAGS.workdir or Path("runs", name)).expanduser()
+
+
+def run(main: Callable[[list[str]], int | None], positional: bool = False) -> None:
+    """Parses the flags, calls `main(positional arguments)` and ends the process with its exit code (None: 0).
+
+    An error whose text tells what to change is printed without a traceback, exit code 2; a bug keeps its traceback.
+    """
+
+    def parse(argv: list[str]) -> list[str]:
+        with _Explained():
+            _check_keys(argv)
+            return flags.FLAGS(argv)
+
+    def call(argv: list[str]) -> int | None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)
+        with _Explained():
+            if argv[1:] and not positional:
+                raise ValueError(f"unexpected argument '{argv[1]}'.\n  Accepted: flags only, such as --name=value; see --help.")
+            return main(argv[1:])
+
+    app.run(call, flags_parser=parse)
+
+
+class _Explained:
+    """Turns errors that a person can act on into their text and exit code 2."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        del kind, trace
+        if isinstance(error, KeyboardInterrupt):
+            _print_error("interrupted")
+            sys.exit(INTERRUPTED)
+        if error is not None and (text := _explanation(error)):
+            _print_error(text)
+            sys.exit(FAILED)
+
+
+def _explanation(error: BaseException) -> str:
+    """The text for the user, or "" for a bug. Errors with parts (what was given, accepted, to be changed) have several lines."""
+    if isinstance(error, flags.IllegalFlagValueError):
+        return _illegal_value(str(error))
+    if isinstance(error, flags.Error | OSError | BadConfigFile):
+        return str(error)
+    if not isinstance(error, ValueError | ImportError):
+        return ""
+    ours = Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(PACKAGE)
+    return str(error) if ours and "\n  " in str(error) else ""
+
+
+def _print_error(text: str) -> None:
+    Console(stderr=True).print(Text("error: ", "bold red"), text, sep="", markup=False, highlight=False, soft_wrap=True)
+
+
+def _no_config() -> str:
+    listed = ", ".join(sorted(map(str, Path("configs").glob("*.py")))) or "a Python file with get_config()"
+    return f"no config is given.\n  Accepted: {listed}, or a run's config.json.\n  Add --config FILE before --config.a.b=value."
+
+
+def _check_keys(argv: list[str]) -> None:
+    """ValueError for `--config.a.b` that the schema does not have, or without a `--config`."""
+    keys = [found[1] for argument in argv if (found := re.match(r"--?(?:no)?config\.([^=]+)", argument))]
+    for key in keys:
+        if key not in SCHEMA:
+            raise ValueError(unknown_key(key) + "\n  Correct the spelling on the command line.")
+    if keys and not any(re.match(r"--?config(=|$)", argument) for argument in argv):
+        raise ValueError(_no_config())
+
+
+def _illegal_value(text: str) -> str:
+    """absl's `flag --config.train.steps=x: reason`, with what would be accepted."""
+    found = re.match(r"flag --config\.([\w.]+)=(.*?): (.*)", text, re.DOTALL)
+    if not found or found[1] not in SCHEMA:
+        return re.sub(r"^flag --config=.*?: (?=.*\n)", "", text)
+    field = SCHEMA[found[1]]
+    kind = type(field.default).__name__
+    return (
+        f"{found[1]} = {found[2]!r} is not of type {kind} ({field.meaning}).\n  Accepted: {field.accept.words}; default"
+        f" {field.default!r}.\n  Change --config.{found[1]}."
+    )
+
+
+class _ConfigParser(flags.ArgumentParser):
+    """Reads the file behind --config."""
+
+    def parse(self, argument: str) -> ConfigDict:
+        try:
+            return load(argument).lock()
+        except (AttributeError, KeyError) as error:
+            raise BadConfigFile(_misspelt(argument, error)) from error
+
+    def flag_type(self) -> str:
+        return "config file"
+
+
+def _misspelt(path: str, error: Exception) -> str:
+    """A key that the locked config refused, with the line of the file that sets it."""
+    lines = [
+        frame.lineno or 0
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).resolve() == Path(path).resolve()
+    ]
+    line = linecache.getline(path, lines[-1]) if lines else ""
+    keys = [key for key in re.findall(r"\bconfig\.([\w.]+)", line) if key not in SCHEMA]
+    what = unknown_key(keys[0]) if keys else str(error)
+    return f"{path}, line {lines[-1] if lines else '?'}: {what}\n  Correct the file."

@@ -1,0 +1,289 @@
+"""The whole configuration: one field a line, with its default, what is accepted and what it means.
+
+`base()` is the starting point of every file in configs/; `check()` rejects what cannot run before a device is touched.
+Units end a name: _steps _tokens _seqs _secs _bytes _frac. A batch size is in sequences and global.
+"""
+
+import difflib
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from jaxllm import registry
+
+
+class Accept(NamedTuple):
+    """A test of one value and the words for what passes it."""
+
+    words: str
+    test: Callable[[Any], bool]
+
+
+class Field(NamedTuple):
+    """One line of the schema."""
+
+    default: Any
+    accept: Accept
+    meaning: str
+
+
+def at_least(low: float) -> Accept:
+    return Accept(f"{low} or more", lambda value: value >= low)
+
+
+def above(low: float) -> Accept:
+    return Accept(f"more than {low}", lambda value: value > low)
+
+
+def between(low: float, high: float) -> Accept:
+    return Accept(f"from {low} to {high}", lambda value: low <= value <= high)
+
+
+def one_of(choices: Iterable[str]) -> Accept:
+    listed = tuple(choices)
+    return Accept(", ".join(listed), lambda value: value in listed)
+
+
+def many_of(choices: Iterable[str]) -> Accept:
+    listed = tuple(choices)
+    return Accept("a tuple of: " + ", ".join(listed), lambda values: all(value in listed for value in values))
+
+
+def _is_group(value: Any) -> bool:
+    return len(value) == 3 and isinstance(value[0], str) and all(isinstance(part, int | float) for part in value[1:])
+
+
+TEXT = Accept("text", lambda value: isinstance(value, str))
+TEXTS = Accept("a tuple of texts", lambda values: all(isinstance(value, str) for value in values))
+YES_NO = Accept("True or False", lambda value: isinstance(value, bool))
+SIZE = Accept("-1 (whatever is left) or 1 or more", lambda value: value == -1 or value >= 1)
+GROUPS = Accept(
+    "a tuple of (pattern, learning-rate factor, weight-decay factor)", lambda values: all(_is_group(value) for value in values)
+)
+
+SCHEMA: dict[str, Field] = {
+    "seed": Field(0, at_least(0), "the one seed: initial weights, data order, dropout"),
+    # What is trained.
+    "model.name": Field("llama", one_of(registry.names("model")), "architecture; 'auto' below means as this one has it"),
+    "model.layers": Field(6, at_least(1), "transformer blocks"),
+    "model.width": Field(256, at_least(1), "size of the residual stream"),
+    "model.heads": Field(4, at_least(1), "query heads"),
+    "model.kv_heads": Field(0, at_least(0), "key and value heads (grouped-query attention); 0 means as many as heads"),
+    "model.head_dim": Field(0, at_least(0), "width of a head; 0 means width / heads"),
+    "model.mlp_width": Field(
+        0, at_least(0), "inner width of the MLP; 0 means 4 x width (gpt), 8/3 x width rounded up to 64 (llama)"
+    ),
+    "model.context_tokens": Field(256, at_least(2), "longest sequence the model is built for"),
+    "model.vocab_size": Field(0, at_least(0), "rows of the embedding; 0 means the tokenizer's size"),
+    "model.norm": Field("auto", one_of(("auto", "rmsnorm", "layernorm")), "normalization"),
+    "model.norm_eps": Field(1e-5, above(0), "added to the variance"),
+    "model.activation": Field("auto", one_of(("auto", "swiglu", "gelu", "gelu_tanh", "relu", "silu")), "MLP; gelu is exact"),
+    "model.positions": Field("auto", one_of(("auto", "rope", "learned")), "how positions enter"),
+    "model.rope_theta": Field(10000.0, above(0), "base of the rotary frequencies"),
+    "model.bias": Field("auto", one_of(("auto", "on", "off")), "biases in projections and LayerNorm"),
+    "model.tied_head": Field("auto", one_of(("auto", "on", "off")), "the output projection is the embedding"),
+    "model.dropout_frac": Field(0.0, between(0, 0.9), "dropped in attention, after each sub-block and in the embedding"),
+    "model.init_std": Field(0.02, above(0), "of the weights; residual projections are divided by sqrt(2 x layers)"),
+    "model.attention": Field("blocked", one_of(registry.names("attention")), "implementation; all give the same numbers"),
+    "model.attention_block_tokens": Field(128, at_least(1), "query block of the blocked attention"),
+    "model.layers_as": Field("unrolled", one_of(("unrolled", "scan")), "unrolled: faster on CPU; scan: compile time flat in depth"),
+    "model.remat": Field("none", one_of(("none", "dots", "full")), "recompute in the backward pass: nothing, all but matmuls, all"),
+    "precision.compute": Field("float32", one_of(("float32", "bfloat16", "float16")), "of matmuls; master weights stay float32"),
+    "precision.loss_scale": Field(32768.0, above(0), "first dynamic loss scale (float16 only)"),
+    "precision.loss_scale_growth_steps": Field(2000, at_least(1), "finite steps before the loss scale doubles (float16 only)"),
+    # What it is trained on.
+    "tokenizer.kind": Field("bpe", one_of(registry.names("tokenizer")), "bpe and unigram are trained on the data; file is loaded"),
+    "tokenizer.vocab_size": Field(4096, at_least(2), "of a trained bpe or unigram tokenizer"),
+    "tokenizer.path": Field("", TEXT, "tokenizer.model or tokenizer.json to load (kind file)"),
+    "data.source": Field("python_docs", TEXT, "python_docs, a file, a folder, a glob, or hf:OWNER/NAME?config=C&split=S"),
+    "data.validation_source": Field("", TEXT, "as source; empty means that validation_frac of source is held out"),
+    "data.validation_frac": Field(0.05, between(0, 0.5), "share of the source held out for validation"),
+    "data.split_by": Field("documents", one_of(("documents", "characters")), "how it is held out; characters: the last ones"),
+    "data.text_field": Field("text", TEXT, "field that holds the text (JSONL, CSV, Parquet, datasets)"),
+    "data.max_documents": Field(0, at_least(0), "stop reading the source after so many; 0 means all"),
+    "data.cleaners": Field(
+        ("unicode", "control", "whitespace", "min_chars"), many_of(registry.names("cleaner")), "applied in order"
+    ),
+    "data.min_chars": Field(1, at_least(1), "shorter documents are dropped by the cleaner min_chars"),
+    "data.row_tokens": Field(0, at_least(0), "tokens a training row; 0 means model.context_tokens"),
+    "data.dir": Field("", TEXT, "where prepared shards are kept; empty means WORKDIR/data"),
+    # How it is trained.
+    "train.objective": Field("causal_lm", one_of(registry.names("objective")), "what is minimized"),
+    "train.steps": Field(1000, at_least(1), "optimizer updates"),
+    "train.batch_seqs": Field(16, at_least(1), "rows an update"),
+    "train.microbatches": Field(1, at_least(1), "parts that a batch is split into (gradient accumulation)"),
+    "train.trainable": Field(".*", TEXT, "regular expression over parameter paths; the others stay as they are"),
+    "train.loss_chunk_tokens": Field(256, at_least(0), "tokens whose logits exist at once; 0 means all"),
+    "train.z_loss": Field(0.0, at_least(0), "coefficient of log(Z)^2, which keeps logits near 0"),
+    "train.ema_decay": Field(0.0, between(0, 0.99999), "of the averaged weights that are evaluated and saved; 0 means none"),
+    "train.max_nonfinite_steps": Field(10, at_least(1), "skipped steps in a row that stop the run"),
+    "train.log_every_steps": Field(10, at_least(1), "rows in metrics.jsonl"),
+    "train.trackers": Field((), many_of(("wandb", "mlflow")), "besides metrics.jsonl and TensorBoard, which are always written"),
+    "optimizer.name": Field("adamw", one_of(registry.names("optimizer")), "from optax"),
+    "optimizer.learning_rate": Field(1e-3, above(0), "peak"),
+    "optimizer.b1": Field(0.9, between(0, 0.9999), "decay of the first moment (momentum in muon)"),
+    "optimizer.b2": Field(0.95, between(0, 0.99999), "decay of the second moment"),
+    "optimizer.eps": Field(1e-8, above(0), "added to the root of the second moment"),
+    "optimizer.weight_decay": Field(0.1, at_least(0), "decoupled, times the learning rate"),
+    "optimizer.clip_norm": Field(1.0, at_least(0), "global gradient norm is cut to this; 0 means never"),
+    "optimizer.groups": Field(((".*(scale|bias)", 1.0, 0.0),), GROUPS, "first match wins: (pattern, lr factor, decay factor)"),
+    "schedule.name": Field("cosine", one_of(registry.names("schedule")), "of the learning rate"),
+    "schedule.warmup_steps": Field(100, at_least(0), "linear from 0 to the peak"),
+    "schedule.end_frac": Field(0.1, between(0, 1), "last learning rate as a share of the peak"),
+    "schedule.decay_frac": Field(0.2, between(0, 1), "share of the steps in which wsd decays"),
+    # What happens beside it.
+    "eval.every_steps": Field(200, at_least(0), "validation loss; 0 means only at the end"),
+    "eval.max_seqs": Field(0, at_least(0), "rows of the validation set that are used; 0 means all"),
+    "checkpoint.every_steps": Field(200, at_least(1), "also saved at the end and on Ctrl-C or SIGTERM"),
+    "checkpoint.keep_last": Field(2, at_least(1), "newest checkpoints kept"),
+    "checkpoint.keep_best": Field(1, at_least(0), "kept besides: those with the lowest validation loss"),
+    "sample.every_steps": Field(500, at_least(0), "samples.txt; 0 means only at the end"),
+    "sample.prompts": Field(("The ",), TEXTS, "continued by the model"),
+    "sample.tokens": Field(64, at_least(0), "length of a sample; 0 means no samples"),
+    "sample.temperature": Field(0.8, at_least(0), "0 is greedy"),
+    # Where it runs: sizes of the mesh axes.
+    "parallel.data": Field(-1, SIZE, "copies of the model"),
+    "parallel.fsdp": Field(1, SIZE, "devices that share parameters, gradients and optimizer state (ZeRO-3) and split the batch"),
+    "parallel.tensor": Field(1, SIZE, "devices that share each matrix product"),
+}
+
+
+def base() -> ConfigDict:
+    """All defaults, as a ConfigDict that accepts no unknown key."""
+    config = ConfigDict()
+    for key, field in SCHEMA.items():
+        section, _, name = key.rpartition(".")
+        if section and section not in config:
+            config[section] = ConfigDict()
+        (config[section] if section else config)[name] = field.default
+    return config.lock()
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """{"model.layers": 6, ...}."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            flat.update({f"{key}.{name}": inner for name, inner in flatten(value).items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def unknown_key(key: str) -> str:
+    """The error text for a key that the schema does not have, with the closest one."""
+    near = difflib.get_close_matches(key, SCHEMA, n=1, cutoff=0.4) or [
+        known for known in SCHEMA if known.rpartition(".")[2] == key.rpartition(".")[2]
+    ]
+    section = key.rpartition(".")[0]
+    listed = [known for known in SCHEMA if known.rpartition(".")[0] == section] or sorted(
+        {known.partition(".")[0] for known in SCHEMA}
+    )
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return f"unknown config key '{key}'.{hint}\n  Accepted: {', '.join(listed)}."
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError, naming the field, what is accepted and what to change, if the config cannot run anywhere."""
+    flat = flatten(config)
+    for key in flat:
+        if key not in SCHEMA:
+            raise ValueError(unknown_key(key))
+    for key, field in SCHEMA.items():
+        if key not in flat:
+            raise ValueError(f"config key '{key}' is missing.\n  Accepted: {field.accept.words}. Start from jaxllm.config.base().")
+        if not _passes(field, flat[key]):
+            raise ValueError(
+                f"{key} = {flat[key]!r} ({field.meaning}).\n  Accepted: {field.accept.words}.\n  Set it with --config.{key}=..."
+            )
+    _check_sums(config)
+
+
+def _passes(field: Field, value: Any) -> bool:
+    try:
+        return bool(field.accept.test(value))
+    except TypeError:
+        return False
+
+
+def _check_sums(config: ConfigDict) -> None:
+    """What several fields must satisfy together."""
+    model, train = config.model, config.train
+    if not model.head_dim and model.width % model.heads:
+        raise ValueError(_divides("model.heads", model.heads, "model.width", model.width, "or set model.head_dim"))
+    if model.kv_heads and model.heads % model.kv_heads:
+        raise ValueError(_divides("model.kv_heads", model.kv_heads, "model.heads", model.heads, ""))
+    if train.batch_seqs % train.microbatches:
+        raise ValueError(_divides("train.microbatches", train.microbatches, "train.batch_seqs", train.batch_seqs, ""))
+    if config.data.row_tokens > model.context_tokens:
+        raise ValueError(
+            f"data.row_tokens = {config.data.row_tokens} is more than model.context_tokens = {model.context_tokens}.\n"
+            f"  Accepted: up to {model.context_tokens}, or 0 for the same. Change one of them."
+        )
+    if config.tokenizer.kind == "file" and not config.tokenizer.path:
+        raise ValueError(
+            "tokenizer.kind = 'file' without a tokenizer.path.\n  Accepted: the path of a tokenizer.model or tokenizer.json."
+            "\n  Set tokenizer.path."
+        )
+    if not config.data.source:
+        raise ValueError(f"data.source is empty.\n  Accepted: {SCHEMA['data.source'].meaning}.\n  Set data.source.")
+    if not config.data.validation_source and not config.data.validation_frac:
+        raise ValueError(
+            "data.validation_frac = 0 without a data.validation_source: there is nothing to evaluate on.\n"
+            "  Accepted: a share above 0, or another source. Set one of them."
+        )
+    if [config.parallel.data, config.parallel.fsdp, config.parallel.tensor].count(-1) > 1:
+        raise ValueError(
+            "more than one of parallel.data, parallel.fsdp, parallel.tensor is -1.\n  Accepted: one. Give the others a size."
+        )
+
+
+def _divides(name: str, value: int, whole_name: str, whole: int, also: str) -> str:
+    accepted = [part for part in range(1, whole + 1) if whole % part == 0]
+    return (
+        f"{name} = {value} does not divide {whole_name} = {whole}.\n  Accepted: {', '.join(map(str, accepted))}.\n"
+        f"  Set {name} to one of these {also}".rstrip()
+        + "."
+    )
+
+
+def load(path: str | Path) -> ConfigDict:
+    """`get_config()` of a Python file, or a run's config.json; the result is checked for unknown keys, not for its sums."""
+    path = Path(path)
+    if path.suffix == ".json":
+        return from_json(path.read_text(encoding="utf-8"))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ValueError(f"no config at '{path}'.\n  Accepted: a Python file with get_config(), or a run's config.json.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def to_json(config: ConfigDict) -> str:
+    """All fields, indented, in the order of the schema."""
+    nested: dict[str, Any] = {}
+    for key in SCHEMA:
+        section, _, name = key.rpartition(".")
+        value = config[section][name] if section else config[name]
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    return json.dumps(nested, indent=2) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """The inverse of `to_json`."""
+    config = base()
+    for key, value in flatten(json.loads(text)).items():
+        if key not in SCHEMA:
+            raise ValueError(unknown_key(key))
+        section, _, name = key.rpartition(".")
+        (config[section] if section else config)[name] = _tuples(value)
+    return config
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value

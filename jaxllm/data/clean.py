@@ -1,0 +1,80 @@
+"""Cleaners: each one normalizes a text, or drops the document under its own name.
+
+`data.cleaners` lists them in the order in which they run; the empty tuple leaves every text as it is, byte for byte.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from jaxllm import registry
+from jaxllm.data.documents import Document
+
+# Text to text, or None: the document is dropped.
+Clean = Callable[[str], str | None]
+
+LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
+# Soft hyphen, zero-width space, word joiner, byte order mark, object replacement and replacement character: invisible, or what a
+# broken conversion left behind. The zero-width joiner and non-joiner stay: Persian, Indic scripts and emoji are spelt with them.
+ODDITIES = re.compile("[\u00ad\u200b\u2060\ufeff\ufffc\ufffd\ud800-\udfff]")
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+BLANK_LINES = re.compile(r"\n{4,}")
+
+
+class Dropped(NamedTuple):
+    """A document that is not used, and the name of the cleaner that rejected it."""
+
+    document: Document
+    reason: str
+
+
+def make(config: ConfigDict) -> Callable[[Document], Document | Dropped]:
+    """Document -> the cleaned document, or Dropped with the document as it was read."""
+    steps: list[tuple[str, Clean]] = [(name, registry.resolve("cleaner", name)(config)) for name in config.data.cleaners]
+
+    def clean(document: Document) -> Document | Dropped:
+        text = document.text
+        for name, step in steps:
+            cleaned = step(text)
+            if cleaned is None:
+                return Dropped(document, name)
+            text = cleaned
+        return document._replace(text=text)
+
+    return clean
+
+
+def unicode(config: ConfigDict) -> Clean:
+    """Canonical composition (NFC), one kind of line end, no invisible oddities."""
+    del config
+
+    def clean(text: str) -> str:
+        return unicodedata.normalize("NFC", ODDITIES.sub("", LINE_ENDS.sub("\n", text)))
+
+    return clean
+
+
+def control(config: ConfigDict) -> Clean:
+    """No control characters but newline and tab."""
+    del config
+    return lambda text: CONTROLS.sub("", text)
+
+
+def whitespace(config: ConfigDict) -> Clean:
+    """No spaces at line ends, at most two blank lines in a row, none around the text. Indentation stays."""
+    del config
+
+    def clean(text: str) -> str:
+        lines = "\n".join(line.rstrip() for line in text.split("\n"))
+        return BLANK_LINES.sub("\n\n\n", lines).strip("\n")
+
+    return clean
+
+
+def min_chars(config: ConfigDict) -> Clean:
+    """Drops texts shorter than `data.min_chars` characters."""
+    least = config.data.min_chars
+    return lambda text: text if len(text) >= least else None

@@ -1,0 +1,126 @@
+"""Documents of a source, in a fixed order: the first step from raw text to training rows.
+
+A source is one string: `python_docs`, `hf:OWNER/NAME?config=C&split=S`, or a path. A path is a file (read by its suffix), a
+folder (read recursively, files of known kinds only) or a glob pattern (every match). Readers stream: no more than one
+document, or one block of a table, is in memory at a time.
+"""
+
+import difflib
+import glob
+import itertools
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from jaxllm import registry
+
+# Sources that are no path. Each is the registry name of its reader; what follows the colon is its location.
+NAMED = ("python_docs", "hf")
+ACCEPTED = "python_docs, a file, a folder, a glob pattern, or hf:OWNER/NAME?config=C&split=S"
+
+TABLES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+TEXTS = frozenset(
+    (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".html", ".xml")
+    + (".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh", ".sql")
+)
+
+
+class Document(NamedTuple):
+    """A text and where it came from: `folder/file.txt`, `file.jsonl:17`, `python_docs:json.decoder`."""
+
+    text: str
+    origin: str
+
+
+def open(source: str, config: ConfigDict) -> Iterator[Document]:
+    """The documents of `source`, at most `data.max_documents` of them (0: all), in the same order each time.
+
+    A document may have the empty text (a null in a table); the cleaner `min_chars` drops it by name.
+    ValueError for a path that does not exist (at once), and while reading for a source without any document, a file that is not
+    UTF-8, and a table without the column `data.text_field`.
+    """
+    places = readings(source)
+    documents = itertools.chain.from_iterable(registry.resolve("documents", kind)(place, config) for kind, place in places)
+    return _at_least_one(itertools.islice(documents, config.data.max_documents or None), source)
+
+
+def _at_least_one(documents: Iterator[Document], source: str) -> Iterator[Document]:
+    first = next(documents, None)
+    if first is None:
+        raise ValueError(
+            f"source '{source}' holds no document: there is nothing in it.\n"
+            "  Accepted: text with at least one character, or a table with at least one row.\n"
+            "  Check what the source points to, or set data.source."
+        )
+    yield first
+    yield from documents
+
+
+def readings(source: str) -> list[tuple[str, str]]:
+    """(registry name of the reader, location) of everything that the source names, in order; ValueError if there is nothing."""
+    name, _, location = source.partition(":")
+    if name in NAMED:
+        return [(name, location)]
+    if not source:
+        raise ValueError(f"the source is empty.\n  Accepted: {ACCEPTED}.\n  Set data.source.")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder(path)
+    if path.exists():
+        return [(reader(path), str(path))]
+    if glob.has_magic(source):
+        matches = sorted(match for match in glob.glob(str(path), recursive=True) if os.path.isfile(match))
+        if matches:
+            return [(reader(Path(match)), match) for match in matches]
+    raise ValueError(_missing(source, path))
+
+
+def reader(path: Path) -> str:
+    """Registry name of the reader for this file: by its suffix (before .gz); anything unknown is text."""
+    return TABLES.get(_suffix(path), "text")
+
+
+def _suffix(path: Path) -> str:
+    name = path.name.lower().removesuffix(".gz")
+    return os.path.splitext(name)[1]
+
+
+def _folder(folder: Path) -> list[tuple[str, str]]:
+    """Files of known kinds below the folder: those of a folder by name, then its subfolders. No hidden ones, no links to folders."""
+    found, skipped = [], Counter[str]()
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(name for name in files if not name.startswith(".")):
+            path = Path(parent, name)
+            suffix = _suffix(path)
+            if suffix in TABLES or suffix in TEXTS:
+                found.append((reader(path), str(path)))
+            else:
+                skipped[suffix or "no suffix"] += 1
+    listed = ", ".join(f"{count} x {suffix}" for suffix, count in skipped.most_common(8))
+    if not found:
+        raise ValueError(
+            f"folder '{folder}' holds no file to read" + (f", only {listed}.\n" if listed else ": it is empty.\n") + f"  Accepted:"
+            f" {' '.join(sorted(TABLES))} {' '.join(sorted(TEXTS))}, each also with .gz (not .parquet).\n"
+            f"  To read other files as text name them by a pattern: '{folder}/*'."
+        )
+    if listed:
+        logging.warning("%s: %d files of other kinds skipped (%s); a glob pattern reads them.", folder, skipped.total(), listed)
+    return found
+
+
+def _missing(source: str, path: Path) -> str:
+    parent = path.parent
+    while not parent.is_dir():
+        parent = parent.parent
+    missing = path.relative_to(parent).parts[0]
+    siblings = {name: str(parent / name) for name in os.listdir(parent)} | {name: name for name in NAMED}
+    near = difflib.get_close_matches(missing, siblings, n=1)
+    hint = f" Did you mean '{siblings[near[0]]}'?" if near else f" '{parent.resolve()}' exists, but has no '{missing}'."
+    what = "no file matches" if glob.has_magic(source) else "there is no"
+    return f"{what} '{source}'.{hint}\n  Accepted: {ACCEPTED}.\n  A relative path starts at '{os.getcwd()}'. Set data.source."

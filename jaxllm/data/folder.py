@@ -1,0 +1,81 @@
+"""The directory that holds prepared data: its lock, its record, and the exchange of old data for new.
+
+New data is made in `.partial/` and moved into place when it is whole. While the move lasts (a few renames) the record says
+that the directory is unfinished, so that no moment of a crash leaves a mixture that looks whole.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+RECORD = "data.json"
+PARTIAL = ".partial"
+LOCK = "lock"
+PARTS = ("train", "validation", "tokenizer")
+UNFINISHED = {"unfinished": True}
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """The content of data.json; {} if there is none, UNFINISHED if the last prepare was stopped while it moved files."""
+    try:
+        return json.loads((directory / RECORD).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError:
+        return UNFINISHED
+
+
+def write_record(directory: Path, record: dict[str, Any]) -> None:
+    """Replaces data.json at one stroke."""
+    new = directory / f"{RECORD}.new"
+    with open(new, "w", encoding="utf-8") as file:
+        file.write(json.dumps(record, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(directory / RECORD)
+
+
+def make(directory: Path) -> None:
+    """Makes the directory; ValueError if it holds something else under one of the names that prepare would replace."""
+    foreign = [name for name in PARTS if (directory / name).exists()]
+    if foreign and not read_record(directory):
+        raise ValueError(
+            f"'{directory}' holds '{foreign[0]}', which prepare has not written (there is no {RECORD}).\n"
+            "  Accepted: a new or empty directory, or one with prepared data.\n  Set data.dir to another one, or move it away."
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(
+            f"'{directory}' cannot be made: '{error.filename}' is a file.\n  Accepted: a directory, new or not.\n  Set data.dir."
+        ) from error
+
+
+@contextlib.contextmanager
+def locked(directory: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Holds the directory for this process; waits for another one that does. The system frees the lock of a killed process."""
+    import fcntl
+
+    with open(directory / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log(f"waiting for another process that prepares {directory}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def replace(directory: Path) -> None:
+    """Moves what is in `.partial/` into place, and what was there before away."""
+    partial = directory / PARTIAL
+    write_record(directory, UNFINISHED)
+    for name in PARTS:
+        if (directory / name).exists():
+            (directory / name).rename(partial / f"old-{name}")
+        (partial / name).rename(directory / name)
+    (partial / RECORD).replace(directory / RECORD)
+    shutil.rmtree(partial)

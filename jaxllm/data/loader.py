@@ -1,0 +1,105 @@
+"""Batches as global arrays on the mesh: batch = f(seed, step), read ahead by one background thread.
+
+Each host reads only the rows that its own devices hold. Letters: B batch, T row length.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import jax
+import numpy as np
+
+from jaxllm.data import order
+from jaxllm.data.shards import Shards
+
+AHEAD_STEPS = 2
+# Stands for a row that fills up the last batch of a sweep.
+NO_ROW = -1
+
+
+class Loader:
+    """A `types.Source`. Ask for any step in any order; steps that follow one another come from the read-ahead."""
+
+    def __init__(self, shards: Shards, batch_seqs: int, seed: int, sharding: jax.sharding.Sharding):
+        self._shards, self._batch_seqs, self._seed, self._sharding = shards, batch_seqs, seed, sharding
+        self._pool = ThreadPoolExecutor(1, "loader")
+        self._coming: dict[int, Future[dict[str, jax.Array]]] = {}
+
+    def rows(self, step: int) -> np.ndarray:
+        """int64 [B]: the rows of the shards that make up the global batch of this step."""
+        return order.batch_rows(len(self._shards), self._batch_seqs, self._seed, step)
+
+    def batch(self, step: int) -> dict[str, jax.Array]:
+        """tokens, targets, segments, positions, weights [B, T] of this step, laid out by the sharding.
+
+        What goes wrong while reading ahead is raised here, by the step that it belongs to.
+        """
+        wanted = range(step, step + 1 + AHEAD_STEPS)
+        for old in self._coming.keys() - set(wanted):
+            self._coming.pop(old).cancel()
+        for each in wanted:
+            if each not in self._coming:
+                self._coming[each] = self._pool.submit(self._read, each)
+        return self._coming.pop(step).result()
+
+    def close(self) -> None:
+        """Ends the background thread. The loader cannot be used afterwards."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self, step: int) -> dict[str, jax.Array]:
+        return _place(self._shards, self.rows(step), self._sharding)
+
+
+def make(shards: Shards, *, batch_seqs: int, seed: int, sharding: jax.sharding.Sharding) -> Loader:
+    """The training batches of these shards. Close it, or use it in a `with`."""
+    _check_divides("train.batch_seqs", batch_seqs, sharding)
+    return Loader(shards, batch_seqs, seed, sharding)
+
+
+def sweep(shards: Shards, batch_seqs: int, sharding: jax.sharding.Sharding, max_seqs: int = 0) -> Iterator[dict[str, jax.Array]]:
+    """Batches that hold each row once, in order: all of them, or `max_seqs` evenly spaced ones if there are more.
+
+    The last batch is filled up with rows of segment 0 and weight 0.
+    """
+    _check_divides("batch_seqs", batch_seqs, sharding)
+    count = min(max_seqs or len(shards), len(shards))
+    chosen = np.arange(count) * len(shards) // max(count, 1)
+    for start in range(0, count, batch_seqs):
+        rows = chosen[start : start + batch_seqs]
+        yield _place(shards, np.pad(rows, (0, batch_seqs - len(rows)), constant_values=NO_ROW), sharding)
+
+
+def _check_divides(name: str, batch_seqs: int, sharding: jax.sharding.Sharding) -> None:
+    """ValueError if a batch does not split evenly over the devices that share it."""
+    devices = sharding.num_devices
+    parts = devices // sharding.shard_shape((devices, devices))[0]
+    if batch_seqs % parts:
+        raise ValueError(
+            f"{name} = {batch_seqs} does not split over {parts} devices.\n  Accepted: {parts}, {2 * parts}, {3 * parts}, ...\n"
+            f"  Set {name} to one of these, or lower parallel.data or parallel.fsdp."
+        )
+
+
+def _place(shards: Shards, rows: np.ndarray, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
+    """The rows as global arrays [B, T], of which this host reads those that its own devices hold."""
+    shape = (len(rows), shards.row_tokens)
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    spans = sorted({index[0].indices(len(rows))[:2] for index in indices if index is not None})
+    mine = np.concatenate([np.arange(*span) for span in spans])
+    local = shards.rows(np.maximum(rows[mine], 0))
+    for array in local.values():
+        array[rows[mine] == NO_ROW] = 0
+
+    def part(array: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(len(rows))
+        first = np.searchsorted(mine, start)
+        return array[first : first + stop - start, index[1]]
+
+    return {name: jax.make_array_from_callback(shape, sharding, partial(part, array)) for name, array in local.items()}

@@ -1,0 +1,244 @@
+"""From raw text to packed rows on disk: read, clean, split, train the tokenizer, pack.
+
+A prepared directory holds `train/` and `validation/` (see shards.py), `tokenizer/` and `data.json`, the record of what
+they were made from (see folder.py for how it gets there).
+"""
+
+import errno
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import ConfigDict
+
+from jaxllm.data import clean, documents, folder, pack, provenance, shards, spool, tokenize
+
+if TYPE_CHECKING:
+    from jaxllm.types import Tokenizer
+
+LOG_SECS = 2.0
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Prepared data, opened. `record` is the content of data.json."""
+
+    directory: Path
+    tokenizer: "Tokenizer"
+    train: shards.Shards
+    validation: shards.Shards
+    record: dict[str, Any]
+
+
+def place(config: ConfigDict, workdir: str | Path) -> Path:
+    """The directory for the prepared data of a run."""
+    return Path(config.data.dir).expanduser() if config.data.dir else Path(workdir) / "data"
+
+
+def prepare(config: ConfigDict, directory: str | Path, *, force: bool = False, log: Log = print) -> Prepared:
+    """The prepared data in `directory`: at once if it is there and fresh, else made from the source.
+
+    It is stale if a config field that it depends on, a source file or the tokenizer's file has changed. ValueError for a
+    source that cannot be used, for shards or a tokenizer that were changed since they were written, and for a full disk; what
+    was there before is then still there. Processes that prepare the same directory wait for each other.
+    """
+    directory = Path(directory)
+    _check_outside(config, directory)
+    if force or _stale(config, directory, log):
+        folder.make(directory)
+        with folder.locked(directory, log):
+            # Another process may have prepared it while this one waited.
+            if reasons := (["--force"] if force else _stale(config, directory, log)):
+                log(f"preparing {directory}: {'; '.join(reasons)}")
+                _remake(config, directory, log)
+    return load(config, directory)
+
+
+def load(config: ConfigDict, directory: str | Path) -> Prepared:
+    """Prepared data as it lies there; ValueError if it was damaged, or is too large for `model.vocab_size`."""
+    directory = Path(directory)
+    record = folder.read_record(directory)
+    if "tokenizer" not in record:
+        raise ValueError(f"no prepared data in '{directory}'.\n  Accepted: what prepare writes.\n  {shards.AGAIN}")
+    tokenizer = tokenize.load(directory / "tokenizer")
+    found, wanted = tokenize.fingerprint(tokenizer), record["tokenizer"]["fingerprint"]
+    if found != wanted:
+        raise ValueError(
+            f"the tokenizer in '{directory}' has changed since the shards were written: its fingerprint is {found[:16]}.\n"
+            f"  Accepted: {wanted[:16]}. To use another tokenizer set tokenizer.kind=file and tokenizer.path.\n"
+            f"  Put the old one back. {shards.AGAIN}"
+        )
+    _check_vocabulary(config, tokenizer)
+    splits = {name: shards.Shards(directory / name) for name in ("train", "validation")}
+    for name, split in splits.items():
+        if split.summary() != record["splits"][name]:
+            raise ValueError(
+                f"the shards in '{directory / name}' are not those that {folder.RECORD} beside them describes.\n"
+                f"  Accepted: the directory as prepare wrote it.\n  Put the old files back. {shards.AGAIN}"
+            )
+    return Prepared(directory, tokenizer, splits["train"], splits["validation"], record)
+
+
+def _stale(config: ConfigDict, directory: Path, log: Log) -> list[str]:
+    """Why the data has to be made; empty if it is fresh."""
+    record = folder.read_record(directory)
+    if not record:
+        return ["nothing is there yet"]
+    try:
+        return provenance.changes(record, config)
+    except provenance.SourceGone as error:
+        log(f"{error} The data prepared from it on {record['prepared']} is used.")
+        return []
+
+
+def _check_outside(config: ConfigDict, directory: Path) -> None:
+    """ValueError if the source is a folder that the prepared files would land in: they would be read as text the next time."""
+    for field in ("source", "validation_source"):
+        source = Path(config.data[field]).expanduser()
+        if config.data[field] and source.is_dir() and directory.resolve().is_relative_to(source.resolve()):
+            raise ValueError(
+                f"'{directory}', the directory for prepared data, lies inside data.{field} = '{source}'.\n"
+                "  Accepted: a directory outside of it. Set data.dir or --workdir, or name the files by a pattern."
+            )
+
+
+def _remake(config: ConfigDict, directory: Path, log: Log) -> None:
+    partial = directory / folder.PARTIAL
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        _build(config, partial, log)
+        folder.replace(directory)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(
+            f"the disk with '{directory}' is full ({error.strerror}).\n  Accepted: room for about three times the text.\n"
+            "  Free some space, or set data.dir to another disk. What was prepared before is unchanged."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _build(config: ConfigDict, partial: Path, log: Log) -> None:
+    """Fills `partial` with the splits, the tokenizer and the record."""
+    started = time.monotonic()
+    origins = provenance.origins(config)
+    counts: dict[str, Any] = {}
+    texts = _split(config, partial, counts, log)
+    train_texts = texts["train"]
+    if config.tokenizer.kind == "char":
+        # A vocabulary of characters has to cover both splits, or some held-out text could not be written at all.
+        train_texts = _chained(texts["train"], texts["validation"])
+    log(f"tokenizer: {config.tokenizer.kind}")
+    tokenizer = tokenize.make(config, train_texts)
+    _check_vocabulary(config, tokenizer)
+    tokenizer.save(str(partial / "tokenizer"))
+    splits = {name: _pack(config, partial / name, texts[name], tokenizer, log) for name in ("train", "validation")}
+    record = {
+        "prepared": datetime.now(UTC).isoformat(timespec="seconds"),
+        "secs": round(time.monotonic() - started, 1),
+        "versions": provenance.versions(),
+        "recipe": provenance.recipe(config),
+        "origins": origins,
+        "documents": counts,
+        "tokenizer": {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenize.fingerprint(tokenizer)},
+        "splits": {name: split.summary() for name, split in splits.items()},
+    }
+    folder.write_record(partial, record)
+    for path in partial.glob("*.texts"):
+        path.unlink()
+
+
+def _split(config: ConfigDict, partial: Path, counts: dict[str, Any], log: Log) -> dict[str, spool.Texts]:
+    def read(field: str) -> spool.Spool:
+        cleaned = _clean(config, field, counts.setdefault(field, {}), log)
+        return spool.Spool(partial / f"{field.partition('.')[2]}.texts", cleaned)
+
+    source = read("data.source")
+    if not config.data.validation_source:
+        return spool.split(source, config.data.split_by, config.data.validation_frac)
+    return {"train": source.texts, "validation": read("data.validation_source").texts}
+
+
+def _clean(config: ConfigDict, field: str, counts: dict[str, Any], log: Log) -> Iterator[str]:
+    """The cleaned texts of the source in this config field; counts what was read, dropped and kept."""
+    cleaner = clean.make(config)
+    source = config.data[field.partition(".")[2]]
+    dropped: Counter[str] = Counter()
+    counts |= {"read": 0, "dropped": dropped, "kept": 0, "chars": 0}
+    pace = _Pace(log)
+    for document in documents.open(source, config):
+        counts["read"] += 1
+        pace(lambda: f"read {counts['read']:,} documents, {counts['chars']:,} characters")
+        result = cleaner(document)
+        if isinstance(result, clean.Dropped):
+            dropped[result.reason] += 1
+            continue
+        counts["kept"] += 1
+        counts["chars"] += len(result.text)
+        yield result.text
+    if not counts["kept"]:
+        reasons = ", ".join(f"{count} by {reason}" for reason, count in dropped.items())
+        raise ValueError(
+            f"{field} = '{source}': every document was dropped ({reasons}).\n  Accepted: at least one document with text.\n"
+            "  Change data.cleaners or data.min_chars, or set another source."
+        )
+    log(f"read {counts['read']:,} documents, kept {counts['kept']:,} with {counts['chars']:,} characters")
+
+
+def _pack(config: ConfigDict, directory: Path, texts: spool.Texts, tokenizer: "Tokenizer", log: Log) -> shards.Shards:
+    name, row_tokens, totals = directory.name, provenance.row_tokens(config), shards.Totals()
+    pace, started = _Pace(log), time.monotonic()
+
+    def watched() -> Iterator[str]:
+        for text in texts():
+            yield text
+            pace(lambda: f"{name}: {totals.tokens:,} tokens, {totals.tokens / (time.monotonic() - started):,.0f} tokens/s")
+
+    blocks = pack.pack(watched(), tokenizer, row_tokens, totals)
+    written = shards.write(directory, blocks, row_tokens=row_tokens, vocab_size=tokenizer.vocab_size, totals=totals)
+    log(f"{name}: {len(written):,} rows of {row_tokens:,} tokens from {totals.documents:,} documents, {totals.tokens:,} tokens")
+    if name == "train" and totals.tokens <= row_tokens:
+        raise ValueError(
+            f"the training text has {totals.tokens:,} tokens, which is shorter than one row of {row_tokens:,} predictions.\n"
+            f"  Accepted: {row_tokens + 1:,} tokens or more.\n  Give more text, or lower data.row_tokens."
+        )
+    if not written.weighted_tokens:
+        raise ValueError(
+            f"the {name} text has {totals.tokens:,} tokens and nothing to predict.\n  Accepted: a document of two tokens or more.\n"
+            "  Raise data.validation_frac, give more text, or set data.validation_source."
+        )
+    return written
+
+
+def _check_vocabulary(config: ConfigDict, tokenizer: "Tokenizer") -> None:
+    if 0 < config.model.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, but model.vocab_size = {config.model.vocab_size:,}.\n"
+            f"  Accepted: {tokenizer.vocab_size:,} or more, or 0 for the tokenizer's size.\n"
+            "  Set model.vocab_size, or a smaller tokenizer.vocab_size."
+        )
+
+
+def _chained(*parts: spool.Texts) -> spool.Texts:
+    return lambda: (text for part in parts for text in part())
+
+
+class _Pace:
+    """Logs how far the work has come, at most every LOG_SECS."""
+
+    def __init__(self, log: Log):
+        self._log, self._last = log, time.monotonic()
+
+    def __call__(self, describe: Callable[[], str]) -> None:
+        if time.monotonic() - self._last >= LOG_SECS:
+            self._log(describe())
+            self._last = time.monotonic()

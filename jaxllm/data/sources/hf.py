@@ -1,0 +1,48 @@
+"""Data sets of the Hugging Face hub, streamed: rows arrive while they are read, nothing is stored as a whole."""
+
+import urllib.parse
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from jaxllm.data.documents import Document
+from jaxllm.data.sources.jsonl import field_text
+
+
+def read(location: str, config: ConfigDict) -> Iterator[Document]:
+    """The field `data.text_field` of each row of `OWNER/NAME?config=C&split=S` (split: train unless given).
+
+    The origin is `hf:OWNER/NAME[row]`. NAME may also be a folder in the hub's layout.
+    """
+    name, subset, split = parse(location)
+    try:
+        import datasets  # noqa: PLC0415
+    except ImportError as error:
+        raise ValueError(
+            f"'hf:{location}' needs the package datasets, which is not installed.\n  Accepted: files, folders and python_docs need"
+            " nothing more.\n  Run: pip install 'jaxllm[data]'"
+        ) from error
+    try:
+        rows = datasets.load_dataset(name, subset, split=split, streaming=True)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        raise ValueError(
+            f"'hf:{location}' cannot be opened: {error}\n  Accepted: hf:OWNER/NAME?config=C&split=S as the hub names them.\n"
+            "  Check the names and the network; a private data set needs `huggingface-cli login`."
+        ) from error
+    for index, row in enumerate(rows):
+        origin = f"hf:{name}[{index}]"
+        yield Document(field_text(row, config.data.text_field, origin), origin)
+
+
+def parse(location: str) -> tuple[str, str | None, str]:
+    """(name, config or None, split) of `OWNER/NAME?config=C&split=S`."""
+    name, _, query = location.partition("?")
+    options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    unknown = sorted(set(options) - {"config", "split"})
+    if not name or unknown or (query and not options):
+        what = f"unknown option '{unknown[0]}'" if unknown else "no name" if not name else f"'{query}' is not KEY=VALUE"
+        raise ValueError(
+            f"'hf:{location}': {what}.\n  Accepted: hf:OWNER/NAME, then ?config=C, ?split=S or ?config=C&split=S.\n"
+            "  Set data.source."
+        )
+    return name, options.get("config"), options.get("split", "train")

@@ -1,0 +1,114 @@
+"""Loads a tokenizer that was made before: `tokenizer.model` (SentencePiece), `tokenizer.json` (Hugging Face), or a run's."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from jaxllm.data import tokenize
+from jaxllm.data.tokenizers import files, huggingface, sentencepiece
+from jaxllm.types import Tokenizer
+
+SETTINGS = "tokenizer_config.json"
+SPECIALS = ("bos", "eos", "pad")
+# What common models call their special tokens; asked only where neither tokenizer_config.json nor the model says it.
+CUSTOMARY = {
+    "bos": ("<s>", "<|begin_of_text|>", "<bos>", "[CLS]", "<|endoftext|>"),
+    "eos": ("</s>", "<|end_of_text|>", "<eos>", "[SEP]", "<|endoftext|>"),
+    "pad": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>"),
+}
+
+
+def load(config: ConfigDict, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+    """The tokenizer at `tokenizer.path`: a file, or the folder that holds it. The texts are not read.
+
+    bos, eos and pad are those of `tokenizer_config.json` beside the file; what that leaves open is taken from the model, or found
+    by its customary name. Without a pad token the pad id is 0: padding is known by its segment and weight, never by its id.
+    """
+    del texts
+    path = _find(Path(config.tokenizer.path).expanduser())
+    if path.with_name(files.RECORD).is_file() and path.name in (files.RECORD, *files.read(path.parent).files):
+        return tokenize.load(path.parent)
+    data = path.read_bytes()
+    settings = _settings(path.with_name(SETTINGS))
+    try:
+        tokenizer = _sentencepiece(data, settings) if path.suffix == ".model" else _huggingface(data, settings)
+    except files.NotATokenizer as error:
+        raise ValueError(
+            f"tokenizer.path = '{path}' is not a tokenizer: {error}\n"
+            "  Accepted: a SentencePiece tokenizer.model, or a tokenizer.json of Hugging Face tokenizers.\n"
+            "  Fetch it again (a Git LFS pointer is a small text file), or correct the path."
+        ) from error
+    specials = {name: getattr(tokenizer, f"{name}_id") for name in SPECIALS}
+    logging.info("%s: %d tokens, special ones: %s", path, tokenizer.vocab_size, specials)
+    return tokenizer
+
+
+def _find(path: Path) -> Path:
+    if path.is_file() and path.suffix in (".model", ".json"):
+        return path
+    names = (files.RECORD, "tokenizer.json", "tokenizer.model")
+    for name in names:
+        if path.is_dir() and (path / name).is_file():
+            return path / name
+    what = "has none of these files" if path.is_dir() else "is no such file" if path.is_file() else "does not exist"
+    raise ValueError(
+        f"tokenizer.path = '{path}' {what}.\n  Accepted: tokenizer.model, tokenizer.json, or a folder with one of them, such as"
+        " RUN/tokenizer.\n  Set tokenizer.path."
+    )
+
+
+def _sentencepiece(data: bytes, settings: dict[str, Any]) -> Tokenizer:
+    processor = sentencepiece.processor(data)
+
+    def find(piece: str) -> int | None:
+        index = processor.piece_to_id(piece)
+        return index if processor.id_to_piece(index) == piece else None
+
+    own = _customary(find)
+    given = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id()}
+    own.update({name: index for name, index in given.items() if index >= 0})
+    ids = _ids(settings, find, own)
+    return sentencepiece.SentencePieceTokenizer(data, bos_id=ids["bos"], eos_id=ids["eos"], pad_id=ids["pad"] or 0, exact=False)
+
+
+def _huggingface(data: bytes, settings: dict[str, Any]) -> Tokenizer:
+    find = huggingface.parse(data).token_to_id
+    ids = _ids(settings, find, _customary(find))
+    return huggingface.HuggingFaceTokenizer(data, bos_id=ids["bos"], eos_id=ids["eos"], pad_id=ids["pad"] or 0)
+
+
+def _customary(find: Callable[[str], int | None]) -> dict[str, int | None]:
+    """The id of each special token that has one of its customary names."""
+    return {name: next((find(token) for token in CUSTOMARY[name] if find(token) is not None), None) for name in SPECIALS}
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json, or nothing if there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except ValueError as error:
+        raise ValueError(
+            f"'{path}' is not JSON: {error}\n  Accepted: the tokenizer_config.json of the model.\n  Fetch it again, or remove it."
+        ) from error
+
+
+def _ids(settings: dict[str, Any], find: Callable[[str], int | None], own: dict[str, int | None]) -> dict[str, int | None]:
+    """The id of each special token: as the settings say (null: none), else the tokenizer's own."""
+    ids = {}
+    for name in SPECIALS:
+        token = settings.get(f"{name}_token", ...)
+        if token is ...:
+            ids[name] = own[name]
+            continue
+        if isinstance(token, dict):
+            token = token.get("content")
+        ids[name] = None if token is None else find(token)
+        if token is not None and ids[name] is None:
+            logging.warning("%s: the %s_token %r is not in the vocabulary; it is not used.", SETTINGS, name, token)
+    return ids

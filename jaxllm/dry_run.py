@@ -1,0 +1,73 @@
+"""What a training run would be, from the config alone: nothing is compiled, allocated or written, and no device is needed."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from jaxllm import config as schema
+from jaxllm.data import folder, tokenize
+from jaxllm.engine.session import Session, build_session, bytes_by_category, count
+from jaxllm.parallel import plan
+
+# Characters in ordinary Western text, for a tokenizer that does not exist before the data is read.
+ASSUMED_CHARACTERS = 128
+
+
+def show(config: ConfigDict, data: Path, console: Console) -> None:
+    """Prints the resolved config, parameters, bytes by category on one device, tokens and steps."""
+    config = ConfigDict(config).lock()
+    vocabulary = ""
+    if not config.model.vocab_size:
+        config.model.vocab_size, vocabulary = expected_vocabulary(config, data)
+    session = build_session(config, plan.make_abstract(config))
+    console.print(schema.to_json(config), end="", markup=False)
+    console.print(_facts(session, vocabulary))
+    console.print(_bytes(session))
+
+
+def expected_vocabulary(config: ConfigDict, data: Path) -> tuple[int, str]:
+    """(size, where it comes from) of the vocabulary that preparing the data would give."""
+    record = folder.read_record(data)
+    if "tokenizer" in record:
+        return record["tokenizer"]["vocab_size"], f"of the data prepared in {data}"
+    kind = config.tokenizer.kind
+    if kind in ("bpe", "unigram"):
+        return config.tokenizer.vocab_size, "tokenizer.vocab_size"
+    if kind == "char":
+        return ASSUMED_CHARACTERS, "assumed: counted when the data is prepared"
+    return tokenize.make(config, lambda: ()).vocab_size, f"of the tokenizer '{kind}'"
+
+
+def _facts(session: Session, vocabulary: str) -> Table:
+    config, train = session.config, session.config.train
+    mesh = " x ".join(f"{name} {size}" for name, size in session.plan.mesh.shape.items() if size > 1) or "one device"
+    table = Table("run", "", show_header=False, title="What would run", title_justify="left")
+    rows = {
+        "architecture": config.model.name,
+        "parameters": f"{count(session.abstract.params) + count(session.abstract.frozen):,}",
+        "trainable": f"{count(session.abstract.params):,}",
+        "vocabulary": f"{config.model.vocab_size:,}" + (f" ({vocabulary})" if vocabulary else ""),
+        "mesh": mesh,
+        "steps": f"{train.steps:,}",
+        "tokens a step": f"{session.positions_a_step:,} ({train.batch_seqs:,} rows of {session.row_tokens:,})",
+        "tokens in all": f"{train.steps * session.positions_a_step:,}",
+        "tokens a parameter": f"{train.steps * session.positions_a_step / count(session.abstract.params):.1f}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _bytes(session: Session) -> Table:
+    table = Table(
+        "bytes on one device", "MiB", title="Memory, by formula (activations and temporaries come on top)", title_justify="left"
+    )
+    table.columns[1].justify = "right"
+    sizes = bytes_by_category(session)
+    for name, size in sizes.items():
+        table.add_row(name, f"{size / 2**20:,.1f}")
+    table.add_section()
+    table.add_row("together", f"{sum(sizes.values()) / 2**20:,.1f}")
+    return table

@@ -1,0 +1,76 @@
+"""What a config turns into before the first step: plan, model, optimizer, the step, and what they will cost."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from jaxllm import models, registry
+from jaxllm.engine import state, step
+from jaxllm.optim import build, schedules
+from jaxllm.parallel.plan import Plan, shard_bytes
+from jaxllm.types import Model
+
+ROW_ARRAYS = 5  # tokens, targets, segments, positions, weights: 4 bytes a token each
+
+
+@dataclass(frozen=True)
+class Session:
+    """A training setup. `abstract` is the state as shapes and shardings; nothing is allocated yet."""
+
+    config: ConfigDict
+    plan: Plan
+    model: Model
+    optimizer: optax.GradientTransformation
+    update: step.Step
+    abstract: state.TrainState
+
+    def create(self) -> state.TrainState:
+        """The state before the first step."""
+        return state.create(self.model, self.optimizer, self.config, self.plan)
+
+    def compile(self) -> step.Compiled:
+        """The train step, compiled once and ahead of time."""
+        return step.compile(self.update, self.abstract, step.abstract_batch(self.config, self.plan))
+
+    @property
+    def row_tokens(self) -> int:
+        return self.config.data.row_tokens or self.config.model.context_tokens
+
+    @property
+    def positions_a_step(self) -> int:
+        """Token positions in one batch, padding included."""
+        return self.config.train.batch_seqs * self.row_tokens
+
+
+def build_session(config: ConfigDict, plan: Plan) -> Session:
+    """The setup that the whole config describes on the mesh of `plan`. model.vocab_size must be filled in."""
+    model = models.build(config, plan.constrain)
+    optimizer = build.make(config, model.axes)
+    objective = registry.resolve("objective", config.train.objective)(model, config)
+    update = step.make(objective, optimizer, schedules.make(config), config)
+    return Session(config, plan, model, optimizer, update, state.abstract(model, optimizer, config, plan))
+
+
+def count(tree: Any) -> int:
+    """Numbers in the arrays of a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def bytes_by_category(session: Session) -> Mapping[str, int]:
+    """Bytes on one device, from shapes and shardings alone: no activations, no temporaries (the compiler knows those)."""
+    abstract = session.abstract
+
+    def size(tree: Any) -> int:
+        return shard_bytes(jax.tree.map(lambda leaf: leaf.sharding, tree), tree)
+
+    return {
+        "parameters": size(abstract.params) + size(abstract.frozen),
+        "gradients": size(abstract.params),
+        "optimizer": size(abstract.opt_state),
+        "average": size(abstract.ema),
+        "batch": 4 * ROW_ARRAYS * session.positions_a_step // session.plan.batch_parts,
+    }

@@ -1,0 +1,186 @@
+"""The one train step: gradients of an objective, clipped, through an optimizer, into a new state.
+
+It does not know the model, the task, the mesh or the optimizer. Sums come before divisions: micro-batches add gradient totals, metric
+totals and weights, and the end divides once by the summed weight, so that the split into micro-batches cannot change the mean.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxllm.engine.state import LossScale, TrainState, random_key
+from jaxllm.transforms import tree
+from jaxllm.types import Batch, Mean, Metrics, Objective, Params
+
+Scalars = dict[str, jax.Array]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Scalars]]
+
+# Gradients of the total, the Mean that is minimized, the metrics: all of them sums, so they add.
+Sums = tuple[Params, Mean, Metrics]
+
+
+def make(objective: Objective, optimizer: optax.GradientTransformation, schedule: Callable[[Any], jax.Array], config: Any) -> Step:
+    """step(state, batch) -> (state, metrics), pure and traceable, for the whole config.
+
+    Metrics are float32 scalars still on the device: those of the objective divided by their weight, grad_norm (before clipping), lr,
+    weight (of the whole batch) and loss_scale (float16 only); int32 skipped and skipped_in_a_row; bool finite; and
+    moved: bool [trainable arrays], in the order of tree.named_leaves(state.params): whether a gradient reached the array.
+
+    A step whose loss or gradient is not finite leaves params, opt_state and ema as they are, bit for bit, and is counted; so
+    does a step of weight 0, which is not counted. `step` advances always, and with it schedule and data.
+    """
+    train = config.train
+    uses_dropout = config.model.dropout_frac > 0
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
+        rng = jax.random.fold_in(random_key(config.seed, "dropout"), state.step) if uses_dropout else None
+        sums = partial(_differentiate, objective, state)
+        gradients, mean, metrics = _accumulate(sums, batch, rng, train.microbatches)
+        weight = jnp.maximum(mean.weight, 1.0)
+        squares = jnp.stack([jnp.sum(jnp.square(gradient)) for gradient in jax.tree.leaves(gradients)])
+        norm = jnp.sqrt(jnp.sum(squares)) / weight
+        finite = jnp.isfinite(norm) & jnp.isfinite(mean.total)
+        lr = schedule(state.step)
+
+        def update(gradients: Params) -> tuple[Params, Any, Params | None]:
+            factor = _clip_factor(norm, config.optimizer.clip_norm) / weight
+            gradients = jax.tree.map(lambda gradient: gradient * factor, gradients)
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            params = jax.tree.map(lambda param, update: param + lr * update, state.params, updates)
+            ema = None if state.ema is None else jax.tree.map(partial(_average, train.ema_decay), state.ema, params)
+            return params, opt_state, ema
+
+        # Not jnp.where: with it XLA copies the whole optimizer state each step, here it writes in place as if there were no condition.
+        params, opt_state, ema = jax.lax.cond(
+            finite & (mean.weight > 0), update, lambda _: (state.params, state.opt_state, state.ema), gradients
+        )
+        state = replace(_count(state, finite, config.precision), params=params, opt_state=opt_state, ema=ema)
+        scalars = {name: each.total / jnp.maximum(each.weight, 1.0) for name, each in metrics.items()}
+        scalars |= {"grad_norm": norm, "lr": lr, "weight": mean.weight, "finite": finite, "moved": squares > 0}
+        scalars |= {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+        if state.loss_scale is not None:
+            scalars["loss_scale"] = state.loss_scale.scale
+        return state, scalars
+
+    return step
+
+
+def _differentiate(objective: Objective, state: TrainState, batch: Batch, rng: jax.Array | None) -> Sums:
+    """Sums of one micro-batch. Float16 goes back through the model as the scaled mean, whose size does not grow with the batch."""
+
+    def total(params: Params) -> tuple[jax.Array, tuple[Mean, Metrics]]:
+        mean, metrics = objective(tree.combine(params, state.frozen), batch, rng)
+        return mean.total, (mean, metrics)
+
+    _, backward, (mean, metrics) = jax.vjp(total, state.params, has_aux=True)
+    if state.loss_scale is None:
+        (gradients,) = backward(jnp.ones_like(mean.total))
+        return gradients, mean, metrics
+    factor = state.loss_scale.scale / jnp.maximum(mean.weight, 1.0)
+    (gradients,) = backward(factor)
+    return jax.tree.map(lambda gradient: gradient / factor, gradients), mean, metrics
+
+
+def _accumulate(sums: Callable[[Batch, jax.Array | None], Sums], batch: Batch, rng: jax.Array | None, microbatches: int) -> Sums:
+    """`sums` of the whole batch, a micro-batch at a time. Rows i, i + M, i + 2M ... make up one of M, so that each device keeps its own."""
+    if microbatches == 1:
+        return sums(batch, rng)
+    parts = {name: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
+
+    def body(so_far: Sums, part: tuple[Batch, jax.Array]) -> tuple[Sums, None]:
+        microbatch, index = part
+        more = sums(microbatch, None if rng is None else jax.random.fold_in(rng, index))
+        return jax.tree.map(jnp.add, so_far, more), None
+
+    shapes = jax.eval_shape(sums, {name: x[0] for name, x in parts.items()}, rng)
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    return jax.lax.scan(body, zeros, (parts, jnp.arange(microbatches)))[0]
+
+
+def _clip_factor(norm: jax.Array, clip_norm: float) -> jax.Array | float:
+    """What shortens a gradient of this norm to clip_norm if it is longer (Pascanu et al. 2013, arXiv:1211.5063, alg. 1); 0: never."""
+    return jnp.where(norm > clip_norm, clip_norm / norm, 1.0) if clip_norm else 1.0
+
+
+def _average(decay: float, old: jax.Array, new: jax.Array) -> jax.Array:
+    return decay * old + (1 - decay) * new
+
+
+def _count(state: TrainState, finite: jax.Array, precision: Any) -> TrainState:
+    """The counters and the loss scale after a step.
+
+    While the scale of float16 is above 1, an overflow is its business: it halves, and skipped_in_a_row stays. It doubles after so many
+    finite steps (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2).
+    """
+    failed = ~finite
+    blamed, loss_scale = failed, None
+    if state.loss_scale is not None:
+        scale, finite_steps = state.loss_scale.scale, state.loss_scale.finite_steps + 1
+        blamed = failed & (scale <= 1.0)
+        grown = finite_steps >= precision.loss_scale_growth_steps
+        after = jnp.where(failed, jnp.maximum(scale / 2, 1.0), jnp.where(grown, scale * 2, scale))
+        loss_scale = LossScale(after, jnp.where(failed | grown, 0, finite_steps))
+    return replace(
+        state,
+        step=state.step + 1,
+        loss_scale=loss_scale,
+        skipped=state.skipped + failed,
+        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + blamed),
+    )
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A step compiled for one state and one batch layout. Bytes are per device and the compiler's own figures.
+
+    peak_bytes: arguments + temporaries + outputs that are not written over an argument. flops: as XLA counts them, a scan body once.
+    """
+
+    executable: Any
+    compile_secs: float
+    argument_bytes: int
+    temp_bytes: int
+    output_bytes: int
+    peak_bytes: int
+    flops: float
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
+        """One step. The buffers of `state` are given away: it must not be used again."""
+        return self.executable(state, batch)
+
+
+def compile(step: Step, state: TrainState, batch: Any) -> Compiled:
+    """`step` compiled ahead of time for this abstract state (state.abstract with a plan) and batch (abstract_batch).
+
+    The new state lies where the old one lay and in its memory; metrics are replicated.
+    """
+    began = time.perf_counter()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    executable = jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step)).lower(state, batch).compile()
+    memory: Any = executable.memory_analysis()
+    costs: Any = executable.cost_analysis()
+    return Compiled(
+        executable=executable,
+        compile_secs=time.perf_counter() - began,
+        argument_bytes=memory.argument_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        peak_bytes=memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
+        flops=costs["flops"],
+    )
+
+
+def abstract_batch(config: Any, plan: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """The training batch of a config as ShapeDtypeStructs with the plan's sharding."""
+    shape = (config.train.batch_seqs, config.data.row_tokens or config.model.context_tokens)
+    dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "segments": jnp.int32, "positions": jnp.int32, "weights": jnp.float32}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=plan.batch_sharding()) for name, dtype in dtypes.items()}

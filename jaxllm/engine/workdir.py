@@ -1,0 +1,163 @@
+"""The run directory: where each file is, one writer at a time, and whether a changed config may continue what is there."""
+
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from ml_collections import ConfigDict
+
+from jaxllm import config as schema
+
+# Fields that a resumed run may change: they alter neither the model, the data nor the recipe. A number in the end: how long it
+# runs, what is written when, and how the same sums are computed.
+CHANGEABLE = (
+    "train.steps",
+    "train.microbatches",
+    "train.loss_chunk_tokens",
+    "train.max_nonfinite_steps",
+    "train.log_every_steps",
+    "train.trackers",
+    "model.attention",
+    "model.attention_block_tokens",
+    "model.layers_as",
+    "model.remat",
+    "data.dir",
+)
+CHANGEABLE_SECTIONS = ("eval", "checkpoint", "sample", "parallel")
+
+
+class Workdir:
+    """Paths of one run. Reading needs no lock; `open_workdir` takes it for writing."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.txt"
+        self.environment = self.path / "run.json"
+        self.provenance = self.path / "data.json"
+        self.report = self.path / "report.html"
+        self.pictures = self.path / "pictures"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.tokenizer = self.path / "tokenizer"
+        self.data = self.path / "data"
+        self.lock = self.path / "lock"
+        self._held: IO[str] | None = None
+
+    def __enter__(self) -> "Workdir":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets other runs write here."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+
+    def acquire(self) -> None:
+        """Makes the directory and locks it; ValueError that names the owner if another run holds it.
+
+        The lock belongs to the open file, so the system gives it back however this process ends.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = self.lock.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"--workdir {self.path} cannot be written: {error}.\n  Accepted: a directory, there or not, that may be written to."
+                "\n  Give another --workdir."
+            ) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "an unknown process"
+            file.close()
+            raise ValueError(
+                f"--workdir {self.path} is in use by another run: {owner}.\n"
+                "  Accepted: a directory that no run is writing to. Wait for it, stop it, or give another --workdir."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._held = file
+
+    def adopt_config(self, config: ConfigDict, *, resuming: bool) -> None:
+        """Writes config.json. If `resuming`, ValueError first if it changes what the checkpoints were trained with."""
+        if resuming and self.config.is_file():
+            check_continues(schema.load(self.config), config, self.config)
+        write_text(self.config, schema.to_json(config))
+
+
+def open_workdir(path: str | Path) -> Workdir:
+    """The run directory, made if need be and locked until `close` or the end of the process. See `Workdir.acquire` for errors."""
+    workdir = Workdir(path)
+    workdir.acquire()
+    return workdir
+
+
+def check_continues(stored: ConfigDict, given: ConfigDict, where: Path) -> None:
+    """ValueError that lists every field with its old and new value, if a run of `stored` cannot go on as `given`."""
+    old, new = schema.flatten(stored), schema.flatten(given)
+    # 0 stands for the tokenizer's size, which may be filled in on either side.
+    if 0 in (old["model.vocab_size"], new["model.vocab_size"]):
+        old["model.vocab_size"] = new["model.vocab_size"]
+    changed = [key for key in schema.SCHEMA if old[key] != new[key] and not may_change(key)]
+    if not changed:
+        return
+    listed = "".join(f"\n  {key} was {old[key]!r} and is now {new[key]!r}" for key in changed)
+    back = " ".join(f"--config.{key}={_flag(old[key])}" for key in changed)
+    raise ValueError(
+        f"the run in {where.parent} was begun with another config ({where.name}):{listed}\n"
+        f"  Accepted on resuming: other values of {', '.join(CHANGEABLE)}, or of any field in {', '.join(CHANGEABLE_SECTIONS)}.\n"
+        f"  Use another --workdir for a new run, or set it back: {back}"
+    )
+
+
+def may_change(key: str) -> bool:
+    """True if a resumed run may have another value of this field."""
+    return key in CHANGEABLE or key.partition(".")[0] in CHANGEABLE_SECTIONS
+
+
+def _flag(value: Any) -> str:
+    return shlex.quote(str(value))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces the file at once: a reader, or a run killed at any moment, sees the old text or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value`, indented, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def check_space(path: str | Path, needed_bytes: int) -> None:
+    """ValueError if the disk of `path` (there or not) has less than `needed_bytes` free."""
+    path = Path(path).absolute()
+    free_bytes = shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
+    if free_bytes < needed_bytes:
+        raise ValueError(
+            f"{path} is on a disk with {_gib(free_bytes)} free, and the checkpoints of this run need {_gib(needed_bytes)}.\n"
+            "  Accepted: a disk with room for them. Make room, give another --workdir, or lower checkpoint.keep_last and keep_best."
+        )
+
+
+def _gib(count_bytes: int) -> str:
+    return f"{count_bytes / 2**30:.2f} GiB" if count_bytes >= 2**30 else f"{count_bytes / 2**20:.1f} MiB"

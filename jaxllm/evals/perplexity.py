@@ -1,0 +1,81 @@
+"""How well a model predicts held-out text: loss, perplexity a token and bits a byte.
+
+    loss = sum of -log p(target) / number of weighted targets      (nats a token)
+    perplexity = exp(loss)
+    bits per byte = loss / ln 2 / bytes per token
+
+Only bits per byte compares models with different tokenizers. All three depend on how the text was cut into rows, so a
+number is worth little without the name that `metric_name` gives it.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxllm.objectives import tokens
+from jaxllm.types import Batch, Mean, Metrics, Model, Params, Tokenizer
+
+Evaluate = Callable[[Params, Iterable[Batch], float], dict[str, Any]]
+
+
+def make_eval(model: Model, config: ConfigDict) -> Evaluate:
+    """evaluate(params, batches, bytes_per_token) -> {"loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "bytes"}.
+
+    `bytes_per_token`: UTF-8 bytes that a weighted target of these batches stands for (`Shards.bytes_per_token`). "tokens" are
+    the weighted targets, "bytes" the text that they spell. Sums first, divides once: the size of a batch does not matter.
+    Dropout is off. Compiled once a batch shape; batches may lie on one device or on a mesh.
+    """
+    objective: Callable[..., tuple[Mean, Metrics]] = tokens.make(model, config)
+
+    @jax.jit
+    def measure(params: Params, batch: Batch) -> Metrics:
+        return objective(params, batch, None)[1]
+
+    def evaluate(params: Params, batches: Iterable[Batch], bytes_per_token: float) -> dict[str, Any]:
+        nll = correct = weight = 0.0
+        waiting = None
+        for batch in batches:
+            # Read the sums of the batch before while this one is computed; float64 on the host.
+            waiting, ready = measure(params, batch), waiting
+            if ready is not None:
+                nll, correct, weight = _add((nll, correct, weight), ready)
+        if waiting is not None:
+            nll, correct, weight = _add((nll, correct, weight), waiting)
+        return _row(nll, correct, weight, bytes_per_token)
+
+    return evaluate
+
+
+def _add(sums: tuple[float, float, float], metrics: Metrics) -> tuple[float, float, float]:
+    loss, accuracy = jax.device_get((metrics["loss"], metrics["accuracy"]))
+    return sums[0] + float(loss.total), sums[1] + float(accuracy.total), sums[2] + float(loss.weight)
+
+
+def _row(nll: float, correct: float, weight: float, bytes_per_token: float) -> dict[str, Any]:
+    if not weight:
+        raise ValueError(
+            "nothing to evaluate: no target has a weight above 0.\n  Accepted: rows in which a document has two tokens or more.\n"
+            "  Give more text."
+        )
+    loss = nll / weight
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "bits_per_byte": loss / math.log(2) / bytes_per_token if bytes_per_token else None,
+        "accuracy": correct / weight,
+        "tokens": int(weight),
+        "bytes": round(weight * bytes_per_token),
+    }
+
+
+def metric_name(config: ConfigDict, tokenizer: Tokenizer, row_tokens: int) -> str:
+    """What the perplexity is of, in full: two numbers may be compared if their names are equal."""
+    start = "BOS at document start" if tokenizer.bos_id is not None else "no BOS"
+    end = "EOS at document end is predicted" if tokenizer.eos_id is not None else "no EOS"
+    return (
+        f"token perplexity (window {row_tokens}, stride {row_tokens}, {start}, {end},"
+        f" tokenizer {config.tokenizer.kind}-{tokenizer.vocab_size})"
+    )

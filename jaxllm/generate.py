@@ -1,0 +1,93 @@
+"""Continues prompts with a trained model.
+
+  python -m jaxllm.generate --run DIR --prompt "..." [--prompt "..."] [--max_tokens N] [--temperature T] [--seed N]
+
+A single prompt is written as it is generated; several are generated together and printed one after the other.
+"""
+
+import sys
+import types
+from collections.abc import Iterable
+from pathlib import Path
+
+from absl import flags
+
+from jaxllm import api, command, runs
+from jaxllm.decode import text
+from jaxllm.engine import compilation
+from jaxllm.ops import sampling
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("run", None, "run directory of a trained model", required=True)
+    flags.DEFINE_integer("step", None, "checkpoint to use; default: the newest")
+    flags.DEFINE_multi_string("prompt", [], "text to continue, may be given several times; '' starts a new document")
+    flags.DEFINE_string("prompts_file", "", "UTF-8 file with one prompt a line")
+    flags.DEFINE_integer("max_tokens", 128, "new tokens for each prompt; fewer at the end of a document or of the context")
+    flags.DEFINE_float("temperature", 0.8, "0 is greedy, 1 is the model's own distribution")
+    flags.DEFINE_integer("top_k", 0, "draw from the k likeliest tokens; 0 means all")
+    flags.DEFINE_float("top_p", 1.0, "draw from the likeliest tokens that hold this probability; 1 means all")
+    flags.DEFINE_float("min_p", 0.0, "draw from tokens at least this likely, as a share of the likeliest; 0 means all")
+    flags.DEFINE_float("repetition_penalty", 1.0, "above 1 makes tokens that occurred before less likely")
+    flags.DEFINE_integer("seed", 0, "the same seed gives the same text")
+    flags.DEFINE_bool("stream", True, "write a single prompt's text as it is generated")
+
+
+def main(arguments: list[str]) -> None:
+    del arguments
+    given = flags.FLAGS
+    settings = sampling.Settings(given.temperature, given.top_k, given.top_p, given.min_p, given.repetition_penalty)
+    prompts = read_prompts(given.prompt, given.prompts_file)
+    compilation.use_cache()
+    run = runs.load(given.run, given.step, for_decoding=True)
+    model = (run.model, run.params, run.tokenizer)
+    options = {"max_new_tokens": given.max_tokens, "seed": given.seed}
+    if len(prompts) == 1 and given.stream:
+        write(prompts[0], text.stream(*model, prompts[0], settings, **options))
+        return
+    for prompt, continuation in zip(prompts, text.complete(*model, prompts, settings, **options), strict=True):
+        write(prompt, [continuation])
+
+
+def read_prompts(given: list[str], path: str) -> list[str]:
+    """The prompts of the command line, then those of the file; ValueError if there are none."""
+    prompts = given + _lines(path) if path else given
+    if not prompts:
+        raise ValueError(
+            'no prompt is given.\n  Accepted: --prompt "text", once or several times, or --prompts_file with one a line.\n'
+            '  Add --prompt; --prompt "" starts a new document.'
+        )
+    return prompts
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return [line for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines() if line]
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--prompts_file '{path}' is not UTF-8 ({error}).\n  Accepted: text in UTF-8, one prompt a line.\n  Convert the file."
+        ) from error
+
+
+def write(prompt: str, pieces: Iterable[str]) -> None:
+    """Prints the prompt and then each piece at once."""
+    sys.stdout.write(prompt)
+    sys.stdout.flush()
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+class _Callable(types.ModuleType):
+    """This module under its other name: `jaxllm.generate(...)` is the function of the API, also after `import jaxllm.generate`,
+    which puts the module in its place."""
+
+    __call__ = staticmethod(api.generate)
+
+
+sys.modules[__name__].__class__ = _Callable
+
+if __name__ == "__main__":
+    define_flags()
+    command.run(main)

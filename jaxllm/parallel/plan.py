@@ -1,0 +1,167 @@
+"""A mesh of devices and where each array lies on it: parameters, optimizer state, batch, activations.
+
+Axes are Auto (the compiler places what nobody placed), and every placement that we do ask for comes from one table, rules.py.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from absl import logging
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from jaxllm.parallel import rules
+from jaxllm.transforms import tree
+
+SIZES = ("data", "fsdp", "tensor")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A mesh and the table that maps logical axes onto it. An abstract mesh plans for devices that are not there."""
+
+    mesh: Mesh | AbstractMesh
+    rules: rules.Rules
+
+    def sharding(self, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str) -> NamedSharding:
+        """Where the array `name` lies; ValueError if its shape and axes do not fit the mesh."""
+        return NamedSharding(self.mesh, rules.spec(self.rules, self.mesh.shape, axes, shape, name))
+
+    def shardings(self, axes: Any, abstract: Any) -> Any:
+        """A tree like `abstract` (of anything with a shape), given the tree of its logical axes.
+
+        A leaf of `axes` may stand for several arrays: those of a quantized kernel keep the kernel's rank and axis order.
+        """
+
+        def one(path: Sequence[Any], leaf_axes: tuple[str, ...], leaf: Any) -> Any:
+            name = tree.path_name(path)
+            return jax.tree.map(lambda array: self.sharding(leaf_axes, array.shape, name), leaf)
+
+        return jax.tree.map_with_path(one, axes, abstract, is_leaf=_is_axes)
+
+    def state_shardings(self, abstract_state: Any, axes: Any, abstract_params: Any) -> Any:
+        """A tree like `abstract_state`: whatever mirrors a parameter lies where the parameter lies, the rest is replicated.
+
+        An array mirrors a parameter if its path ends in the parameter's whole path and their shapes are equal: moments, momentum,
+        averages, a training state that holds the parameters themselves. Counts, factored moments (Adafactor) and holes are the rest.
+        """
+        placed: dict[str, list[tuple[tuple[int, ...], NamedSharding]]] = {}
+        named = zip(tree.named_leaves(abstract_params), jax.tree.leaves(self.shardings(axes, abstract_params)), strict=True)
+        for (name, leaf), sharding in named:
+            placed.setdefault(name, []).append((leaf.shape, sharding))
+
+        def one(path: Sequence[Any], leaf: Any) -> NamedSharding:
+            parts = tree.path_name(path).split("/")
+            # The longest ending that is a parameter: "layers/mlp/norm/scale" is not the parameter "norm/scale".
+            endings = ("/".join(parts[start:]) for start in range(len(parts)))
+            mirrored = next((placed[ending] for ending in endings if ending in placed), [])
+            return next((sharding for shape, sharding in mirrored if shape == leaf.shape), self.replicated)
+
+        return jax.tree.map_with_path(one, abstract_state)
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """A whole copy on each device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def batch_sharding(self) -> NamedSharding:
+        """Of each [B, T] array of a batch."""
+        return NamedSharding(self.mesh, PartitionSpec(self.rules["batch"], self.rules["length"]))
+
+    @property
+    def batch_parts(self) -> int:
+        """In how many parts the mesh cuts a batch; its rows must be a multiple."""
+        return math.prod(self.mesh.shape[axis] for axis in self.rules["batch"])
+
+    def constrain(self, array: jax.Array, axes: tuple[str | None, ...], /) -> jax.Array:
+        """`array`, laid out as its logical axes say (types.Constrain)."""
+        if self.mesh.size == 1:
+            return array
+        return jax.lax.with_sharding_constraint(array, self.sharding(axes, array.shape, f"an activation {axes}"))
+
+
+def make(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Plan:
+    """The plan of `config.parallel` over `devices` (default: all); ValueError if there are too few or the batch does not divide."""
+    devices = jax.devices() if devices is None else devices
+    sizes = _fill(config, len(devices))
+    used = math.prod(sizes.values())
+    if used > len(devices):
+        raise ValueError(
+            f"{_product(sizes)} = {' x '.join(map(str, sizes.values()))} = {used}, but there are {len(devices)} devices.\n"
+            f"  Accepted: a product of up to {len(devices)}. Lower one of them, or set one to -1.\n"
+            f"  On a CPU the environment variable JAX_NUM_CPU_DEVICES={used} gives as many pretend devices."
+        )
+    if used < len(devices):
+        logging.warning("%s = %d of %d devices are used; the others stay idle.", _product(sizes), used, len(devices))
+    shape = _mesh_shape(sizes)
+    axis_types = (AxisType.Auto,) * len(shape)
+    mesh = jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=axis_types, devices=devices[:used])
+    return _checked(Plan(mesh, rules.RULES), config)
+
+
+def make_abstract(config: ConfigDict) -> Plan:
+    """The same without devices, for checks and memory plans; a size of -1 counts as 1."""
+    sizes = {axis: max(config.parallel[axis], 1) for axis in SIZES}
+    shape = _mesh_shape(sizes)
+    mesh = AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+    return _checked(Plan(mesh, rules.RULES), config)
+
+
+def shard_bytes(shardings: Any, abstract: Any) -> int:
+    """Bytes that the arrays of `abstract`, so sharded, take on one device."""
+
+    def one(sharding: NamedSharding, leaf: Any) -> int:
+        return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(one, shardings, abstract)))
+
+
+def _is_axes(node: Any) -> bool:
+    return isinstance(node, tuple) and all(isinstance(axis, str) for axis in node)
+
+
+def _fill(config: ConfigDict, devices: int) -> dict[str, int]:
+    """Sizes of the mesh axes, with -1 replaced by what the others leave over."""
+    sizes = {axis: config.parallel[axis] for axis in SIZES}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(
+            f"{' and '.join(f'parallel.{axis}' for axis in free)} are -1.\n  Accepted: one of them.\n  Give the others a size."
+        )
+    if not free:
+        return sizes
+    others = {axis: size for axis, size in sizes.items() if size != -1}
+    taken = math.prod(others.values())
+    if devices % taken:
+        accepted = ", ".join(str(part) for part in range(1, devices + 1) if devices % part == 0)
+        raise ValueError(
+            f"{_product(others)} = {taken} does not divide the {devices} devices that parallel.{free[0]} = -1 would share out.\n"
+            f"  Accepted: {accepted}. Set the product to one of these, or parallel.{free[0]} to a size.\n"
+            "  On a CPU the environment variable JAX_NUM_CPU_DEVICES sets the number of pretend devices."
+        )
+    return {axis: devices // taken if size == -1 else size for axis, size in sizes.items()}
+
+
+def _mesh_shape(sizes: Mapping[str, int]) -> dict[str, int]:
+    return {axis: sizes.get(axis, 1) for axis in rules.MESH_AXES}
+
+
+def _product(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"parallel.{axis}" for axis in sizes)
+
+
+def _checked(plan: Plan, config: ConfigDict) -> Plan:
+    """The plan; ValueError unless each part of a batch gets as many rows."""
+    train, parts = config.train, plan.batch_parts
+    rows = train.batch_seqs // train.microbatches
+    if rows % parts:
+        raise ValueError(
+            f"train.batch_seqs / train.microbatches = {train.batch_seqs} / {train.microbatches} = {rows} rows cannot be shared out"
+            f" over parallel.data x parallel.fsdp = {parts}.\n  Accepted: multiples of {parts} rows.\n"
+            f"  Set train.batch_seqs to a multiple of {parts * train.microbatches}, such as"
+            f" {-(-rows // parts) * parts * train.microbatches}."
+        )
+    return plan

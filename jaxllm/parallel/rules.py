@@ -1,0 +1,80 @@
+"""The table that says which mesh axes share which dimension, and how a row of logical axes becomes a PartitionSpec.
+
+Mesh axes, outermost (slowest link) first:
+    pipe    stages of layers             data    copies of the model, each with its part of the batch
+    fsdp    parts of every parameter, and of the batch (ZeRO-3: Rajbhandari et al. 2020, arXiv:1910.02054, section 5)
+    seq     parts of a sequence          tensor  parts of each matrix product (Shoeybi et al. 2019, arXiv:1909.08053, section 3)
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+
+from jax.sharding import PartitionSpec
+
+MESH_AXES = ("pipe", "data", "fsdp", "seq", "tensor")
+
+Rules = Mapping[str, tuple[str, ...]]
+
+# logical axis -> the mesh axes that share it, together; () is not shared. A new logical axis is one line here.
+RULES: Rules = {
+    "batch": ("data", "fsdp"),
+    "length": ("seq",),
+    "layers": ("pipe",),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "embed_act": (),  # the residual stream, whose batch has taken fsdp already
+}
+
+
+def spec(
+    rules: Rules, mesh_shape: Mapping[str, int], axes: tuple[str | None, ...], shape: tuple[int, ...], name: str
+) -> PartitionSpec:
+    """How the array `name` with these logical axes lies on the mesh; None is an axis that is not shared.
+
+    ValueError for a logical axis without a rule, two that land on one mesh axis, or a dimension that does not divide.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(
+            f"'{name}' has shape {shape} but logical axes {axes}.\n  Accepted: one logical axis a dimension.\n  Change its declaration."
+        )
+    entries, owner = [], dict[str, str]()
+    for dimension, (axis, size) in enumerate(zip(axes, shape, strict=True)):
+        shared_by = () if axis is None else _look_up(rules, axis, name)
+        for mesh_axis in shared_by:
+            if mesh_axis in owner:
+                raise ValueError(
+                    f"'{name}' {axes}: the logical axes '{owner[mesh_axis]}' and '{axis}' both land on the mesh axis '{mesh_axis}'.\n"
+                    "  Accepted: each mesh axis once an array.\n  Change one of the two lines in parallel/rules.py."
+                )
+            owner[mesh_axis] = str(axis)
+        _check_divides(mesh_shape, shared_by, size, f"dimension {dimension} ('{axis}') of '{name}'")
+        entries.append(shared_by if len(shared_by) > 1 else shared_by[0] if shared_by else None)
+    return PartitionSpec(*entries)
+
+
+def _look_up(rules: Rules, axis: str, name: str) -> tuple[str, ...]:
+    if axis in rules:
+        return rules[axis]
+    near = difflib.get_close_matches(axis, rules, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    raise ValueError(
+        f"no rule for the logical axis '{axis}' of '{name}'.{hint}\n  Accepted: {', '.join(rules)}.\n  Add a line to parallel/rules.py."
+    )
+
+
+def _check_divides(mesh_shape: Mapping[str, int], shared_by: tuple[str, ...], size: int, what: str) -> None:
+    parts = math.prod(mesh_shape[axis] for axis in shared_by)
+    if size % parts == 0:
+        return
+    product = " x ".join(f"parallel.{axis}" for axis in shared_by)
+    # A mesh of more devices than this has not been built; listing more divisors would help nobody.
+    accepted = [part for part in range(1, min(size, 4096) + 1) if size % part == 0]
+    raise ValueError(
+        f"{product} = {parts} does not divide {what}, which is {size}.\n"
+        f"  Accepted: {', '.join(map(str, accepted))}. Set {product} to one of these, or change that size."
+    )

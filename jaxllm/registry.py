@@ -1,0 +1,78 @@
+"""Names to code: the toolkit's table of contents.
+
+Each line is `"name": "module:attribute"`, imported only when asked for, so that reading this file costs nothing and optional
+packages stay optional. To add a model, objective, optimizer, ... write one file and one line here.
+"""
+
+import difflib
+import importlib
+from typing import Any
+
+TABLE: dict[str, dict[str, str]] = {
+    "model": {
+        "gpt": "jaxllm.models.gpt:make",
+        "llama": "jaxllm.models.llama:make",
+    },
+    "objective": {
+        "causal_lm": "jaxllm.objectives.tokens:make",
+    },
+    "attention": {
+        "blocked": "jaxllm.ops.attention:blocked",
+        "plain": "jaxllm.ops.attention:plain",
+    },
+    "optimizer": {
+        "adamw": "jaxllm.optim.build:adamw",
+        "lion": "jaxllm.optim.build:lion",
+        "adafactor": "jaxllm.optim.build:adafactor",
+        "muon": "jaxllm.optim.build:muon",
+    },
+    "schedule": {
+        "constant": "jaxllm.optim.schedules:constant",
+        "linear": "jaxllm.optim.schedules:linear",
+        "cosine": "jaxllm.optim.schedules:cosine",
+        "wsd": "jaxllm.optim.schedules:wsd",
+        "inverse_sqrt": "jaxllm.optim.schedules:inverse_sqrt",
+    },
+    "documents": {
+        "python_docs": "jaxllm.data.sources.python_docs:read",
+        "text": "jaxllm.data.sources.text:read",
+        "jsonl": "jaxllm.data.sources.jsonl:read",
+        "csv": "jaxllm.data.sources.tables:read_csv",
+        "parquet": "jaxllm.data.sources.tables:read_parquet",
+        "hf": "jaxllm.data.sources.hf:read",
+    },
+    "cleaner": {
+        "unicode": "jaxllm.data.clean:unicode",
+        "control": "jaxllm.data.clean:control",
+        "whitespace": "jaxllm.data.clean:whitespace",
+        "min_chars": "jaxllm.data.clean:min_chars",
+    },
+    "tokenizer": {
+        "bpe": "jaxllm.data.tokenizers.sentencepiece:train_bpe",
+        "unigram": "jaxllm.data.tokenizers.sentencepiece:train_unigram",
+        "byte": "jaxllm.data.tokenizers.byte:train",
+        "char": "jaxllm.data.tokenizers.char:train",
+        "file": "jaxllm.data.tokenizers.file:load",
+    },
+    "tracker": {
+        "jsonl": "jaxllm.engine.trackers.jsonl:make",
+        "tensorboard": "jaxllm.engine.trackers.tensorboard:make",
+        "wandb": "jaxllm.engine.trackers.wandb:make",
+        "mlflow": "jaxllm.engine.trackers.mlflow:make",
+    },
+}
+
+
+def names(kind: str) -> tuple[str, ...]:
+    """All registered names of a kind, sorted."""
+    return tuple(sorted(TABLE[kind]))
+
+
+def resolve(kind: str, name: str) -> Any:
+    """The object registered as `name`; ValueError with the accepted names and the nearest one if there is none."""
+    if name not in TABLE[kind]:
+        near = difflib.get_close_matches(name, TABLE[kind], n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"unknown {kind} '{name}'.{hint}\n  Accepted: {', '.join(names(kind))}.")
+    module, attribute = TABLE[kind][name].split(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,100 @@
+"""The pictures of one run."""
+
+from collections.abc import Callable
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from jaxllm.report import canvas
+from jaxllm.report.canvas import Theme
+from jaxllm.report.runs import Run, column
+from jaxllm.report.summary import smoothed
+
+Draw = Callable[[Run, Theme], Figure | None]
+
+WIDE, SMALL = (7.0, 3.8), (5.2, 2.9)
+
+
+def loss(run: Run, theme: Theme) -> Figure | None:
+    """Training loss, raw and smoothed, and every evaluation; None if there is nothing to draw."""
+    steps, raw = column(run.train, "step"), column(run.train, "loss")
+    eval_steps, scores = column(run.evals, "step"), column(run.evals, "loss")
+    if not np.isfinite(raw).any() and not np.isfinite(scores).any():
+        return None
+    drawn = canvas.figure(theme, *WIDE)
+    axes = drawn.add_subplot()
+    canvas.dress(axes, theme, "Loss", "step", "nats per token")
+    canvas.count_ticks(axes.xaxis)
+    smooth, (blue, orange) = smoothed(raw), theme.lines[:2]
+    axes.plot(steps, raw, color=blue, linewidth=0.8, alpha=0.35)
+    canvas.line(axes, steps, smooth, blue)
+    axes.plot(eval_steps, scores, color=orange, linewidth=1.2, marker="o", markersize=5)
+    cut = canvas.fit(axes, [raw, scores])
+    if cut is not None:
+        first = raw[np.isfinite(raw)][0]
+        axes.set_title(f"starts at {first:.2f}, above the picture", loc="right", fontsize=8.5, color=theme.faint, pad=10)
+    ends = [
+        (f"{name} {_last(values):.3f}", _last(where), _last(values), color)
+        for name, where, values, color in (("training", steps, smooth, blue), ("validation", eval_steps, scores, orange))
+        if np.isfinite(values).any()
+    ]
+    axes.set_xlim(left=0)
+    canvas.label_ends(axes, ends)
+    return drawn
+
+
+def learning_rate(run: Run, theme: Theme) -> Figure | None:
+    def ticks(axes: Axes) -> None:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1e}".replace("e-0", "e-") if value else "0"))
+        axes.set_ylim(bottom=0)
+
+    return _small(run, theme, "lr", "Learning rate", "size of a step", ticks)
+
+
+def gradient_norm(run: Run, theme: Theme) -> Figure | None:
+    def ticks(axes: Axes) -> None:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+
+    return _small(run, theme, "grad_norm", "Gradient norm before clipping", "global norm (log scale)", ticks)
+
+
+def speed(run: Run, theme: Theme) -> Figure | None:
+    def ticks(axes: Axes) -> None:
+        canvas.count_ticks(axes.yaxis)
+        axes.set_ylim(bottom=0)
+
+    return _small(run, theme, "tokens_per_sec", "Speed", "tokens a second", ticks)
+
+
+# Name of the file and what a screen reader says, in the order of the page.
+PICTURES: dict[str, tuple[Draw, str]] = {
+    "loss": (loss, "Training and validation loss against the step"),
+    "learning_rate": (learning_rate, "Learning rate against the step"),
+    "gradient_norm": (gradient_norm, "Gradient norm against the step"),
+    "tokens_per_sec": (speed, "Tokens per second against the step"),
+}
+
+
+def _small(run: Run, theme: Theme, name: str, title: str, unit: str, ticks: Callable[[Axes], None]) -> Figure | None:
+    # Speed without its first row, which includes compilation.
+    rows = run.train[1:] if name == "tokens_per_sec" else run.train
+    values = column(rows, name)
+    if not np.isfinite(values).any():
+        return None
+    drawn = canvas.figure(theme, *SMALL)
+    axes = drawn.add_subplot()
+    canvas.dress(axes, theme, title, "step", unit)
+    canvas.count_ticks(axes.xaxis)
+    canvas.line(axes, column(rows, "step"), values, theme.lines[0])
+    axes.set_xlim(left=0)
+    ticks(axes)
+    return drawn
+
+
+def _last(values: np.ndarray) -> float:
+    return float(values[np.isfinite(values)][-1])

@@ -1,0 +1,210 @@
+"""Trains a model: prepares the data if need be, resumes if there is a checkpoint, writes a report at the end.
+
+  python -m jaxllm.train --config configs/NAME.py [--config.a.b=value ...] [--workdir DIR] [--dry_run]
+
+The same command again goes on from the last checkpoint.
+"""
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from jaxllm import command, dry_run, models
+from jaxllm.data import loader
+from jaxllm.data.prepare import Prepared, place, prepare
+from jaxllm.decode import text
+from jaxllm.engine import compilation, hooks, trackers
+from jaxllm.engine.checkpoint import Checkpoints
+from jaxllm.engine.environment import Record
+from jaxllm.engine.loop import Hook, Monitor, train
+from jaxllm.engine.progress import Progress
+from jaxllm.engine.session import Session, build_session, count
+from jaxllm.engine.signals import Interrupts
+from jaxllm.engine.state import TrainState, eval_params
+from jaxllm.engine.step import Compiled
+from jaxllm.engine.workdir import Workdir, check_space, open_workdir, write_json
+from jaxllm.evals import perplexity
+from jaxllm.ops import sampling
+from jaxllm.parallel import plan
+from jaxllm.report.training import write_report
+from jaxllm.transforms import tree
+
+
+def main(arguments: list[str]) -> int:
+    del arguments
+    config, path = command.experiment()
+    console = Console(soft_wrap=True)
+    if flags.FLAGS.dry_run:
+        dry_run.show(config, place(config, path), console)
+        return 0
+    compilation.use_cache()
+    with open_workdir(path) as workdir:
+        return run(config, workdir, console)
+
+
+def run(config: ConfigDict, workdir: Workdir, console: Console) -> int:
+    """Trains in an open run directory; the exit code: 0, or 128 + the signal that ended the run early."""
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
+    checkpoints = Checkpoints(workdir.checkpoints, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best)
+    resuming = checkpoints.latest() is not None
+    workdir.adopt_config(config, resuming=resuming)
+    prepared = prepare(config, place(config, workdir.path), log=say)
+    config = with_vocabulary(config, prepared)
+    workdir.adopt_config(config, resuming=resuming)
+    shutil.copytree(prepared.directory / "tokenizer", workdir.tokenizer, dirs_exist_ok=True)
+    write_json(workdir.provenance, prepared.record)
+
+    session = build_session(config, plan.make(config))
+    kept = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
+    stored_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(session.abstract))
+    check_space(workdir.checkpoints, kept * stored_bytes)
+    checkpoints.remove_incomplete()
+    state = _restore(checkpoints, session, prepared) if resuming else session.create()
+    start = int(state.step)
+    if start >= config.train.steps:
+        say(f"this run is at step {start} of {config.train.steps} already. Raise train.steps to go on. Writing its report again.")
+        say(f"report: {write_report(workdir.path)}")
+        return 0
+    begin = f"resuming at step {start}" if resuming else "starting"
+    say(f"{begin}: {config.model.name}, {count(session.abstract.params):,} trainable parameters")
+    say(f"{session.positions_a_step:,} tokens a step, {config.train.steps:,} steps; compiling ...")
+    compiled = session.compile()
+    record = Record(workdir.environment, session, compiled, start)
+    with Interrupts() as interrupts:
+        step, state, reason = _train(session, compiled, state, prepared, checkpoints, workdir, console, interrupts)
+    record.end(step, reason)
+    say(f"report: {write_report(workdir.path)}")
+    if interrupts.received is not None and step < config.train.steps:
+        say(f"{reason} at step {step}: everything is saved. To go on, run the same command again:\n  {_same_command()}")
+        return 128 + interrupts.received
+    say(
+        f"done. Try: python -m jaxllm.generate --run {shlex.quote(str(workdir.path))} --prompt {shlex.quote(config.sample.prompts[0])}"
+    )
+    return 0
+
+
+def with_vocabulary(config: ConfigDict, prepared: Prepared) -> ConfigDict:
+    """A copy whose model.vocab_size is the tokenizer's if it was left open."""
+    config = ConfigDict(config).lock()
+    config.model.vocab_size = config.model.vocab_size or prepared.tokenizer.vocab_size
+    return config
+
+
+def _restore(checkpoints: Checkpoints, session: Session, prepared: Prepared) -> TrainState:
+    """The newest state; ValueError if the rows are not those that the run was trained on."""
+    restored = checkpoints.restore(session.abstract)
+    then, now = restored.meta["rows"], prepared.train.fingerprint
+    if then != now:
+        raise ValueError(
+            f"the rows in {prepared.directory} are not those that this run was trained on: their hash is {now[:16]}.\n"
+            f"  Accepted: {then[:16]}. Put the source back as it was and prepare again, or use another --workdir."
+        )
+    return restored.tree
+
+
+def _train(
+    session: Session,
+    compiled: Compiled,
+    state: TrainState,
+    prepared: Prepared,
+    checkpoints: Checkpoints,
+    workdir: Workdir,
+    console: Console,
+    interrupts: Interrupts,
+) -> tuple[int, TrainState, str]:
+    """(updates done, state, why it ended). Everything that needs closing is closed, whatever happens."""
+    config, start, total = session.config, int(state.step), session.config.train.steps
+    with ExitStack() as stack:
+        stack.callback(checkpoints.close)
+        progress = stack.enter_context(Progress(total, start, console))
+        tracker = trackers.open_all(config, workdir.path, start, progress.message)
+        stack.callback(tracker.close)
+        source = stack.enter_context(
+            loader.make(
+                prepared.train, batch_seqs=config.train.batch_seqs, seed=config.seed, sharding=session.plan.batch_sharding()
+            )
+        )
+
+        def write(row: Mapping[str, Any]) -> None:
+            tracker.write(row)
+            progress.update(row)
+
+        monitor = Monitor(
+            source=source,
+            write=write,
+            message=progress.message,
+            log_every_steps=config.train.log_every_steps,
+            max_nonfinite_steps=config.train.max_nonfinite_steps,
+            positions_a_step=session.positions_a_step,
+            parameter_names=[name for name, _ in tree.named_leaves(session.abstract.params)],
+        )
+        validation = hooks.Validation(_make_evaluation(session, prepared), write, progress.message)
+
+        def save(step: int, state: TrainState) -> None:
+            checkpoints.save(step, state, loss=validation.loss(step), meta={"rows": prepared.train.fingerprint})
+
+        beside = [Hook(validation.run, config.eval.every_steps)]
+        if config.sample.tokens and config.sample.prompts:
+            keep = hooks.samples(
+                _make_sampler(session, prepared),
+                config.sample.prompts,
+                lambda step, said: tracker.text(step, "samples", said),
+                progress.message,
+            )
+            beside.append(Hook(keep, config.sample.every_steps))
+        beside.append(Hook(save, config.checkpoint.every_steps))
+        step, state = train(compiled, state, source, monitor, beside, start=start, total=total, stop=lambda: interrupts.received)
+        if step < total:
+            save(step, state)
+    return step, state, "done" if interrupts.received is None or step == total else interrupts.received.name
+
+
+def _make_evaluation(session: Session, prepared: Prepared) -> Any:
+    """evaluate(state) -> the row of a validation."""
+    config, shards = session.config, prepared.validation
+    measure = perplexity.make_eval(session.model, config)
+    batch_seqs = config.train.batch_seqs // config.train.microbatches
+
+    def evaluate(state: TrainState) -> Mapping[str, Any]:
+        batches = loader.sweep(shards, batch_seqs, session.plan.batch_sharding(), config.eval.max_seqs)
+        return measure(eval_params(state), batches, shards.bytes_per_token)
+
+    return evaluate
+
+
+def _make_sampler(session: Session, prepared: Prepared) -> Any:
+    """generate(state, step) -> one continuation a prompt, drawn with the seed of the run and the step."""
+    sample = session.config.sample
+    # Without the plan's layout of activations: a few prompts do not divide over the mesh, so the compiler follows the weights.
+    model = models.build(session.config)
+    settings = sampling.Settings(temperature=sample.temperature)
+
+    def generate(state: TrainState, step: int) -> list[str]:
+        seed = (session.config.seed + step) % 2**32
+        return text.complete(
+            model, eval_params(state), prepared.tokenizer, sample.prompts, settings, max_new_tokens=sample.tokens, seed=seed
+        )
+
+    return generate
+
+
+def _same_command() -> str:
+    return shlex.join([os.path.basename(sys.executable), "-m", "jaxllm.train", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    command.define_flags()
+    flags.DEFINE_bool("dry_run", False, "print config, parameter count, bytes, tokens and steps; compile nothing, write nothing")
+    command.run(main)

@@ -1,0 +1,120 @@
+"""The few shapes that everything else is made of.
+
+A model is a pair of pure functions over a parameter tree. An objective is `loss(params, batch, rng)`.
+A source yields batches as a function of the step. There is one train step, and it knows no more than this file.
+
+Letters used in array names all over the package:
+B batch, T query length, S key length, D width, H heads, G key/value heads, K head width, F mlp width, V vocabulary, L layers.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+# A nested dict of arrays (later also of leaf types such as quantized kernels). `params["layers"]` is either a list with one
+# tree a layer (unrolled) or one tree whose arrays have a leading layer axis (scan); see transforms/tree.py.
+Params = dict[str, Any]
+
+# tokens, targets, segments, positions: int32 [B, T]; weights: float32 [B, T].
+#   segments   which document a token belongs to, counted from 1 in each row; 0 is padding. Attention stays inside a segment.
+#   positions  index inside the document, from 0 at its first token in the row.
+#   weights    how much the prediction of `targets` counts in the loss; 0 for padding and across document borders.
+# Three arrays, three names: none of them is ever derived from another one inside a model or an objective.
+Batch = Mapping[str, jax.Array]
+
+# Logical axis names of one parameter, one a dimension, e.g. ("embed", "heads", "head_dim"); see parallel/rules.py.
+Axes = tuple[str, ...]
+
+
+class Mean(NamedTuple):
+    """A mean that has not been divided yet: micro-batches and devices add both parts, and only the end divides."""
+
+    total: jax.Array
+    weight: jax.Array
+
+
+Metrics = dict[str, Mean]
+
+# The first Mean is what is minimized: gradients of `total` are summed and divided by the summed `weight`.
+Objective = Callable[[Params, Batch, jax.Array], tuple[Mean, Metrics]]
+
+
+class Constrain(Protocol):
+    """Tells the compiler how an activation is laid out on the mesh. Models call it and do not know any mesh."""
+
+    def __call__(self, array: jax.Array, axes: tuple[str | None, ...], /) -> jax.Array: ...
+
+
+def unconstrained(array: jax.Array, axes: tuple[str | None, ...], /) -> jax.Array:
+    """The `Constrain` of a single device."""
+    del axes
+    return array
+
+
+@dataclass(frozen=True)
+class Model:
+    """A language model as pure functions. `params` is the first argument of each.
+
+    init(rng) -> params in float32, plain nested dict.
+    axes: tree like params whose leaves are `Axes`.
+    apply(params, tokens_BT, *, segments=None, positions=None, rng=None) -> logits_BTV in float32. Without `segments` a row
+        is one document; without `positions` they count from 0. `rng` switches dropout on.
+    hidden: same arguments as apply -> hidden_BTD after the final norm, in the compute dtype.
+    head(params) -> kernel_VD, the output projection (the embedding itself when tied).
+    init_cache(batch_seqs, length_tokens) -> an empty key/value cache, a tree of arrays that `decode` fills.
+    decode(params, tokens_BT, lengths_B, cache) -> (logits_BV of each row's last valid token in float32, cache). Appends
+        the first `lengths_B` tokens of each row (the rest is right padding) behind what the row's cache holds.
+    """
+
+    name: str
+    config: Any
+    axes: Any
+    init: Callable[[jax.Array], Params]
+    apply: Callable[..., jax.Array]
+    hidden: Callable[..., jax.Array]
+    head: Callable[[Params], Any]
+    init_cache: Callable[[int, int], Any]
+    decode: Callable[..., tuple[jax.Array, Any]]
+
+
+class Source(Protocol):
+    """Yields batches as a function of the step: no iterator, so there is no position to lose."""
+
+    def batch(self, step: int) -> Mapping[str, Any]:
+        """The global batch of this step as numpy arrays, restricted to the rows of this host."""
+        ...
+
+    def rows(self, step: int) -> Any:
+        """Indices, in the data set, of the rows that make up the global batch of this step (for error messages)."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. `decode(encode(text)) == text` for every text the tokenizer can represent."""
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: no bos, no eos (these are added in one place, data/pack.py)."""
+        ...
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of every text, faster."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of any valid ids: special tokens are left out, bytes that are no whole character become U+FFFD."""
+        ...
+
+    def contents(self) -> Mapping[str, bytes]:
+        """Name -> bytes of the files that `save` writes: everything that decides the ids of a text."""
+        ...
+
+    def save(self, directory: str) -> None:
+        """Writes files from which `data.tokenize.load(directory)` makes an equal tokenizer."""
+        ...

@@ -1,0 +1,157 @@
+"""Generated ids: against the full forward pass, against themselves in other batches, and where they must stop."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm import config, models
+from jaxllm.decode import generate
+from jaxllm.ops.sampling import Settings
+from jaxllm.types import Model, Params
+
+VOCAB, CONTEXT = 50, 64
+GREEDY = Settings(temperature=0)
+SAMPLED = Settings(temperature=0.9, top_k=20, top_p=0.95, min_p=0.01, repetition_penalty=1.2)
+# Of different lengths, and one twice; all in the smallest buckets, as every further shape is compiled.
+PROMPTS = [[3, 1, 4], [1], [(7 * i) % VOCAB for i in range(20)], [3, 1, 4]]
+
+
+@cache
+def made(name: str = "llama", layers_as: str = "unrolled") -> tuple[Model, Params]:
+    """A random model whose logits are far enough apart for argmax to be the same in every batch."""
+    settings = config.base()
+    sizes = {"vocab_size": VOCAB, "context_tokens": CONTEXT, "layers": 2, "width": 32, "heads": 4, "kv_heads": 2}
+    settings.model.update({"name": name, "layers_as": layers_as, **sizes})
+    model = models.build(settings)
+    return model, jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(0)))
+
+
+def run(model: Model, params: Params, prompts: list[list[int]], settings: Settings = GREEDY, **changes: Any) -> list[list[int]]:
+    options = {"max_new_tokens": 12, "stop_ids": (), "vocab_size": VOCAB, "seed": 5, **changes}
+    return generate.generate(model, params, prompts, settings, **options)
+
+
+def argmax_of_full_forward(model: Model, params: Params, prompt: list[int], count: int) -> list[int]:
+    """The oracle: no cache, the whole sequence again for each token."""
+    apply, ids = jax.jit(model.apply), list(prompt)
+    for _ in range(count):
+        row = jnp.zeros((1, CONTEXT), jnp.int32).at[0, : len(ids)].set(jnp.array(ids))
+        ids.append(int(apply(params, row)[0, len(ids) - 1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize(("name", "layers_as"), [("llama", "unrolled"), ("llama", "scan"), ("gpt", "unrolled")])
+def test_greedy_is_argmax_of_the_full_forward_pass(name: str, layers_as: str) -> None:
+    model, params = made(name, layers_as)
+    expected = [argmax_of_full_forward(model, params, prompt, 12) for prompt in PROMPTS]
+    assert len({token for row in expected for token in row}) > 8, "the test model is stuck on a few tokens"
+    assert run(model, params, PROMPTS) == expected
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_row_does_not_depend_on_its_batch(settings: Settings) -> None:
+    model, params = made()
+    together = run(model, params, PROMPTS, settings)
+    assert [run(model, params, [prompt], settings)[0] for prompt in PROMPTS[:3]] == together[:3]
+    assert run(model, params, [PROMPTS[2], PROMPTS[0], PROMPTS[1]], settings) == [together[2], together[0], together[1]]
+
+
+def test_sampling_is_a_function_of_seed_prompt_and_copy() -> None:
+    model, params = made()
+    first, again, other = (run(model, params, PROMPTS, SAMPLED, seed=seed) for seed in (5, 5, 6))
+    assert first == again
+    assert all(a != b for a, b in zip(first, other, strict=True))
+    assert first[0] != first[3], "equal prompts must get different samples"
+
+
+def test_streams_end_where_generate_does() -> None:
+    model, params = made()
+    options = {"max_new_tokens": 12, "vocab_size": VOCAB, "seed": 5}
+    for settings in (GREEDY, SAMPLED):
+        whole = run(model, params, [PROMPTS[0]], settings)[0]
+        parts = list(generate.stream(model, params, PROMPTS[0], settings, stop_ids=(), chunk_tokens=4, **options))
+        assert parts == [whole[:1], whole[:5], whole[:9], whole]
+
+
+def test_rows_stop_at_their_own_stop_id() -> None:
+    model, params = made()
+    free = run(model, params, PROMPTS)
+    stop = free[0][1]
+    expected = [row[: row.index(stop)] if stop in row else row for row in free]
+    assert len(expected[0]) < max(map(len, expected)), "the test needs a row that goes on"
+    assert run(model, params, PROMPTS, stop_ids=(stop,)) == expected
+
+
+def test_second_call_compiles_nothing() -> None:
+    """Other prompts, another seed and another number of tokens are data, as long as the shapes fall into the same buckets."""
+    model, params = made()
+    traced: list[int] = []
+
+    def counting(function: Callable) -> Callable:
+        return lambda *arguments: (traced.append(1), function(*arguments))[1]
+
+    model = dataclasses.replace(model, decode=counting(model.decode))
+    run(model, params, [[1, 2, 3]], SAMPLED, max_new_tokens=3)
+    once = len(traced)
+    run(model, params, [[4]], SAMPLED, max_new_tokens=9, seed=8)
+    assert once > 0
+    assert len(traced) == once
+
+
+def test_first_token_has_the_softmax_distribution() -> None:
+    """640 copies of one prompt: every frequency within 5 standard deviations of softmax(logits / temperature)."""
+    model, params = made()
+    copies = 640
+    found = run(model, params, [[3, 1, 4]] * copies, Settings(temperature=2.0), max_new_tokens=1)
+    counts = np.bincount([row[0] for row in found], minlength=VOCAB)
+    logits = np.asarray(model.apply(params, jnp.array([[3, 1, 4]]))[0, -1], np.float64) / 2
+    p = np.exp(logits - logits.max())
+    p /= p.sum()
+    assert p.max() < 0.9
+    assert np.all(np.abs(counts - copies * p) <= 5 * np.sqrt(copies * p * (1 - p)) + 1)
+
+
+def test_only_ids_of_the_tokenizer_are_drawn() -> None:
+    model, params = made()
+    assert max(token for row in run(model, params, PROMPTS) for token in row) >= 10
+    assert max(token for row in run(model, params, PROMPTS, vocab_size=10) for token in row) < 10
+
+
+def test_generation_ends_at_the_context(caplog: pytest.LogCaptureFixture) -> None:
+    """The long row stops, the short one goes on; neither changes the other. Both lie in larger buckets than other tests use."""
+    model, params = made()
+    prompts = [[5] * (CONTEXT - 3), [2]]
+    caplog.clear()
+    rows = run(model, params, prompts)
+    assert [len(row) for row in rows] == [3, 12]
+    assert "12 new tokens do not fit behind a prompt of 61 tokens in the model's context of 64: stopping after 3." in caplog.text
+    assert rows == [argmax_of_full_forward(model, params, prompt, count) for prompt, count in zip(prompts, (3, 12), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changes", "words"),
+    [
+        ([[1], []], {}, r"a prompt of 0 tokens[\s\S]*Accepted: 1 to 63 tokens"),
+        ([[1] * CONTEXT], {}, r"a prompt of 64 tokens, for a model with a context of 64 tokens.\n  Accepted: 1 to 63"),
+        ([[1]], {"max_new_tokens": 0}, r"max_new_tokens = 0.\n  Accepted: 1 or more"),
+        ([[1]], {"seed": -1}, r"seed = -1.\n  Accepted: 0 to 4294967295"),
+    ],
+)
+def test_bad_requests_are_named(prompts: list[list[int]], changes: dict[str, Any], words: str) -> None:
+    """At once, also by the lazy `stream`."""
+    model, params = made()
+    with pytest.raises(ValueError, match=words):
+        run(model, params, prompts, **changes)
+    options = {"max_new_tokens": 12, "stop_ids": (), "vocab_size": VOCAB, "seed": 5, "chunk_tokens": 4, **changes}
+    with pytest.raises(ValueError, match=words):
+        generate.stream(model, params, prompts[-1], GREEDY, **options)
+
+
+def test_no_prompts_give_no_texts() -> None:
+    assert run(*made(), []) == []

@@ -1,0 +1,138 @@
+"""The command line: what a mistake looks like to the person who made it, and `python -m jaxllm.prepare` from end to end."""
+
+import json
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from jaxllm.config import base, to_json
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = """
+    from jaxllm.config import base
+
+    def get_config():
+        config = base()
+        config.tokenizer.kind = "byte"
+        config.data.row_tokens = 16
+        config.data.validation_frac = 0.3
+        config.data.source = "texts.jsonl"
+        {line}
+        return config
+"""
+PROGRAM = """
+    from jaxllm import command
+
+    def main(arguments):
+        config, workdir = command.experiment()
+        {line}
+
+    command.define_flags()
+    command.run(main)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"document {'o' * n}"}) + "\n" for n in range(12)))
+    write(tmp_path / "good.py", CONFIG, "")
+    return tmp_path
+
+
+def write(path: Path, template: str, line: str) -> None:
+    path.write_text(textwrap.dedent(template).replace("{line}", line))
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+MISTAKES = {
+    "no config": ([], "no config is given.\n  Accepted: "),
+    "no file": (["--config=none.py"], "error: no config at 'none.py'.\n  Accepted: a Python file with get_config()"),
+    "misspelt section": (
+        ["--config=good.py", "--config.modle.layers=3"],
+        "error: unknown config key 'modle.layers'. Did you mean 'model.layers'?\n  Accepted: checkpoint, data,",
+    ),
+    "misspelt field": (
+        ["--config=good.py", "--config.data.min_char", "3"],
+        "unknown config key 'data.min_char'. Did you mean 'data.min_chars'?",
+    ),
+    "misspelt in the file": (["--config=bad.py"], "bad.py, line 10: unknown config key 'train.step'. Did you mean 'train.steps'?"),
+    "wrong type": (
+        ["--config=good.py", "--config.train.steps=many"],
+        "train.steps = 'many' is not of type int (optimizer updates).\n  Accepted: 1 or more",
+    ),
+    "out of range": (
+        ["--config=good.py", "--config.train.steps=0"],
+        "error: train.steps = 0 (optimizer updates).\n  Accepted: 1 or more.\n",
+    ),
+    "unknown flag": (["--config=good.py", "--workdri=x"], "Unknown command line flag 'workdri'. Did you mean: workdir"),
+    "stray argument": (["--config=good.py", "x"], "unexpected argument 'x'"),
+    "no data": (["--config=good.py", "--config.data.source=none.txt"], "error: there is no 'none.txt'."),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_explained_without_a_traceback(folder: Path, name: str) -> None:
+    flags, words = MISTAKES[name]
+    write(folder / "bad.py", CONFIG, "config.train.step = 3")
+    done = run(folder, "-m", "jaxllm.prepare", *flags)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (folder / "runs" / "good" / "data" / "data.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("raise KeyboardInterrupt", 130, "error: interrupted\n"),
+        ("open('missing.txt')", 2, "error: [Errno 2] No such file or directory: 'missing.txt'\n"),
+        ("return 3", 3, ""),
+        ("int('x')", 1, "Traceback (most recent call last):"),
+        ("raise ValueError('a bug,\\\\n  not a mistake of the user')", 1, "Traceback (most recent call last):"),
+        ("print(workdir, config.train.steps, config.data.cleaners)", 0, ""),
+    ],
+)
+def test_bugs_keep_their_traceback(folder: Path, line: str, code: int, words: str) -> None:
+    """Only texts from inside the package that say what to change are shown alone."""
+    write(folder / "program.py", PROGRAM, line)
+    done = run(folder, "program.py", "--config=good.py", "--config.train.steps=5", "--config.data.cleaners=('unicode',)")
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith(words)
+    if not code:
+        assert done.stdout == "runs/good 5 ('unicode',)\n"
+
+
+def test_prepare_from_end_to_end(folder: Path) -> None:
+    """The first call prepares and shows; the second finds all fresh; a run's config.json serves as a config too."""
+    first = run(folder, "-m", "jaxllm.prepare", "--config=good.py", "--show=2")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("preparing runs/good/data: nothing is there yet\n")
+    assert first.stdout.count("16 predictions, ") == 2
+    assert "ment oooo" in first.stdout
+    assert re.search(r"document 2, \d+ tokens", first.stdout)
+    assert re.search(r"documents +9 +3 *\n", first.stdout)
+    assert "data.source texts.jsonl: read 12 documents, kept 12, dropped none" in first.stdout
+
+    config = base()
+    config.tokenizer.kind = "byte"
+    config.data.update({"row_tokens": 16, "validation_frac": 0.3, "source": "texts.jsonl"})
+    (folder / "runs" / "good" / "config.json").write_text(to_json(config))
+    second = run(folder, "-m", "jaxllm.prepare", "--config=runs/good/config.json")
+    assert second.returncode == 0, second.stderr
+    assert "preparing" not in second.stdout
+    assert second.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]

@@ -1,0 +1,44 @@
+"""Every file in configs/ builds on its mesh, without a device or an array."""
+
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxllm import config as schema
+from jaxllm import models
+from jaxllm.parallel import plan
+
+FILES = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.py"))
+
+# Parameters of the published models of these shapes.
+COUNTS = {"gpt2_124m": 124_439_808, "llama_1b": 1_235_814_400, "llama_8b": 8_030_261_248, "llama_70b": 70_553_706_496}
+DEVICES = {"gpt2_124m": 8, "llama_1b": 8, "llama_8b": 64, "llama_70b": 256}
+
+
+def test_all_shipped_configs_are_here() -> None:
+    assert {path.stem for path in FILES} >= {*COUNTS, "quickstart", "shakespeare_char"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_config_builds(path: Path) -> None:
+    config = schema.load(path)
+    schema.check(config)
+    assert schema.from_json(schema.to_json(config)) == config
+    config.model.vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
+    made = plan.make_abstract(config)
+    model = models.build(config, made.constrain)
+    params = jax.eval_shape(model.init, jax.random.key(config.seed))
+    shardings = made.shardings(model.axes, params)
+    whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    assert made.mesh.size == DEVICES.get(path.stem, 1)
+    assert whole == COUNTS.get(path.stem, whole)
+    # ZeRO-3 and tensor parallelism leave nearly nothing whole; copies over `data` share nothing.
+    share = 4 * whole * config.parallel["data"] / made.mesh.size if path.stem in DEVICES else 4 * whole
+    assert share <= plan.shard_bytes(shardings, params) < 1.001 * share
+    rows = config.train.batch_seqs // config.train.microbatches
+    tokens = jax.ShapeDtypeStruct((rows, config.data.row_tokens or config.model.context_tokens), jnp.int32)
+    hidden = jax.eval_shape(model.hidden, params, tokens, segments=tokens, positions=tokens)
+    assert hidden.shape == (*tokens.shape, config.model.width) and hidden.dtype == config.precision.compute

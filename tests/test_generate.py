@@ -1,0 +1,62 @@
+"""`python -m jaxllm.generate` from end to end: the text of the API on standard output, and mistakes explained."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from random_run import write_run
+
+import jaxllm
+from jaxllm import api
+from jaxllm.generate import read_prompts
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "tiny")
+
+
+def generate(*flags: str) -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run([sys.executable, "-m", "jaxllm.generate", *flags], cwd=ROOT, capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("stream", [("--stream",), ("--nostream",)])
+def test_one_prompt(run: Path, stream: tuple[str, ...]) -> None:
+    """Of the first checkpoint, with every setting away from its default."""
+    settings: dict[str, Any] = {"temperature": 0.7, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1, "seed": 5}
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    done = generate("--run", str(run), "--step=10", "--prompt", "The é", "--max_tokens=12", *flags, *stream)
+    assert done.returncode == 0, done.stderr.decode()
+    expected = api.generate(*jaxllm.load(run, 10), "The é", max_new_tokens=12, **settings)
+    assert done.stdout.decode() == f"The é{expected}\n"
+
+
+def test_several_prompts_and_a_file(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("fox\n\ndog\n", encoding="utf-8")
+    flags = ("--temperature=0", "--max_tokens=8")
+    done = generate("--run", str(run), "--prompt", "", "--prompt=a", "--prompts_file", str(tmp_path / "prompts.txt"), *flags)
+    assert done.returncode == 0, done.stderr.decode()
+    prompts = ["", "a", "fox", "dog"]
+    texts = api.generate(*jaxllm.load(run), prompts, max_new_tokens=8, temperature=0)
+    assert done.stdout.decode() == "".join(f"{prompt}{text}\n" for prompt, text in zip(prompts, texts, strict=True))
+
+
+def test_a_mistake_is_explained_without_a_traceback(run: Path) -> None:
+    done = generate("--run", str(run.parent / "tinny"), "--prompt", "a")
+    assert done.returncode == 2
+    assert done.stdout == b""
+    error = done.stderr.decode()
+    assert error.startswith(f"error: no run in '{run.parent / 'tinny'}': it does not exist. Did you mean '{run}'?\n  Accepted:")
+    assert "Traceback" not in error
+
+
+def test_prompts_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no prompt is given.\n  Accepted: --prompt"):
+        read_prompts([], "")
+    (tmp_path / "latin1.txt").write_bytes("Köln".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin1.txt' is not UTF-8[\s\S]*Accepted: text in UTF-8"):
+        read_prompts(["a"], str(tmp_path / "latin1.txt"))

@@ -1,0 +1,193 @@
+"""The training command from end to end: what it writes, how it resumes, what it refuses."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from jaxllm import config as schema
+from jaxllm import train
+from jaxllm.engine.errors import NonFiniteError
+from jaxllm.engine.workdir import open_workdir
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = "".join(f"line {number}: the square of {number} is {number * number}.\n" for number in range(600))
+CONFIG = """
+from jaxllm.config import base
+
+def get_config():
+    config = base()
+    config.model.layers, config.model.width, config.model.heads, config.model.context_tokens = 2, 16, 2, 32
+    config.model.dropout_frac = 0.1
+    config.tokenizer.kind = "byte"
+    config.data.source = {source!r}
+    config.data.split_by = "characters"
+    config.train.steps, config.train.batch_seqs, config.train.log_every_steps = 24, 8, 1
+    config.optimizer.learning_rate = 1e-2
+    config.train.ema_decay = 0.5
+    config.schedule.warmup_steps = 2
+    config.eval.every_steps, config.checkpoint.every_steps, config.sample.every_steps = 6, 4, 8
+    config.sample.tokens, config.sample.prompts = 4, ("line ",)
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config whose whole run takes seconds."""
+    directory = tmp_path_factory.mktemp("experiment")
+    (directory / "text.txt").write_text(TEXT)
+    (directory / "tiny.py").write_text(CONFIG.format(source=str(directory / "text.txt")))
+    return directory / "tiny.py"
+
+
+def run(config: ConfigDict, workdir: Path) -> tuple[int, str]:
+    """(exit code, what was printed) of a run in this process."""
+    output = io.StringIO()
+    with open_workdir(workdir) as opened:
+        code = train.run(config, opened, Console(file=output, width=200))
+    return code, output.getvalue()
+
+
+def command(config_file: Path, workdir: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "jaxllm.train", "--config", str(config_file), "--workdir", str(workdir), *more]
+
+
+def numbers(workdir: Path) -> list[dict]:
+    """Rows of metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in ("tokens_per_sec", "secs")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that nothing disturbed, in a process of its own."""
+    workdir = tmp_path_factory.mktemp("finished")
+    done = subprocess.run(command(config_file, workdir), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "report.html" in done.stdout
+    return workdir
+
+
+def test_a_run_writes_all_its_files_and_learns(finished: Path) -> None:
+    rows = numbers(finished)
+    train_rows = [row for row in rows if row["kind"] == "train"]
+    evals = [row for row in rows if row["kind"] == "eval"]
+    assert [row["step"] for row in train_rows] == list(range(1, 25))
+    assert [row["step"] for row in evals] == [6, 12, 18, 24]
+    assert {"loss", "accuracy", "grad_norm", "lr", "tokens", "skipped"} <= set(train_rows[0])
+    assert train_rows[-1]["tokens"] == 24 * 8 * 32
+    assert abs(train_rows[0]["loss"] - 5.55) < 0.2  # ln 258: an untrained model knows nothing
+    assert evals[-1]["loss"] < evals[0]["loss"] < 5.5
+    assert evals[-1]["bits_per_byte"] == pytest.approx(evals[-1]["loss"] / 0.6931472, rel=1e-3)  # bytes are tokens here
+    for name in ("config.json", "run.json", "data.json", "samples.txt", "report.html", "tokenizer", "pictures/loss.png"):
+        assert (finished / name).exists(), name
+    assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
+    assert sorted(int(path.name) for path in (finished / "checkpoints").iterdir()) == [20, 24]
+    assert (finished / "samples.txt").read_text().count("=== step") == 3
+    assert schema.load(finished / "config.json").model.vocab_size == json.loads((finished / "data.json").read_text())["tokenizer"]["vocab_size"]
+
+
+def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
+    until = time.monotonic() + 120
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            if numbers(workdir)[-1]["step"] >= step:
+                return
+        except (OSError, IndexError, ValueError):
+            pass
+        time.sleep(0.01)
+    pytest.fail(f"no step {step} in time: {process.poll()}")
+
+
+def test_a_run_that_was_killed_and_stopped_ends_as_if_nothing_had_happened(config_file: Path, finished: Path, tmp_path: Path) -> None:
+    """kill -9 before the first checkpoint and after one, SIGTERM, Ctrl-C: the metrics are equal to the last bit."""
+    for step, number, code in ((2, signal.SIGKILL, -9), (6, signal.SIGKILL, -9), (9, signal.SIGTERM, 143), (13, signal.SIGINT, 130)):
+        process = subprocess.Popen(command(config_file, tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        wait_for_step(process, tmp_path, step)
+        os.kill(process.pid, number)
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == code, errors
+        if number != signal.SIGKILL:
+            assert "everything is saved. To go on, run the same command again" in output
+            assert "python" in output
+            assert f"--workdir {tmp_path}" in output
+    done = subprocess.run(command(config_file, tmp_path), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step" in done.stdout
+    assert numbers(tmp_path) == numbers(finished)
+    assert (tmp_path / "samples.txt").read_text() == (finished / "samples.txt").read_text()
+    assert len(json.loads((tmp_path / "run.json").read_text())["sessions"]) >= 4
+
+
+def test_a_finished_run_says_so(config_file: Path, finished: Path) -> None:
+    before = numbers(finished)
+    code, output = run(schema.load(config_file), finished)
+    assert code == 0
+    assert "this run is at step 24 of 24 already. Raise train.steps to go on." in output
+    assert numbers(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("model.width", 32, "model.width was 16 and is now 32"),
+        ("optimizer.learning_rate", 0.5, "optimizer.learning_rate was 0.01 and is now 0.5"),
+        ("data.cleaners", (), "data.cleaners was"),
+    ],
+)
+def test_a_run_is_not_continued_as_another(config_file: Path, finished: Path, key: str, value: object, words: str) -> None:
+    config = schema.load(config_file)
+    section, _, name = key.rpartition(".")
+    config[section][name] = value
+    stored = (finished / "config.json").read_text()
+    with pytest.raises(ValueError, match=words):
+        run(config, finished)
+    assert (finished / "config.json").read_text() == stored
+
+
+def test_two_runs_in_one_directory(config_file: Path, finished: Path) -> None:
+    with open_workdir(finished):
+        second = subprocess.run(command(config_file, finished), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert second.returncode == 2
+    assert "is in use by another run" in second.stderr
+    assert "Traceback" not in second.stderr
+
+
+def test_text_that_changed_since_is_refused(config_file: Path, finished: Path, tmp_path: Path) -> None:
+    source = tmp_path / "text.txt"
+    source.write_text(TEXT)
+    config = schema.load(config_file)
+    config.data.source = str(source)
+    config.train.steps = 4
+    config.eval.every_steps = config.sample.every_steps = 0
+    run(config, tmp_path / "run")
+    source.write_text(TEXT.replace("square", "cube"))
+    config.train.steps = 8
+    with pytest.raises(ValueError, match="are not those that this run was trained on"):
+        run(config, tmp_path / "run")
+
+
+def test_a_run_that_diverges_stops_and_says_where(config_file: Path, tmp_path: Path) -> None:
+    config = schema.load(config_file)
+    config.optimizer.learning_rate = 1e30
+    config.optimizer.clip_norm = 0.0
+    config.train.max_nonfinite_steps = 3
+    with pytest.raises(NonFiniteError, match=r"3 steps in a row, up to step \d+, .*batch rows"):
+        run(config, tmp_path)
+
+
+def test_dry_run_writes_nothing(config_file: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "dry"
+    done = subprocess.run(command(config_file, workdir, "--dry_run"), cwd=ROOT, capture_output=True, text=True, check=True)
+    for words in ('"layers": 2', "parameters", "optimizer", "tokens in all", "6,144"):
+        assert words in done.stdout
+    assert not workdir.exists()
