@@ -42,9 +42,8 @@ def main() -> None:
             # XLA counts the body of a scan once, so these FLOPs mean nothing there.
             flops = f"{compiled.flops / 1e9:8.1f}" if layers_as == "unrolled" else f"{'-':>8}"
             share = compiled.temp_bytes / first.temp_bytes
-            print(
-                f"{layers_as:10} {remat:6} {loss:>12} {compiled.temp_bytes / 2**20:16.1f} {share:13.2f} {flops} {compiled.compile_secs:10.1f}"
-            )
+            figures = f"{compiled.temp_bytes / 2**20:16.1f} {share:13.2f} {flops} {compiled.compile_secs:10.1f}"
+            print(f"{layers_as:10} {remat:6} {loss:>12} {figures}")
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ SCHEMA: dict[str, Field] = {
     "train.batch_seqs": Field(16, at_least(1), "rows an update"),
     "train.microbatches": Field(1, at_least(1), "parts that a batch is split into (gradient accumulation)"),
     "train.trainable": Field(".*", TEXT, "regular expression over parameter paths; the others stay as they are"),
-    "train.loss_chunk_tokens": Field(256, at_least(0), "tokens whose logits exist at once; 0 means all"),
+    "train.loss_chunk_tokens": Field(256, at_least(0), "tokens whose logits exist at once on a device; 0 means all"),
     "train.z_loss": Field(0.0, at_least(0), "coefficient of log(Z)^2, which keeps logits near 0"),
     "train.ema_decay": Field(0.0, between(0, 0.99999), "of the averaged weights that are evaluated and saved; 0 means none"),
     "train.max_nonfinite_steps": Field(10, at_least(1), "skipped steps in a row that stop the run"),

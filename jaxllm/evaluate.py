@@ -30,7 +30,7 @@ SPLITS = ("validation", "train")
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("run", None, "run directory of a trained model", required=True)
+    flags.DEFINE_string("run", "", "run directory of a trained model")
     flags.DEFINE_integer("step", None, "checkpoint to use; default: the newest")
     flags.DEFINE_string("data", "", "text to evaluate on: a file, a folder, a glob, or hf:OWNER/NAME?config=C&split=S")
     flags.DEFINE_enum("split", None, SPLITS, "rows of the run's own data; default: validation")

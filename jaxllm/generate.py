@@ -19,7 +19,7 @@ from jaxllm.ops import sampling
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("run", None, "run directory of a trained model", required=True)
+    flags.DEFINE_string("run", "", "run directory of a trained model")
     flags.DEFINE_integer("step", None, "checkpoint to use; default: the newest")
     flags.DEFINE_multi_string("prompt", [], "text to continue, may be given several times; '' starts a new document")
     flags.DEFINE_string("prompts_file", "", "UTF-8 file with one prompt a line")

@@ -12,8 +12,10 @@ from ml_collections import ConfigDict
 from jaxllm import config as schema
 from jaxllm import models
 from jaxllm.data import tokenize
+from jaxllm.engine import canonical
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.workdir import Workdir
+from jaxllm.transforms import tree
 from jaxllm.types import Model, Params, Tokenizer
 
 
@@ -43,8 +45,11 @@ def load(directory: str | Path, step: int | None = None, *, for_decoding: bool =
     tokenizer = tokenize.load(workdir.tokenizer)
     config.model.vocab_size = config.model.vocab_size or tokenizer.vocab_size
     model = models.build(config)
-    restored = Checkpoints(workdir.checkpoints).load_params(jax.eval_shape(model.init, jax.random.key(0)), step)
-    return Run(workdir, config, tokenizer, model, restored.tree, restored.step)
+    template = jax.eval_shape(model.init, jax.random.key(0))
+    restored = Checkpoints(workdir.checkpoints).load_params(canonical.abstract(template), step)
+    # Cut into layers on the host: on the device that is a program to compile, which takes longer than all the rest.
+    params = jax.device_put(tree.unstack_like(jax.device_get(restored.tree), template))
+    return Run(workdir, config, tokenizer, model, params, restored.step)
 
 
 def _suit_cpu(config: ConfigDict) -> None:
@@ -57,16 +62,8 @@ def _suit_cpu(config: ConfigDict) -> None:
 def _workdir(directory: str | Path) -> Workdir:
     """The paths of the run; ValueError, with the nearest run, if it has no config, and if it has no checkpoint."""
     workdir = Workdir(Path(directory).expanduser())
-    if not workdir.config.is_file():
-        what = "has no config.json" if workdir.path.is_dir() else "does not exist"
-        around = _runs_around(workdir.path)
-        near = difflib.get_close_matches(str(workdir.path), around, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        listed = f" Runs nearby: {', '.join(around[:8])}." if around else ""
-        raise ValueError(
-            f"no run in '{workdir.path}': it {what}.{hint}\n  Accepted: the --workdir of a training run.{listed}\n"
-            f"  Correct the path (a relative one starts at '{os.getcwd()}'), or train first."
-        )
+    if not str(directory) or not workdir.config.is_file():
+        raise ValueError(_no_run(directory, workdir.path))
     if not Checkpoints(workdir.checkpoints).steps():
         raise ValueError(
             f"the run '{workdir.path}' has no checkpoint yet.\n  Accepted: a run that has saved one; the config saves every"
@@ -75,7 +72,18 @@ def _workdir(directory: str | Path) -> Workdir:
     return workdir
 
 
-def _runs_around(path: Path) -> list[str]:
-    """Runs inside `path`, or beside it."""
-    found = [*path.glob("*/config.json"), *path.parent.glob("*/config.json")]
-    return [str(file.parent) for file in sorted(found)]
+def _no_run(directory: str | Path, path: Path) -> str:
+    if not str(directory):
+        what, folder = "no run is given", Path("runs")
+    elif path.is_dir():
+        what, folder = f"no run in '{path}': it has no config.json", path
+    else:
+        what, folder = f"no run in '{path}': it does not exist", path.parent
+    nearby = [str(file.parent) for file in sorted(folder.glob("*/config.json"))]
+    near = difflib.get_close_matches(str(path), nearby, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    listed = f", such as {', '.join(nearby[:8])}" if nearby else ""
+    return (
+        f"{what}.{hint}\n  Accepted: the --workdir of a training run{listed}.\n"
+        f"  Correct the path (a relative one starts at '{os.getcwd()}'), or train first."
+    )

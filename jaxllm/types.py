@@ -38,7 +38,8 @@ class Mean(NamedTuple):
 Metrics = dict[str, Mean]
 
 # The first Mean is what is minimized: gradients of `total` are summed and divided by the summed `weight`.
-Objective = Callable[[Params, Batch, jax.Array], tuple[Mean, Metrics]]
+# The key, or None, is for dropout.
+Objective = Callable[[Params, Batch, jax.Array | None], tuple[Mean, Metrics]]
 
 
 class Constrain(Protocol):
@@ -83,7 +84,7 @@ class Source(Protocol):
     """Yields batches as a function of the step: no iterator, so there is no position to lose."""
 
     def batch(self, step: int) -> Mapping[str, Any]:
-        """The global batch of this step as numpy arrays, restricted to the rows of this host."""
+        """The global batch of this step as jax.Arrays on the mesh; each host has read only the rows of its own devices."""
         ...
 
     def rows(self, step: int) -> Any:

@@ -65,6 +65,8 @@ def test_what_is_no_run_is_named(run: Path, tmp_path: Path) -> None:
         jaxllm.load(run.parent / "plane")
     with pytest.raises(ValueError, match=r"it has no config.json"):
         jaxllm.load(tmp_path)
+    with pytest.raises(ValueError, match=r"no run is given.\n  Accepted: the --workdir"):
+        jaxllm.load("")
     with pytest.raises(ValueError, match=r"no checkpoint of step 15 [\s\S]*Accepted: 10, 20"):
         jaxllm.load(run, 15)
     (tmp_path / "config.json").write_text((run / "config.json").read_text())

@@ -104,12 +104,15 @@ def test_registry_suggests_the_nearest_name() -> None:
 
 @pytest.mark.parametrize("key", config.SCHEMA)
 def test_schema_key_is_read(key: str) -> None:
-    """Some file other than the schema reads `config.section.name` or `section.name`."""
+    """Some file other than the schema reads `config.section.name`, `section.name`, or "name" out of `config.section[...]`."""
     section, _, name = key.rpartition(".")
     pattern = rf"\b{section}\.{name}\b" if section else rf"\bconfig\.{name}\b"
     aliases = rf"\b(config|settings|model|options|tokenizer|data|parallel|optimizer|schedule|precision|train|sample)\.{name}\b"
-    readers = [path for path in FILES if path.name != "config.py" and re.search(f"{pattern}|{aliases}", path.read_text("utf-8"))]
-    assert readers, f"nothing reads config.{key}: delete the field or use it"
+    texts = [path.read_text("utf-8") for path in FILES if path.name != "config.py"]
+    indexed = [text for text in texts if re.search(rf"config\.{section}\[", text) and f'"{name}"' in text]
+    assert indexed or any(re.search(f"{pattern}|{aliases}", text) for text in texts), (
+        f"nothing reads config.{key}: delete the field or use it"
+    )
 
 
 def test_import_is_light() -> None:

@@ -93,7 +93,10 @@ def test_a_run_writes_all_its_files_and_learns(finished: Path) -> None:
     assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
     assert sorted(int(path.name) for path in (finished / "checkpoints").iterdir()) == [20, 24]
     assert (finished / "samples.txt").read_text().count("=== step") == 3
-    assert schema.load(finished / "config.json").model.vocab_size == json.loads((finished / "data.json").read_text())["tokenizer"]["vocab_size"]
+    assert (
+        schema.load(finished / "config.json").model.vocab_size
+        == json.loads((finished / "data.json").read_text())["tokenizer"]["vocab_size"]
+    )
 
 
 def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
@@ -108,10 +111,19 @@ def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
     pytest.fail(f"no step {step} in time: {process.poll()}")
 
 
-def test_a_run_that_was_killed_and_stopped_ends_as_if_nothing_had_happened(config_file: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_and_stopped_ends_as_if_nothing_had_happened(
+    config_file: Path, finished: Path, tmp_path: Path
+) -> None:
     """kill -9 before the first checkpoint and after one, SIGTERM, Ctrl-C: the metrics are equal to the last bit."""
-    for step, number, code in ((2, signal.SIGKILL, -9), (6, signal.SIGKILL, -9), (9, signal.SIGTERM, 143), (13, signal.SIGINT, 130)):
-        process = subprocess.Popen(command(config_file, tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for step, number, code in (
+        (2, signal.SIGKILL, -9),
+        (6, signal.SIGKILL, -9),
+        (9, signal.SIGTERM, 143),
+        (13, signal.SIGINT, 130),
+    ):
+        process = subprocess.Popen(
+            command(config_file, tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         wait_for_step(process, tmp_path, step)
         os.kill(process.pid, number)
         output, errors = process.communicate(timeout=120)

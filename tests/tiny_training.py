@@ -25,7 +25,7 @@ BASE = {
     "model.vocab_size": VOCAB,
     "model.context_tokens": LENGTH,
     "train.batch_seqs": ROWS,
-    "train.loss_chunk_tokens": 24,
+    "train.loss_chunk_tokens": 32,
     "train.steps": 1000,
     "schedule.name": "constant",
     "schedule.warmup_steps": 0,

@@ -5,18 +5,21 @@ import importlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
 from jaxllm import registry
 from jaxllm.data.tokenizers import files
-from jaxllm.types import Tokenizer
+
+if TYPE_CHECKING:
+    from jaxllm.types import Tokenizer
 
 # The kinds that a saved tokenizer may have; each is a module of data/tokenizers with `restore(saved)`.
 KINDS = ("byte", "char", "huggingface", "sentencepiece")
 
 
-def make(config: ConfigDict, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+def make(config: ConfigDict, texts: Callable[[], Iterable[str]]) -> "Tokenizer":
     """The tokenizer that `config.tokenizer` describes. Those that are trained call `texts()` once and read it to its end.
 
     ValueError if there is no text, or if `tokenizer.vocab_size` does not fit the text.
@@ -24,7 +27,7 @@ def make(config: ConfigDict, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     return registry.resolve("tokenizer", config.tokenizer.kind)(config, texts)
 
 
-def load(directory: str | Path) -> Tokenizer:
+def load(directory: str | Path) -> "Tokenizer":
     """The tokenizer that `save(directory)` wrote; ValueError if there is none."""
     saved = files.read(directory)
     kind = saved.record.get("kind")
@@ -39,7 +42,7 @@ def load(directory: str | Path) -> Tokenizer:
         raise ValueError(files.damaged(directory, error)) from error
 
 
-def fingerprint(tokenizer: Tokenizer) -> str:
+def fingerprint(tokenizer: "Tokenizer") -> str:
     """Hexadecimal SHA-256 of everything that decides the ids of a text: equal tokenizers, equal fingerprints."""
     digest = hashlib.sha256()
     for name, data in sorted(tokenizer.contents().items()):

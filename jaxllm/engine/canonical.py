@@ -65,7 +65,10 @@ def _unsplit_first(sharding: Sharding) -> Sharding:
 
 
 def canonicalize(state: Any) -> dict[str, jax.Array]:
-    """Name -> array of a state that lives on devices. Unrolled layers are copied into stacks, on the device; others are not copied."""
+    """Name -> array of a state that lives on devices.
+
+    Unrolled layers are copied into stacks on their devices, which for a while takes their memory again; nothing else is copied.
+    """
     if not _has_stacks(state):
         return named(state)
     shardings, structure = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, abstract(state)))

@@ -106,7 +106,7 @@ class Checkpoints:
         arrays = canonical.canonicalize(state)
         sums = digests(arrays)
         leaves = {name: Leaf(tuple(array.shape), array.dtype.name, sums[name]) for name, array in arrays.items()}
-        record = Record(step, loss if loss is not None and math.isfinite(loss) else None, leaves, meta or {}, {})
+        record = Record(int(step), float(loss) if loss is not None and math.isfinite(loss) else None, leaves, meta or {}, {})
         if not self._holds(record):
             self._clear(step)
             # When Orbax returns, the arrays are in host memory: on a CPU these are views of the same memory, which JAX does not
@@ -190,6 +190,11 @@ class Checkpoints:
             return load(step)
         except DamagedError as error:
             self._intact.pop(step, None)
+            if not self._path(step).exists():
+                raise CheckpointError(
+                    f"checkpoint {self._path(step)} was deleted while it was read; its run keeps checkpoint.keep_last of them.\n"
+                    f"  Accepted: one that is there: {', '.join(map(str, self.steps())) or 'none'}. Run the same command again."
+                ) from error
             raise DamagedError(f"{error} Nothing was loaded.\n{self._way_out(load, step)}") from error
 
     def _way_out(self, load: Callable[[int], Restored], step: int) -> str:
@@ -235,8 +240,9 @@ class Checkpoints:
                 folder = self._path(record.step, SAVING)
                 files = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
                 write_json(folder / RECORD, replace(record, files=files).to_json())
-                self._delete(record.step)
+                replaced = self._set_aside(record.step)
                 folder.rename(self._path(record.step))
+                shutil.rmtree(replaced, ignore_errors=True)
         except Exception as error:
             self._clear(record.step)
             raise self._unwritten(record.step, error) from error
@@ -276,14 +282,17 @@ class Checkpoints:
             return None
 
     def _delete(self, step: int) -> None:
-        """Removes a committed step if it is there. Renamed first: a deletion cut short must not look like a checkpoint."""
+        if jax.process_index() == 0:
+            shutil.rmtree(self._set_aside(step))
+
+    def _set_aside(self, step: int) -> Path:
+        """Renames a committed step, if it is there: a deletion that is cut short must not leave what looks like a checkpoint."""
         self._intact.pop(step, None)
         path, doomed = self._path(step), self._path(step, DELETING)
-        if jax.process_index() != 0 or not path.exists():
-            return
         shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        if path.exists():
+            path.rename(doomed)
+        return doomed
 
 
 def _holder(name: str, record: Record) -> str:

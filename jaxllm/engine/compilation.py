@@ -8,7 +8,7 @@ import jax
 
 def use_cache() -> None:
     """Keeps compiled programs in ~/.cache/jaxllm (or $XDG_CACHE_HOME/jaxllm), unless JAX_COMPILATION_CACHE_DIR says where."""
-    if jax.config.jax_compilation_cache_dir:
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(home / "jaxllm" / "compiled"))

@@ -50,7 +50,7 @@ def build_session(config: ConfigDict, plan: Plan) -> Session:
     """The setup that the whole config describes on the mesh of `plan`. model.vocab_size must be filled in."""
     model = models.build(config, plan.constrain)
     optimizer = build.make(config, model.axes)
-    objective = registry.resolve("objective", config.train.objective)(model, config)
+    objective = registry.resolve("objective", config.train.objective)(model, config, plan.batch_parts)
     update = step.make(objective, optimizer, schedules.make(config), config)
     return Session(config, plan, model, optimizer, update, state.abstract(model, optimizer, config, plan))
 

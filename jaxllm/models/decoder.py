@@ -140,9 +140,7 @@ def _make_functions(arch: Architecture, constrain: Constrain) -> tuple[Callable,
     def head(params: Params) -> Any:
         return params["embed"]["tokens"] if arch.tied_head else call("head_kernel", {"head": params.get("head", {})})
 
-    def decode(
-        params: Params, tokens_BT: jax.Array, lengths_B: jax.Array, state: cache.Cache
-    ) -> tuple[jax.Array, cache.Cache]:
+    def decode(params: Params, tokens_BT: jax.Array, lengths_B: jax.Array, state: cache.Cache) -> tuple[jax.Array, cache.Cache]:
         _check_tokens(tokens_BT, arch.context_tokens)
         positions_BT = state["lengths"][:, None] + jnp.arange(tokens_BT.shape[1])
         x_BTD = call("run_embedding", {"embed": params["embed"]}, tokens_BT, positions_BT)

@@ -44,9 +44,10 @@ def make(layers_as: str, count: int, remat: str) -> Runner:
 
 def init(layers_as: str, count: int, init_layer: Callable[[jax.Array], Any], rng: jax.Array) -> Any:
     """Parameters of all layers; layer i is `init_layer(fold_in(rng, i))` in both forms."""
-    if layers_as == "unrolled":
-        return [init_layer(jax.random.fold_in(rng, index)) for index in range(count)]
-    return jax.vmap(lambda index: init_layer(jax.random.fold_in(rng, index)))(jnp.arange(count))
+    # A loop, since XLA takes 0.5 s to compile a random generator and would need one a layer. Cutting its result apart holds the
+    # parameters twice for a moment; training will hold them four times.
+    stacked = jax.lax.map(lambda index: init_layer(jax.random.fold_in(rng, index)), jnp.arange(count))
+    return tree.unstack_like(stacked, [None] * count) if layers_as == "unrolled" else stacked
 
 
 def axes(layers_as: str, count: int, layer_axes: Any) -> Any:

@@ -12,12 +12,13 @@ from jaxllm.ops import losses
 from jaxllm.types import Batch, Mean, Metrics, Model, Objective, Params
 
 
-def make(model: Model, config: Any) -> Objective:
+def make(model: Model, config: Any, shards: int = 1) -> Objective:
     """objective(params, batch, rng) -> (Mean to minimize, metrics), for the whole config.
 
     Metrics: "loss" (negative log-likelihood in nats), "accuracy" (share of targets that are the likeliest token) and, where it is on,
     "z_loss". What is minimized is loss + z_loss. The weight of each is the sum of the batch's `weights`: tokens if these are 0 and 1.
-    `rng` switches the model's dropout on; None leaves it off.
+    `rng` switches the model's dropout on; None leaves it off. `shards` is the number of parts into which the mesh cuts a batch:
+    each sums its own gradient of the head, so that these meet once a step and not once a chunk.
     """
     chunk_tokens, z_loss = config.train.loss_chunk_tokens, config.train.z_loss
 
@@ -31,6 +32,7 @@ def make(model: Model, config: Any) -> Objective:
             weights_N,
             chunk_tokens=chunk_tokens,
             z_loss=z_loss,
+            shards=shards,
         )
         weight = jnp.sum(weights_N)
         metrics = {"loss": Mean(nll, weight), "accuracy": Mean(correct, weight)}

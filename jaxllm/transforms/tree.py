@@ -76,6 +76,6 @@ def unstack_like(tree: Any, template: Any) -> Any:
     def one(like: Any, node: Any) -> Any:
         if not _is_stack(like):
             return node
-        return [jax.tree.map(lambda leaf: leaf[index], node) for index in range(len(like))]
+        return [jax.tree.map(lambda leaf, index=index: leaf[index], node) for index in range(len(like))]
 
     return jax.tree.map(one, template, tree, is_leaf=_is_stack)

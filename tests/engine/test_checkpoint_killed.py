@@ -1,0 +1,70 @@
+"""A process that is killed while it saves: whatever it had committed is there and intact."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.engine.checkpoint import Checkpoints
+
+# A process that saves without pause, is killed at a random moment, five times; each new one first verifies what it finds.
+KILLED = """
+import os, random, signal, sys, time, traceback
+import jax, jax.numpy as jnp
+from jaxllm.engine.checkpoint import Checkpoints
+
+def make(step):
+    return {"params": {"layers": [{"w": step + jnp.arange(2.0**18)} for _ in range(2)]}, "step": jnp.int32(step)}
+
+def child():
+    checkpoints = Checkpoints(sys.argv[1], keep_last=2)
+    checkpoints.remove_incomplete()
+    step = checkpoints.latest() or 0
+    if step:
+        restored = checkpoints.restore(jax.eval_shape(make, 0), step).tree
+        assert int(restored["step"]) == step and bool((restored["params"]["layers"][1]["w"] == step + jnp.arange(2.0**18)).all())
+    make_step = jax.jit(make)
+    print("found", step, flush=True)
+    os.write(ready[1], b".")
+    while True:
+        step += 1
+        checkpoints.save(step, make_step(step))
+        print("committed", step - 1, flush=True)
+
+ready = os.pipe()
+for seed in range(5):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child()
+        except BaseException:
+            traceback.print_exc()
+            os.write(ready[1], b".")
+            os._exit(1)
+    os.read(ready[0], 1)
+    time.sleep(random.Random(seed).uniform(0.1, 0.9))
+    os.kill(pid, signal.SIGKILL)
+    print("killed", os.WTERMSIG(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+def test_kill_9_at_any_moment_loses_no_committed_checkpoint(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=True, timeout=200)
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith("killed")] == ["killed 9"] * 5, done.stderr
+    assert sum(line.startswith("found") for line in lines) == 5, done.stderr
+    committed = 0
+    for event, number in (line.split() for line in lines):
+        assert event != "found" or int(number) >= committed
+        committed = max(committed, int(number)) if event == "committed" else committed
+    checkpoints = Checkpoints(tmp_path)
+    layer_like = {"w": jax.ShapeDtypeStruct((2**18,), jnp.float32)}
+    like = {"params": {"layers": [layer_like] * 2}, "step": jax.ShapeDtypeStruct((), jnp.int32)}
+    last = checkpoints.latest()
+    assert last is not None and last >= committed > 0
+    for step in checkpoints.steps():
+        restored = checkpoints.restore(like, step).tree
+        np.testing.assert_array_equal(restored["params"]["layers"][1]["w"], step + np.arange(2.0**18, dtype=np.float32))
