@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.train.steps = 19_073
     config.train.batch_seqs = 512
     config.train.microbatches = 4
-    config.train.loss_chunk_tokens = 16_384
+    config.train.loss_chunk_tokens = 2048
     config.optimizer.learning_rate = 6e-4
     config.schedule.warmup_steps = 715
     config.eval.max_seqs = 2048

@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.train.steps = 23_800
     config.train.batch_seqs = 1024
     config.train.microbatches = 32
-    config.train.loss_chunk_tokens = 16_384
+    config.train.loss_chunk_tokens = 2048
     config.optimizer.learning_rate = 4e-4
     config.schedule.warmup_steps = 2000
     config.eval.max_seqs = 1024

@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.train.steps = 83_400
     config.train.batch_seqs = 512
     config.train.microbatches = 8
-    config.train.loss_chunk_tokens = 131_072
+    config.train.loss_chunk_tokens = 2048
     config.optimizer.learning_rate = 3e-4
     config.schedule.warmup_steps = 2000
     config.eval.max_seqs = 1024

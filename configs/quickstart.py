@@ -8,16 +8,17 @@ from jaxllm.config import base
 def get_config() -> ConfigDict:
     config = base()
     config.model.layers = 4
-    config.model.width = 192
-    config.model.heads = 6
+    config.model.width = 128
+    config.model.heads = 4
     config.model.kv_heads = 2
     config.model.context_tokens = 128
+    config.model.attention_block_tokens = 64
     config.model.tied_head = "on"
     config.tokenizer.vocab_size = 2048
     config.data.source = "python_docs"
-    config.train.steps = 1000
+    config.train.steps = 800
     config.train.batch_seqs = 16
-    config.optimizer.learning_rate = 3e-3
+    config.optimizer.learning_rate = 4e-3
     config.eval.every_steps = 200
     config.eval.max_seqs = 256
     config.sample.prompts = ("The ", "Return the ", "A class ")

@@ -17,7 +17,7 @@ from jaxllm.parallel import plan as plans
 VOCAB, ROWS, LENGTH = 48, 8, 16
 BASE = {
     "model.name": "llama",
-    "model.layers": 2,
+    "model.layers": 1,
     "model.width": 32,
     "model.heads": 4,
     "model.kv_heads": 2,
@@ -71,7 +71,7 @@ def _make(overrides: tuple[tuple[str, Any], ...]) -> Training:
     plan = plans.make(config, jax.devices()[:sizes])
     model = models.build(config, plan.constrain)
     optimizer = build.make(config, model.axes)
-    objective = tokens.make(model, config)
+    objective = tokens.make(model, config, plan.batch_parts)
     made = step.make(objective, optimizer, schedules.make(config), config)
     return Training(config, plan, model, optimizer, objective, made)
 

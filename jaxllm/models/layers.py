@@ -37,7 +37,7 @@ def parameter(module: nn.Module, name: str, shape: tuple[int, ...], axes: Axes, 
             f"parameter '{path}' is missing.\n  Accepted: an array of shape {shape}."
             "\n  Use parameters made with this config, or change model.bias, model.norm, model.positions, model.tied_head."
         )
-    value = module.get_variable("params", name)
+    value: Any = module.get_variable("params", name)
     if value.shape != shape:
         raise ValueError(
             f"parameter '{path}' has shape {value.shape}.\n  Accepted: {shape}, which is {axes} in this config."

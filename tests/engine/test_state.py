@@ -51,11 +51,11 @@ def test_evaluation_takes_the_average_if_there_is_one():
     training = tiny.make(train__trainable=".*mlp.*", train__ema_decay=0.5)
     state = training.create()
     averaged = replace(state, ema=jax.tree.map(lambda x: x + 1, state.ema))
-    kernel = states.eval_params(averaged)["layers"][1]["mlp"]["up"]["kernel"]
-    np.testing.assert_array_equal(kernel, state.params["layers"][1]["mlp"]["up"]["kernel"] + 1)
+    kernel = states.eval_params(averaged)["layers"][0]["mlp"]["up"]["kernel"]
+    np.testing.assert_array_equal(kernel, state.params["layers"][0]["mlp"]["up"]["kernel"] + 1)
     assert states.eval_params(averaged)["embed"]["tokens"] is state.frozen["embed"]["tokens"]
     without = replace(state, ema=None)
-    assert states.eval_params(without)["layers"][1]["mlp"]["up"]["kernel"] is state.params["layers"][1]["mlp"]["up"]["kernel"]
+    assert states.eval_params(without)["layers"][0]["mlp"]["up"]["kernel"] is state.params["layers"][0]["mlp"]["up"]["kernel"]
 
 
 def test_the_seed_decides():

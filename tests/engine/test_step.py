@@ -373,8 +373,8 @@ def test_microbatches_keep_rows_on_their_device():
 
 def test_scan_trains_as_unrolled():
     batches = [tiny.batch(seed) for seed in range(3)]
-    initial, unrolled, expected = trained(batches)
-    scan_initial, scan, found = trained(batches, model__layers_as="scan")
+    initial, unrolled, expected = trained(batches, model__layers=2)
+    scan_initial, scan, found = trained(batches, model__layers=2, model__layers_as="scan")
     for a, b in zip(jax.tree.leaves(tree.stack_layers(initial)), jax.tree.leaves(scan_initial), strict=True):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_allclose([row["loss"] for row in found], [row["loss"] for row in expected], rtol=1e-6)
@@ -389,7 +389,7 @@ def test_a_batch_can_be_learned_by_heart(family):
     batch["tokens"][:, 0] = np.arange(tiny.ROWS)
     batch |= {"segments": np.ones_like(batch["segments"]), "weights": np.ones_like(batch["weights"])}
     batch["positions"][:] = np.arange(tiny.LENGTH)
-    _, _, rows = trained([batch] * 150, model__name=family)
+    _, _, rows = trained([batch] * 150, model__layers=2, model__name=family)
     assert abs(rows[0]["loss"] - np.log(tiny.VOCAB)) < 0.1
     assert rows[-1]["loss"] < 0.01
     assert rows[-1]["accuracy"] == 1

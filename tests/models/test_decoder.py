@@ -165,8 +165,7 @@ def test_parameter_counts(name: str, sizes: dict, count: int) -> None:
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(model))) == count
 
 
-@pytest.mark.parametrize("layers_as", ["unrolled", "scan"])
-@pytest.mark.parametrize("name", ["gpt", "llama"])
+@pytest.mark.parametrize(("name", "layers_as"), [("gpt", "unrolled"), ("llama", "scan")])
 def test_parameters_are_declared_once(name: str, layers_as: str) -> None:
     """Axes and arrays have one structure; arrays are plain float32 with the deviation of their role."""
     model = models.build(tiny(name=name, width=64, layers_as=layers_as))

@@ -10,7 +10,7 @@ from jaxllm import registry
 from jaxllm.optim import build
 from jaxllm.transforms import tree
 
-LAYERS, RATE, DECAY, B1, B2, EPS, UPDATES = 3, 1e-2, 0.3, 0.9, 0.95, 1e-6, 3
+LAYERS, RATE, DECAY, B1, B2, EPS, UPDATES = 2, 1e-2, 0.3, 0.9, 0.95, 1e-6, 2
 # Large enough that adafactor factors the attention kernels (128 x 160) as matrices, though no two of their sides reach 128.
 ONE_LAYER = {
     "attention/norm/scale": ((128,), ("embed",)),

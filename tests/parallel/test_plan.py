@@ -1,6 +1,7 @@
 """Meshes, placements and their bytes; a sharded model has the logits and gradients of an unsharded one."""
 
 import logging
+import re
 from typing import Any
 
 import jax
@@ -134,6 +135,32 @@ def test_eight_devices_compute_what_one_does(name: str, layers_as: str) -> None:
             assert logits.sharding.is_equivalent_to(made.sharding(("batch", "length", "vocab"), logits.shape, ""), 3)
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *results)
+
+
+def test_collectives_of_a_forward_pass() -> None:
+    """ZeRO-3 gathers each parameter once; tensor parallelism sums once a sub-block (Shoeybi et al. 2019, fig. 4) and once for
+    the embedding, whose rows are spread; decoding moves no cache."""
+    config = tiny(2, 2, 2)
+    made = plan.make(config)
+    model = models.build(config, made.constrain)
+    params = abstract(model)
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        params,
+        made.shardings(model.axes, params),
+    )
+    tokens = jax.ShapeDtypeStruct((4, 16), jnp.int32, sharding=made.batch_sharding())
+
+    def count(compiled: str) -> dict[str, int]:
+        kinds = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+        return {kind: found for kind in kinds if (found := len(re.findall(rf" {kind}(-start)?\(", compiled)))}
+
+    expected = {"all-gather": len(jax.tree.leaves(params)), "all-reduce": 1 + 2 * 2}
+    assert count(jax.jit(model.apply).lower(placed, tokens).compile().as_text()) == expected
+    cache = model.init_cache(4, 16)
+    assert cache["layers"][0]["k"].sharding.spec == P(("data", "fsdp"), "tensor", None, None)
+    step = jax.jit(model.decode).lower(placed, jnp.ones((4, 1), jnp.int32), jnp.ones(4, jnp.int32), cache).compile()
+    assert count(step.as_text()) == expected
 
 
 def test_activation_constraints_speak_of_activations() -> None:
