@@ -12,7 +12,7 @@ quickstart: $(VENV)/.core
 	$(BIN)/python -m jaxllm.train --config configs/quickstart.py --workdir runs/quickstart
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest $(TESTS) -n $(WORKERS) --dist loadgroup --durations 15
+	$(BIN)/python -m pytest $(TESTS) -n $(WORKERS) --dist loadfile --durations 15
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
