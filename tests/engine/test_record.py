@@ -73,7 +73,9 @@ def test_every_changed_character_of_the_file_is_noticed() -> None:
             from_json(json.loads(changed))
 
 
-@pytest.mark.parametrize("meta", [{"x": (1, 2)}, {1: 2}, {"x": float("nan")}, {"x": object()}], ids=("tuple", "number as key", "nan", "object"))
+@pytest.mark.parametrize(
+    "meta", [{"x": (1, 2)}, {1: 2}, {"x": float("nan")}, {"x": object()}], ids=("tuple", "key", "nan", "object")
+)
 def test_meta_that_json_cannot_hold_is_refused(meta: dict[Any, Any]) -> None:
     with pytest.raises(ValueError, match="(?s)meta of a checkpoint.*Accepted: .*Change the value"):
         check_meta(meta)
