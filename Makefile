@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 TESTS ?= tests
 # Two processes suit two cores; each holds eight pretend devices.
 WORKERS ?= 2
+# tinyshakespeare as one file, for `make bench`.
+DATA ?= input.txt
 
 .PHONY: quickstart test lint bench clean
 
@@ -21,7 +23,7 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/nanogpt.py
+	$(BIN)/python benchmarks/nanogpt.py --data $(DATA)
 
 # Each stamp is renewed when the dependencies change, so that a second run needs no network.
 $(VENV)/.core: pyproject.toml

@@ -2,7 +2,7 @@
 
 "layers" follows the form of the layer stack: a list with one {"k", "v"} a layer, [B, G, S, K] each, or one {"k", "v"},
 [B, L, G, S, K]. Batch is the first axis of every array. Slots lie next to each other within a head, as the product with the
-queries reads them: with the heads inside the slots a token costs 3.6 times as much (2048 slots, CPU).
+queries reads them: with the heads inside the slots a token costs several times as much (2048 slots, CPU).
 
 Rows differ in length. What lies behind a row's length is never read: a query sees only slots up to its own position.
 """
