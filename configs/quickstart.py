@@ -16,10 +16,11 @@ def get_config() -> ConfigDict:
     config.model.tied_head = "on"
     config.tokenizer.vocab_size = 2048
     config.data.source = "python_docs"
-    config.train.steps = 800
+    config.train.steps = 600
     config.train.batch_seqs = 16
     config.optimizer.learning_rate = 4e-3
     config.eval.every_steps = 200
     config.eval.max_seqs = 256
+    config.sample.every_steps = 300
     config.sample.prompts = ("The ", "Return the ", "A class ")
     return config
