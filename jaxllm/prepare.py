@@ -1,4 +1,6 @@
-"""Prepares the data of an experiment: text to a tokenizer and packed rows on disk. Does nothing if they are there and fresh.
+"""Prepares the data of an experiment: text to a tokenizer and packed rows on disk.
+
+If they are there and fresh it makes nothing, and compares them with the hashes of what was written.
 
   python -m jaxllm.prepare --config configs/NAME.py [--config.a.b=value ...] [--workdir DIR] [--show N] [--force]
 
@@ -26,6 +28,8 @@ def main(arguments: list[str]) -> None:
     prepared = prepare(
         config, place(config, workdir), force=flags.FLAGS.force, log=lambda line: console.print(Text(line), soft_wrap=True)
     )
+    for split in (prepared.train, prepared.validation):
+        split.verify()
     if flags.FLAGS.show:
         for row in order.batch_rows(len(prepared.train), flags.FLAGS.show, config.seed, 0):
             show_row(console, prepared, int(row))

@@ -37,47 +37,47 @@ class Document(NamedTuple):
     origin: str
 
 
-def open(source: str, config: ConfigDict) -> Iterator[Document]:
+def open(source: str, config: ConfigDict, *, setting: str = "the source") -> Iterator[Document]:
     """The documents of `source`, at most `data.max_documents` of them (0: all), in the same order each time.
 
     A document may have the empty text (a null in a table); the cleaner `min_chars` drops it by name.
     ValueError for a path that does not exist (at once), and while reading for a source without any document, a file that is not
-    UTF-8, and a table without the column `data.text_field`.
+    UTF-8, and a table without the column `data.text_field`. `setting` is what the user changes to name another source.
     """
-    places = readings(source)
+    places = readings(source, setting)
     documents = itertools.chain.from_iterable(registry.resolve("documents", kind)(place, config) for kind, place in places)
-    return _at_least_one(itertools.islice(documents, config.data.max_documents or None), source)
+    return _at_least_one(itertools.islice(documents, config.data.max_documents or None), source, setting)
 
 
-def _at_least_one(documents: Iterator[Document], source: str) -> Iterator[Document]:
+def _at_least_one(documents: Iterator[Document], source: str, setting: str) -> Iterator[Document]:
     first = next(documents, None)
     if first is None:
         raise ValueError(
             f"source '{source}' holds no document: there is nothing in it.\n"
             "  Accepted: text with at least one character, or a table with at least one row.\n"
-            "  Check what the source points to, or set data.source."
+            f"  Put text there, or change {setting}."
         )
     yield first
     yield from documents
 
 
-def readings(source: str) -> list[tuple[str, str]]:
+def readings(source: str, setting: str = "the source") -> list[tuple[str, str]]:
     """(registry name of the reader, location) of everything that the source names, in order; ValueError if there is nothing."""
     name, _, location = source.partition(":")
     if name in NAMED:
         return [(name, location)]
     if not source:
-        raise ValueError(f"the source is empty.\n  Accepted: {ACCEPTED}.\n  Set data.source.")
-    path = Path(source).expanduser()
-    if path.is_dir():
+        raise ValueError(f"the source is empty.\n  Accepted: {ACCEPTED}.\n  Set {setting}.")
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
         return _folder(path)
-    if path.exists():
+    if os.path.exists(path):
         return [(reader(path), str(path))]
     if glob.has_magic(source):
         matches = sorted(match for match in glob.glob(str(path), recursive=True) if os.path.isfile(match))
         if matches:
             return [(reader(Path(match)), match) for match in matches]
-    raise ValueError(_missing(source, path))
+    raise ValueError(_missing(source, path, setting))
 
 
 def reader(path: Path) -> str:
@@ -114,13 +114,13 @@ def _folder(folder: Path) -> list[tuple[str, str]]:
     return found
 
 
-def _missing(source: str, path: Path) -> str:
+def _missing(source: str, path: Path, setting: str) -> str:
     parent = path.parent
-    while not parent.is_dir():
+    while not os.path.isdir(parent):
         parent = parent.parent
     missing = path.relative_to(parent).parts[0]
     siblings = {name: str(parent / name) for name in os.listdir(parent)} | {name: name for name in NAMED}
     near = difflib.get_close_matches(missing, siblings, n=1)
     hint = f" Did you mean '{siblings[near[0]]}'?" if near else f" '{parent.resolve()}' exists, but has no '{missing}'."
     what = "no file matches" if glob.has_magic(source) else "there is no"
-    return f"{what} '{source}'.{hint}\n  Accepted: {ACCEPTED}.\n  A relative path starts at '{os.getcwd()}'. Set data.source."
+    return f"{what} '{source}'.{hint}\n  Accepted: {ACCEPTED}.\n  A relative path starts at '{os.getcwd()}'. Change {setting}."

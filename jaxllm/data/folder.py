@@ -5,6 +5,7 @@ that the directory is unfinished, so that no moment of a crash leaves a mixture 
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,9 @@ LOCK = "lock"
 PARTS = ("train", "validation", "tokenizer")
 UNFINISHED = {"unfinished": True}
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
 
 def read_record(directory: Path) -> dict[str, Any]:
     """The content of data.json; {} if there is none, UNFINISHED if the last prepare was stopped while it moved files."""
@@ -29,17 +33,15 @@ def read_record(directory: Path) -> dict[str, Any]:
         return UNFINISHED
 
 
-def write_record(directory: Path, record: dict[str, Any]) -> None:
-    """Replaces data.json at one stroke."""
-    new = directory / f"{RECORD}.new"
-    with open(new, "w", encoding="utf-8") as file:
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Writes the record to a file in `.partial/`, from where `replace` moves it into place at one stroke."""
+    with open(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(record, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    new.replace(directory / RECORD)
 
 
-def make(directory: Path) -> None:
+def _make(directory: Path) -> None:
     """Makes the directory; ValueError if it holds something else under one of the names that prepare would replace."""
     foreign = [name for name in PARTS if (directory / name).exists()]
     if foreign and not read_record(directory):
@@ -56,10 +58,33 @@ def make(directory: Path) -> None:
 
 
 @contextlib.contextmanager
+def explained(directory: Path) -> Iterator[None]:
+    """ValueError in place of the system's error if the directory cannot be written to."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise ValueError(
+                f"the disk with '{directory}' is full ({error.strerror}).\n  Accepted: room for the text, and 5 bytes a token (7 above"
+                " 65,536 tokens of vocabulary).\n  Free some space, or set data.dir to another disk. What was prepared before is unchanged."
+            ) from error
+        if error.errno in CLOSED:
+            raise ValueError(
+                f"'{directory}' cannot be written to ({error.strerror}).\n  Accepted: a directory in which you may make files.\n"
+                "  Change its permissions, or set data.dir to another one."
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
 def locked(directory: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Holds the directory for this process; waits for another one that does. The system frees the lock of a killed process."""
+    """Makes the directory and holds it for this process; waits for another one that does so.
+
+    The system frees the lock of a killed process.
+    """
     import fcntl
 
+    _make(directory)
     with open(directory / LOCK, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,7 +97,8 @@ def locked(directory: Path, log: Callable[[str], None]) -> Iterator[None]:
 def replace(directory: Path) -> None:
     """Moves what is in `.partial/` into place, and what was there before away."""
     partial = directory / PARTIAL
-    write_record(directory, UNFINISHED)
+    write_record(partial / "unfinished.json", UNFINISHED)
+    (partial / "unfinished.json").replace(directory / RECORD)
     for name in PARTS:
         if (directory / name).exists():
             (directory / name).rename(partial / f"old-{name}")

@@ -4,7 +4,6 @@ A prepared directory holds `train/` and `validation/` (see shards.py), `tokenize
 they were made from (see folder.py for how it gets there).
 """
 
-import errno
 import shutil
 import time
 from collections import Counter
@@ -42,23 +41,27 @@ def place(config: ConfigDict, workdir: str | Path) -> Path:
     return Path(config.data.dir).expanduser() if config.data.dir else Path(workdir) / "data"
 
 
-def prepare(config: ConfigDict, directory: str | Path, *, force: bool = False, log: Log = print) -> Prepared:
+def prepare(
+    config: ConfigDict, directory: str | Path, *, force: bool = False, rows: str | None = None, log: Log = print
+) -> Prepared:
     """The prepared data in `directory`: at once if it is there and fresh, else made from the source.
 
-    It is stale if a config field that it depends on, a source file or the tokenizer's file has changed. ValueError for a
-    source that cannot be used, for shards or a tokenizer that were changed since they were written, and for a full disk; what
-    was there before is then still there. Processes that prepare the same directory wait for each other.
+    It is stale if a config field that it depends on, a source file or the tokenizer's file has changed, or if a part of it is
+    gone. ValueError for a source that cannot be used, for shards or a tokenizer that were changed since they were written, and
+    for a full disk; what was there before is then still there. Processes that prepare the same directory wait for each other.
+    `rows` is the fingerprint that the training rows must have, for a run that has begun; with others it is a ValueError, too.
     """
     directory = Path(directory)
     _check_outside(config, directory)
     if force or _stale(config, directory, log):
-        folder.make(directory)
-        with folder.locked(directory, log):
+        with folder.explained(directory), folder.locked(directory, log):
             # Another process may have prepared it while this one waited.
             if reasons := (["--force"] if force else _stale(config, directory, log)):
                 log(f"preparing {directory}: {'; '.join(reasons)}")
-                _remake(config, directory, log)
-    return load(config, directory)
+                _remake(config, directory, rows, log)
+    prepared = load(config, directory)
+    _check_rows(rows, prepared.train, directory)
+    return prepared
 
 
 def load(config: ConfigDict, directory: str | Path) -> Prepared:
@@ -92,10 +95,11 @@ def _stale(config: ConfigDict, directory: Path, log: Log) -> list[str]:
     if not record:
         return ["nothing is there yet"]
     try:
-        return provenance.changes(record, config)
+        changes = provenance.changes(record, config)
     except provenance.SourceGone as error:
         log(f"{error} The data prepared from it on {record['prepared']} is used.")
         return []
+    return changes or [f"'{directory / name}' is missing" for name in folder.PARTS if not (directory / name).is_dir()]
 
 
 def _check_outside(config: ConfigDict, directory: Path) -> None:
@@ -109,20 +113,22 @@ def _check_outside(config: ConfigDict, directory: Path) -> None:
             )
 
 
-def _remake(config: ConfigDict, directory: Path, log: Log) -> None:
+def _check_rows(wanted: str | None, train: shards.Shards, directory: Path) -> None:
+    if wanted is not None and train.fingerprint != wanted:
+        raise ValueError(
+            f"the training rows for '{directory}' are not those that this run began with: their hash is {train.fingerprint[:16]}.\n"
+            f"  Accepted: {wanted[:16]}. Put the source back as it was, or use another --workdir."
+        )
+
+
+def _remake(config: ConfigDict, directory: Path, rows: str | None, log: Log) -> None:
     partial = directory / folder.PARTIAL
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         _build(config, partial, log)
+        _check_rows(rows, shards.Shards(partial / "train"), directory)
         folder.replace(directory)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ValueError(
-            f"the disk with '{directory}' is full ({error.strerror}).\n  Accepted: room for about three times the text.\n"
-            "  Free some space, or set data.dir to another disk. What was prepared before is unchanged."
-        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -152,7 +158,7 @@ def _build(config: ConfigDict, partial: Path, log: Log) -> None:
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenize.fingerprint(tokenizer)},
         "splits": {name: split.summary() for name, split in splits.items()},
     }
-    folder.write_record(partial, record)
+    folder.write_record(partial / folder.RECORD, record)
     for path in partial.glob("*.texts"):
         path.unlink()
 
@@ -164,7 +170,11 @@ def _split(config: ConfigDict, partial: Path, counts: dict[str, Any], log: Log) 
 
     source = read("data.source")
     if not config.data.validation_source:
-        return spool.split(source, config.data.split_by, config.data.validation_frac)
+        by = config.data.split_by
+        if source.documents == 1 and by == "documents":
+            log("data.source is one document, so that the end of its text is held out, as with data.split_by=characters")
+            by = "characters"
+        return spool.split(source, by, config.data.validation_frac)
     return {"train": source.texts, "validation": read("data.validation_source").texts}
 
 
@@ -175,7 +185,7 @@ def _clean(config: ConfigDict, field: str, counts: dict[str, Any], log: Log) -> 
     dropped: Counter[str] = Counter()
     counts |= {"read": 0, "dropped": dropped, "kept": 0, "chars": 0}
     pace = _Pace(log)
-    for document in documents.open(source, config):
+    for document in documents.open(source, config, setting=field):
         counts["read"] += 1
         pace(lambda: f"read {counts['read']:,} documents, {counts['chars']:,} characters")
         result = cleaner(document)

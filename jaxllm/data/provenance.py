@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from jaxllm import __version__
 from jaxllm.config import flatten
 from jaxllm.data import documents, shards
+from jaxllm.data.sources import text
 from jaxllm.data.tokenizers import file, files
 
 TRAINED = ("bpe", "unigram")
@@ -77,9 +78,9 @@ def versions() -> dict[str, str]:
 
 
 def _places(config: ConfigDict) -> dict[str, list[str]]:
-    places = {"data.source": _resolve(config.data.source)}
+    places = {"data.source": _resolve(config.data.source, "data.source")}
     if config.data.validation_source:
-        places["data.validation_source"] = _resolve(config.data.validation_source)
+        places["data.validation_source"] = _resolve(config.data.validation_source, "data.validation_source")
     if config.tokenizer.kind == "file":
         places["tokenizer.path"] = _tokenizer_files(Path(config.tokenizer.path).expanduser())
     return places
@@ -97,8 +98,8 @@ def _tokenizer_files(path: Path) -> list[str]:
     return [str(path), *(str(path.with_name(name)) for name in (file.SETTINGS, files.RECORD) if path.with_name(name).is_file())]
 
 
-def _resolve(source: str) -> list[str]:
-    return [location if os.path.exists(location) else source for _, location in documents.readings(source)]
+def _resolve(source: str, setting: str) -> list[str]:
+    return [location if os.path.exists(location) else source for _, location in documents.readings(source, setting)]
 
 
 def _describe(place: str, *, hashed: bool) -> dict[str, Any]:
@@ -107,8 +108,11 @@ def _describe(place: str, *, hashed: bool) -> dict[str, Any]:
     status = os.stat(place)
     entry = {"path": place, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
     if hashed:
-        with open(place, "rb") as content:
-            entry["sha256"] = hashlib.file_digest(content, "sha256").hexdigest()
+        try:
+            with open(place, "rb") as content:
+                entry["sha256"] = hashlib.file_digest(content, "sha256").hexdigest()
+        except OSError as error:
+            raise ValueError(text.unreadable(place, error)) from error
     return entry
 
 

@@ -54,10 +54,9 @@ def _by_documents(spool: Spool, validation_frac: float) -> dict[str, Texts]:
     The bound is moved only as far as it takes to leave each side one document. Equal texts land on the same side.
     """
     if spool.lowest >= spool.highest:
-        what = "one document" if spool.documents == 1 else f"{spool.documents:,} documents with one and the same text"
         raise ValueError(
-            f"data.split_by = 'documents', but the source holds {what}: none can be held out for validation.\n"
-            "  Accepted: two different documents or more.\n"
+            f"data.split_by = 'documents', but the source holds {spool.documents:,} documents with one and the same text: none can be"
+            " held out for validation.\n  Accepted: two different documents or more.\n"
             "  Set data.split_by=characters to hold out the end of the text, or set data.validation_source."
         )
     bound = min(max(int(validation_frac * KEYS), spool.lowest + 1), spool.highest)

@@ -99,6 +99,11 @@ def test_nothing_to_read(tmp_path, monkeypatch, source, message):
     assert len(str(caught.value).splitlines()) == 3
 
 
-def test_a_missing_path_is_an_error_before_anything_is_read(tmp_path):
-    with pytest.raises(ValueError, match="there is no"):
-        documents.open(str(tmp_path / "nowhere"), config())
+@pytest.mark.parametrize("name", ["nowhere", "~nobody-of-this-name/a.txt", "long" * 100])
+def test_a_missing_path_is_an_error_before_anything_is_read(tmp_path, monkeypatch, name):
+    """And says which setting to change: evaluate has no data.source."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"there is no(.|\n)*Change --data\.$"):
+        documents.open(name, config(), setting="--data")
+    with pytest.raises(ValueError, match=r"Change the source\.$"):
+        documents.open(name, config())

@@ -92,7 +92,7 @@ def test_text_bytes_are_those_of_predicted_text(text: str, bos: bool, bytes_: in
 
 
 def test_memory_does_not_grow_with_the_text() -> None:
-    """Blocks come while texts are read: the reader is never more than a batch and a block ahead."""
+    """Blocks come while texts are read: the reader is never more than a batch and a block ahead. One long text gives many blocks."""
     read = 0
 
     def texts() -> object:
@@ -105,8 +105,10 @@ def test_memory_does_not_grow_with_the_text() -> None:
         patch.setattr(pack, "BLOCK_TOKENS", 1000)
         patch.setattr(pack, "BATCH_CHARS", 500)
         first = next(pack.pack(texts(), LetterTokenizer(True, True), 16, Totals()))
-    assert read <= 15
-    assert len(first.tokens) == (read * 102 - 1) // 16
+        assert read <= 15
+        whole = list(pack.pack(["abcdefghij" * 1000], LetterTokenizer(True, True), 16, Totals()))
+    assert len(first.tokens) == 1000 // 16
+    assert [len(block.tokens) for block in whole] == [62] * 10 + [5, 1]
 
 
 def test_ids_outside_the_vocabulary_are_refused() -> None:

@@ -82,10 +82,12 @@ def test_hf_streams_splits(tmp_path, monkeypatch):
     hub = tmp_path / "hub"
     hub.mkdir()
     (hub / "train.jsonl").write_text('{"text": "a", "other": "A"}\n{"text": null, "other": "B"}\n')
+    (hub / "validation.jsonl").write_text('{"text": "a", "other": "A"}\n' * 9 + '{"text": broken\n')
     (hub / "test.jsonl").write_text('{"text": "t", "other": "T"}\n')
     assert read(f"hf:{hub}") == [("a", f"hf:{hub}[0]"), ("", f"hf:{hub}[1]")]
     assert texts(f"hf:{hub}?config=default&split=test", "other") == ["T"]
     for source, message in (
+        (f"hf:{hub}?split=validation", "(?s)cannot be .*JSON parse error.*Accepted"),
         (f"hf:{hub}?split=dev", "(?s)cannot be opened: Bad split: dev.*Accepted"),
         (f"hf:{hub}?splt=dev", "(?s)unknown option 'splt'.*Accepted: hf:OWNER/NAME"),
         ("hf:", "no name"),
@@ -103,12 +105,21 @@ BROKEN = {
     "cut.txt.gz": (gzip.compress(b"some text" * 99)[:-9], "is not a whole gzip file"),
     "plain.txt.gz": (b"plain", "is not a whole gzip file.*take .gz off"),
     "syntax.jsonl": (b'{"text": "a"}\n\n{"text": }\n', r'syntax.jsonl:3 is not JSON: Expecting value at column 10: {"text": }'),
+    "cut.jsonl": (b'{"text": "a"}\n{"text":\n', "cut.jsonl:3 is not JSON: Expecting value at column 1: nothing follows"),
+    "cut.json": (b'[{"text": "a"},\n', "cut.json:2 is not JSON: .*nothing follows"),
+    "object.json": (b'{\n "text": "a"\n}\n', r"object.json:2 is not JSON: .*nothing follows"),
+    "separator.jsonl": ('{"text": "a\u2028b", }'.encode(), r'at column 17: {"text": "a.b", }'),
+    "long.jsonl": (b'{"text": "' + b"x" * 500 + b'" y}', r'at column 513: \.\.\.x{38}" y}\n'),
+    "digits.jsonl": (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "digits.jsonl:1 is not JSON: .*limit"),
+    "deep.jsonl": (b"[" * 200_000, "deep.jsonl:1 is not JSON: .*recursion"),
+    "later.jsonl": (b'{"text": "a"}\n[{"text": "b"}]\n', "later.jsonl:2 is an array, not an object"),
     "syntax.json": (b'[{"text": "a"},\n{"text": }]\n', r'syntax.json:2 is not JSON: Expecting value at column 10: {"text": }'),
     "field.jsonl": (b'{"txt": "a", "id": 1}\n', "field.jsonl:1 has no field 'text'.*Accepted: txt, id.*Set data.text_field"),
     "number.jsonl": (b'{"text": 3, "body": "b"}\n', "number.jsonl:1: field 'text' holds a number, not text.*here body"),
     "list.json": (b'[["a"]]', r"list.json\[0\] is an array, not an object"),
     "column.csv": (b"a,b\n1,2\n", "has no column 'text'.*Accepted: a, b.*Set data.text_field"),
     "cells.csv": (b"text\na,b\n", "cells.csv:2 has 2 cells, but the header has 1"),
+    "blank.csv": (b"\n\na\nb\n", "has no column 'text'.*Accepted: a\\."),
     "quote.csv": (b'text\n"a\n', "quote.csv:2 is not CSV"),
     "table.parquet": (b"no", "is not a whole Parquet file"),
 }
@@ -130,6 +141,19 @@ def test_parquet_without_the_column_lists_the_others(tmp_path):
         read(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="field 'n' holds a number"):
         read(tmp_path / "a.parquet", "n")
+
+
+def test_parquet_that_breaks_off_while_it_is_read(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"{n} " * 50 for n in range(5000)]}), path, use_dictionary=False)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:3000] + b"\xff" * 400 + whole[3400:])
+    with pytest.raises(ValueError, match="(?s)a.parquet' is not a whole Parquet file.*Accepted"):
+        read(path)
+    latin = pyarrow.array([b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": latin}), path)
+    with pytest.raises(ValueError, match="(?s)can't decode byte 0xe9.*Accepted: Parquet, with text in UTF-8"):
+        read(path)
 
 
 @pytest.mark.parametrize(("package", "source"), [("pyarrow", "{folder}/a.parquet"), ("datasets", "hf:OWNER/NAME")])

@@ -2,6 +2,7 @@
 
 import urllib.parse
 from collections.abc import Iterator
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -14,6 +15,13 @@ def read(location: str, config: ConfigDict) -> Iterator[Document]:
 
     The origin is `hf:OWNER/NAME[row]`. NAME may also be a folder in the hub's layout.
     """
+    name, _, _ = parse(location)
+    for index, row in enumerate(_rows(location)):
+        origin = f"hf:{name}[{index}]"
+        yield Document(field_text(row, config.data.text_field, origin), origin)
+
+
+def _rows(location: str) -> Iterator[dict[str, Any]]:
     name, subset, split = parse(location)
     try:
         import datasets  # noqa: PLC0415
@@ -22,16 +30,17 @@ def read(location: str, config: ConfigDict) -> Iterator[Document]:
             f"'hf:{location}' needs the package datasets, which is not installed.\n  Accepted: files, folders and python_docs need"
             " nothing more.\n  Run: pip install 'jaxllm[data]'"
         ) from error
+    count = 0
     try:
-        rows = datasets.load_dataset(name, subset, split=split, streaming=True)
+        for row in datasets.load_dataset(name, subset, split=split, streaming=True):
+            yield row
+            count += 1
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        what = f"cannot be read after row {count - 1}" if count else "cannot be opened"
         raise ValueError(
-            f"'hf:{location}' cannot be opened: {error}\n  Accepted: hf:OWNER/NAME?config=C&split=S as the hub names them.\n"
+            f"'hf:{location}' {what}: {error}\n  Accepted: hf:OWNER/NAME?config=C&split=S as the hub names them.\n"
             "  Check the names and the network; a private data set needs `huggingface-cli login`."
         ) from error
-    for index, row in enumerate(rows):
-        origin = f"hf:{name}[{index}]"
-        yield Document(field_text(row, config.data.text_field, origin), origin)
 
 
 def parse(location: str) -> tuple[str, str | None, str]:
@@ -43,6 +52,6 @@ def parse(location: str) -> tuple[str, str | None, str]:
         what = f"unknown option '{unknown[0]}'" if unknown else "no name" if not name else f"'{query}' is not KEY=VALUE"
         raise ValueError(
             f"'hf:{location}': {what}.\n  Accepted: hf:OWNER/NAME, then ?config=C, ?split=S or ?config=C&split=S.\n"
-            "  Set data.source."
+            "  Correct the name."
         )
     return name, options.get("config"), options.get("split", "train")

@@ -9,6 +9,9 @@ from ml_collections import ConfigDict
 from jaxllm.data.documents import Document
 from jaxllm.data.sources import text
 
+# Shown on each side of the place where a line is broken.
+EXCERPT_CHARS = 40
+
 
 def read(location: str, config: ConfigDict) -> Iterator[Document]:
     """The field `data.text_field` of each line; blank lines are left out. The origin is `file:line`.
@@ -16,10 +19,9 @@ def read(location: str, config: ConfigDict) -> Iterator[Document]:
     A file that starts with `[` is one array: it is read whole and its origins are `file[index]`.
     """
     lines = text.lines(location)
-    for line in lines:
-        if not line.text.strip():
-            continue
-        if line.text.lstrip().startswith("["):
+    filled = (line for line in lines if line.text.strip())
+    for index, line in enumerate(filled):
+        if index == 0 and line.text.lstrip().startswith("["):
             whole = line.text + "".join(rest.text for rest in lines)
             yield from _array(_parse(whole, location, line.number), location, config.data.text_field)
             return
@@ -36,18 +38,25 @@ def _array(rows: list[Any], location: str, field: str) -> Iterator[Document]:
 def _parse(text: str, location: str, first_line: int) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        # Besides broken JSON: a number of more digits, or brackets deeper, than Python's reader takes.
+        line, what = first_line, str(error)
+        if isinstance(error, json.JSONDecodeError):
+            line += error.lineno - 1
+            what = f"{error.msg} at column {error.colno}: {_excerpt(text, error.pos)}"
         raise ValueError(
-            f"{location}:{first_line + error.lineno - 1} is not JSON: {error.msg} at column {error.colno}:"
-            f" {_excerpt(text.splitlines()[error.lineno - 1])}\n"
-            "  Accepted: one JSON object a line, or one array of objects.\n"
+            f"{location}:{line} is not JSON: {what}\n  Accepted: one JSON object a line, or one array of objects.\n"
             "  Correct the line; if the file is not JSON Lines, change its suffix (.txt is read as one text)."
         ) from error
 
 
-def _excerpt(line: str) -> str:
-    line = line.strip()
-    return line if len(line) <= 60 else line[:57] + "..."
+def _excerpt(text: str, place: int) -> str:
+    """What stands around the place in its line."""
+    before = text[:place].rpartition("\n")[2]
+    after = text[place:].partition("\n")[0]
+    start = before if len(before) <= EXCERPT_CHARS else "..." + before[-EXCERPT_CHARS:]
+    end = after if len(after) <= EXCERPT_CHARS else after[:EXCERPT_CHARS] + "..."
+    return (start + end).strip() or "nothing follows"
 
 
 def field_text(row: Any, field: str, origin: str) -> str:

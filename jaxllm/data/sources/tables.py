@@ -15,13 +15,13 @@ PARQUET_ROWS = 256
 
 
 def read_csv(location: str, config: ConfigDict) -> Iterator[Document]:
-    """The column `data.text_field` of each row; the first row names the columns. The origin is `file:line` (where the row ends)."""
+    """The column `data.text_field` of each row; the first one names the columns. The origin is `file:line` (where the row ends)."""
     field = config.data.text_field
     separator = "\t" if location.lower().removesuffix(".gz").endswith(".tsv") else ","
     csv.field_size_limit(FIELD_CHARS)
     rows = csv.reader((line.text for line in text.lines(location)), delimiter=separator, strict=True)
     try:
-        header = next(rows, None)
+        header = next(filter(None, rows), None)
         if header is None:
             return
         if field not in header:
@@ -55,20 +55,20 @@ def read_parquet(location: str, config: ConfigDict) -> Iterator[Document]:
         ) from error
     field = config.data.text_field
     try:
-        file = pyarrow.parquet.ParquetFile(location)
-    except (pyarrow.ArrowInvalid, OSError) as error:
+        with pyarrow.parquet.ParquetFile(location) as file:
+            if field not in file.schema_arrow.names:
+                raise ValueError(_no_column(location, field, file.schema_arrow.names))
+            row = 0
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[field]):
+                for value in batch.column(field).to_pylist():
+                    origin = f"{location}[{row}]"
+                    yield Document(field_text({field: value}, field, origin), origin)
+                    row += 1
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"'{location}' is not a whole Parquet file: {error}\n  Accepted: Parquet.\n  Fetch it again, or correct its suffix."
+            f"'{location}' is not a whole Parquet file: {error}\n  Accepted: Parquet, with text in UTF-8.\n"
+            "  Fetch it again, or correct its suffix."
         ) from error
-    with file:
-        if field not in file.schema_arrow.names:
-            raise ValueError(_no_column(location, field, file.schema_arrow.names))
-        row = 0
-        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[field]):
-            for value in batch.column(field).to_pylist():
-                origin = f"{location}[{row}]"
-                yield Document(field_text({field: value}, field, origin), origin)
-                row += 1
 
 
 def _no_column(location: str, field: str, columns: list[str]) -> str:

@@ -46,10 +46,15 @@ def _open(location: str) -> BinaryIO:
         packed = location.lower().endswith(".gz")
         return cast(BinaryIO, gzip.open(location, "rb")) if packed else Path(location).open("rb")
     except OSError as error:
-        raise ValueError(
-            f"'{location}' cannot be read: {error.strerror}.\n  Accepted: a file that you may read.\n"
-            "  Change its permissions, or set data.source."
-        ) from error
+        raise ValueError(unreadable(location, error)) from error
+
+
+def unreadable(location: str, error: OSError) -> str:
+    """The error text for a file that the system does not let us read."""
+    return (
+        f"'{location}' cannot be read: {error.strerror}.\n  Accepted: a file that you may read.\n"
+        "  Change its permissions, or name another file."
+    )
 
 
 def _checked(read_some: Callable[[], bytes], location: str) -> bytes:
