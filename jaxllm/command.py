@@ -1,5 +1,6 @@
 """What the commands have in common: flags, the config behind `--config`, and errors that a person can act on."""
 
+import errno
 import linecache
 import re
 import sys
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.text import Text
 
-from jaxllm.config import SCHEMA, check, load, unknown_key
+from jaxllm.config import SCHEMA, check, load, unknown_key, wrong_type
 
 PACKAGE = Path(__file__).resolve().parent
 FAILED, INTERRUPTED = 2, 130
@@ -87,6 +88,8 @@ def _explanation(error: BaseException) -> str:
     """The text for the user, or "" for a bug. Errors with parts (what was given, accepted, to be changed) have several lines."""
     if isinstance(error, flags.IllegalFlagValueError):
         return _illegal_value(str(error))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error}.\n  Accepted: a disk with room. What was complete is intact: make room and run the same command again."
     if isinstance(error, flags.Error | OSError | BadConfigFile):
         return str(error)
     if not isinstance(error, ValueError | ImportError):
@@ -119,12 +122,7 @@ def _illegal_value(text: str) -> str:
     found = re.match(r"flag --config\.([\w.]+)=(.*?): (.*)", text, re.DOTALL)
     if not found or found[1] not in SCHEMA:
         return re.sub(r"^flag --config=.*?: (?=.*\n)", "", text)
-    field = SCHEMA[found[1]]
-    kind = type(field.default).__name__
-    return (
-        f"{found[1]} = {found[2]!r} is not of type {kind} ({field.meaning}).\n  Accepted: {field.accept.words}; default"
-        f" {field.default!r}.\n  Change --config.{found[1]}."
-    )
+    return f"{wrong_type(found[1], found[2])}\n  Change --config.{found[1]}."
 
 
 class _ConfigParser(flags.ArgumentParser):
@@ -133,21 +131,33 @@ class _ConfigParser(flags.ArgumentParser):
     def parse(self, argument: str) -> ConfigDict:
         try:
             return load(argument).lock()
-        except (AttributeError, KeyError) as error:
-            raise BadConfigFile(_misspelt(argument, error)) from error
+        except (AttributeError, KeyError, TypeError) as error:
+            if not (text := _refused(argument, error)):
+                raise
+            raise BadConfigFile(text) from error
 
     def flag_type(self) -> str:
         return "config file"
 
 
-def _misspelt(path: str, error: Exception) -> str:
-    """A key that the locked config refused, with the line of the file that sets it."""
+def _refused(path: str, error: Exception) -> str:
+    """The text for a key or a value that the locked config refused, with the line of the file that sets it; "" for another error."""
+    said = re.search(
+        r"Key \"(\w+)\" does not exist|Could not override field '(\w+)'.*?\. (.*) is of original type", str(error), re.DOTALL
+    )
     lines = [
         frame.lineno or 0
         for frame in traceback.extract_tb(error.__traceback__)
         if Path(frame.filename).resolve() == Path(path).resolve()
     ]
-    line = linecache.getline(path, lines[-1]) if lines else ""
-    keys = [key for key in re.findall(r"\bconfig\.([\w.]+)", line) if key not in SCHEMA]
-    what = unknown_key(keys[0]) if keys else str(error)
-    return f"{path}, line {lines[-1] if lines else '?'}: {what}\n  Correct the file."
+    if not said or not lines:
+        return ""
+    unknown, known, value = said.groups()
+    keys = [
+        key
+        for found in re.findall(r"\bconfig\.([\w.]+)", linecache.getline(path, lines[-1]))
+        if (key := re.sub(r"\bupdate$", unknown or known, found)).rpartition(".")[2] == (unknown or known)
+    ]
+    key = keys[0] if keys else unknown or known
+    what = wrong_type(key, value) if key in SCHEMA else unknown_key(key)
+    return f"{path}, line {lines[-1]}: {what}\n  Correct the file."

@@ -87,7 +87,9 @@ SCHEMA: dict[str, Field] = {
     "model.bias": Field("auto", one_of(("auto", "on", "off")), "biases in projections and LayerNorm"),
     "model.tied_head": Field("auto", one_of(("auto", "on", "off")), "the output projection is the embedding"),
     "model.dropout_frac": Field(0.0, between(0, 0.9), "dropped in attention, after each sub-block and in the embedding"),
-    "model.init_std": Field(0.02, above(0), "of the weights; residual projections are divided by sqrt(2 x layers)"),
+    "model.init_std": Field(
+        0.0, at_least(0), "of the weights; 0 means 1 / sqrt(width); residual projections have it divided by sqrt(2 x layers)"
+    ),
     "model.attention": Field("blocked", one_of(registry.names("attention")), "implementation; all give the same numbers"),
     "model.attention_block_tokens": Field(128, at_least(1), "query block of the blocked attention"),
     "model.layers_as": Field("unrolled", one_of(("unrolled", "scan")), "unrolled: faster on CPU; scan: compile time flat in depth"),
@@ -119,7 +121,9 @@ SCHEMA: dict[str, Field] = {
     "train.trainable": Field(".*", TEXT, "regular expression over parameter paths; the others stay as they are"),
     "train.loss_chunk_tokens": Field(256, at_least(0), "tokens whose logits exist at once on a device; 0 means all"),
     "train.z_loss": Field(0.0, at_least(0), "coefficient of log(Z)^2, which keeps logits near 0"),
-    "train.ema_decay": Field(0.0, between(0, 0.99999), "of the averaged weights that are evaluated and saved; 0 means none"),
+    "train.ema_decay": Field(
+        0.0, between(0, 0.99999), "of the averaged weights, which are evaluated and saved; lower at first; 0 means none"
+    ),
     "train.max_nonfinite_steps": Field(10, at_least(1), "skipped steps in a row that stop the run"),
     "train.log_every_steps": Field(10, at_least(1), "rows in metrics.jsonl"),
     "train.trackers": Field((), many_of(("wandb", "mlflow")), "besides metrics.jsonl and TensorBoard, which are always written"),
@@ -187,12 +191,21 @@ def unknown_key(key: str) -> str:
     return f"unknown config key '{key}'.{hint}\n  Accepted: {', '.join(listed)}."
 
 
+def wrong_type(key: str, value: Any) -> str:
+    """The error text for a value that the field `key` cannot hold."""
+    field = SCHEMA[key]
+    kind = type(field.default).__name__
+    return (
+        f"{key} = {value!r} is not of type {kind} ({field.meaning}).\n  Accepted: {field.accept.words}; default {field.default!r}."
+    )
+
+
 def check(config: ConfigDict) -> None:
     """Raises ValueError, naming the field, what is accepted and what to change, if the config cannot run anywhere."""
     flat = flatten(config)
     for key in flat:
         if key not in SCHEMA:
-            raise ValueError(unknown_key(key))
+            raise ValueError(unknown_key(key) + "\n  Take it out, or correct its spelling.")
     for key, field in SCHEMA.items():
         if key not in flat:
             raise ValueError(f"config key '{key}' is missing.\n  Accepted: {field.accept.words}. Start from jaxllm.config.base().")
@@ -251,17 +264,36 @@ def _divides(name: str, value: int, whole_name: str, whole: int, also: str) -> s
     )
 
 
+def with_vocabulary(config: ConfigDict, vocab_size: int) -> ConfigDict:
+    """A copy, with this model.vocab_size if that was left open (0)."""
+    # ConfigDict(config) would share the sections.
+    config = config.copy_and_resolve_references()
+    config.model.vocab_size = config.model.vocab_size or vocab_size
+    return config
+
+
 def load(path: str | Path) -> ConfigDict:
     """`get_config()` of a Python file, or a run's config.json; the result is checked for unknown keys, not for its sums."""
     path = Path(path)
-    if path.suffix == ".json":
-        return from_json(path.read_text(encoding="utf-8"))
+    if path.suffix == ".json" and path.is_file():
+        try:
+            return from_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
-        raise ValueError(f"no config at '{path}'.\n  Accepted: a Python file with get_config(), or a run's config.json.")
+        raise ValueError(
+            f"no config at '{path}'.\n  Accepted: a Python file with get_config(), or a run's config.json.\n  Correct the path."
+        )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    config = module.get_config() if hasattr(module, "get_config") else None
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"{path} has no get_config() that returns a config.\n  Accepted: jaxllm.config.base() with some fields changed.\n"
+            "  Write it as the files in configs/ do."
+        )
+    return config
 
 
 def to_json(config: ConfigDict) -> str:
@@ -275,13 +307,22 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """The inverse of `to_json`."""
-    config = base()
-    for key, value in flatten(json.loads(text)).items():
+    """The inverse of `to_json`; fields that it lacks have their default. ValueError for anything but JSON of these fields."""
+    config, change = base(), "\n  Correct it, or write the file again from the config in configs/."
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"no JSON: {error}.\n  Accepted: what a run wrote as its config.json.{change}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"a {type(given).__name__} instead of a JSON object.\n  Accepted: a run's config.json.{change}")
+    for key, value in flatten(given).items():
         if key not in SCHEMA:
-            raise ValueError(unknown_key(key))
+            raise ValueError(unknown_key(key) + change)
         section, _, name = key.rpartition(".")
-        (config[section] if section else config)[name] = _tuples(value)
+        try:
+            (config[section] if section else config)[name] = _tuples(value)
+        except TypeError as error:
+            raise ValueError(wrong_type(key, value) + change) from error
     return config
 
 

@@ -17,10 +17,10 @@ ASSUMED_CHARACTERS = 128
 
 def show(config: ConfigDict, data: Path, console: Console) -> None:
     """Prints the resolved config, parameters, bytes by category on one device, tokens and steps."""
-    config = ConfigDict(config).lock()
     vocabulary = ""
     if not config.model.vocab_size:
-        config.model.vocab_size, vocabulary = expected_vocabulary(config, data)
+        size, vocabulary = expected_vocabulary(config, data)
+        config = schema.with_vocabulary(config, size)
     session = build_session(config, plan.make_abstract(config))
     console.print(schema.to_json(config), end="", markup=False)
     console.print(_facts(session, vocabulary))

@@ -73,6 +73,8 @@ def resolve(kind: str, name: str) -> Any:
     if name not in TABLE[kind]:
         near = difflib.get_close_matches(name, TABLE[kind], n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"unknown {kind} '{name}'.{hint}\n  Accepted: {', '.join(names(kind))}.")
+        raise ValueError(
+            f"unknown {kind} '{name}'.{hint}\n  Accepted: {', '.join(names(kind))}.\n  Use one of these, or register another."
+        )
     module, attribute = TABLE[kind][name].split(":")
     return getattr(importlib.import_module(module), attribute)

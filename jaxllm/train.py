@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from jaxllm import command, dry_run, models
+from jaxllm.config import with_vocabulary
 from jaxllm.data import loader
 from jaxllm.data.prepare import Prepared, place, prepare
 from jaxllm.decode import text
@@ -27,7 +28,8 @@ from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.environment import Record
 from jaxllm.engine.loop import Hook, Monitor, train
 from jaxllm.engine.progress import Progress
-from jaxllm.engine.session import Session, build_session, count
+from jaxllm.engine.record import DamagedError
+from jaxllm.engine.session import Session, build_session, check, count
 from jaxllm.engine.signals import Interrupts
 from jaxllm.engine.state import TrainState, eval_params
 from jaxllm.engine.step import Compiled
@@ -60,23 +62,25 @@ def run(config: ConfigDict, workdir: Workdir, console: Console) -> int:
     checkpoints = Checkpoints(workdir.checkpoints, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best)
     resuming = checkpoints.latest() is not None
     workdir.adopt_config(config, resuming=resuming)
-    prepared = prepare(config, place(config, workdir.path), log=say)
-    config = with_vocabulary(config, prepared)
+    mesh_plan = plan.make(config)
+    check(config, mesh_plan)  # before hours may go into the preparation of data
+    prepared = prepare(config, place(config, workdir.path), rows=_rows(checkpoints), log=say)
+    config = with_vocabulary(config, prepared.tokenizer.vocab_size)
     workdir.adopt_config(config, resuming=resuming)
     shutil.copytree(prepared.directory / "tokenizer", workdir.tokenizer, dirs_exist_ok=True)
     write_json(workdir.provenance, prepared.record)
 
-    session = build_session(config, plan.make(config))
-    kept = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
-    stored_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(session.abstract))
-    check_space(workdir.checkpoints, kept * stored_bytes)
+    session = build_session(config, mesh_plan)
     checkpoints.remove_incomplete()
-    state = _restore(checkpoints, session, prepared) if resuming else session.create()
+    check_space(workdir.checkpoints, _bytes_to_come(session, checkpoints))
+    state = checkpoints.restore(session.abstract).tree if resuming else session.create()
     start = int(state.step)
     if start >= config.train.steps:
         say(f"this run is at step {start} of {config.train.steps} already. Raise train.steps to go on. Writing its report again.")
         say(f"report: {write_report(workdir.path)}")
         return 0
+    if config.sample.tokens:
+        text.check_prompts(session.model, prepared.tokenizer, config.sample.prompts)
     begin = f"resuming at step {start}" if resuming else "starting"
     say(f"{begin}: {config.model.name}, {count(session.abstract.params):,} trainable parameters")
     say(f"{session.positions_a_step:,} tokens a step, {config.train.steps:,} steps; compiling ...")
@@ -89,29 +93,25 @@ def run(config: ConfigDict, workdir: Workdir, console: Console) -> int:
     if interrupts.received is not None and step < config.train.steps:
         say(f"{reason} at step {step}: everything is saved. To go on, run the same command again:\n  {_same_command()}")
         return 128 + interrupts.received
-    say(
-        f"done. Try: python -m jaxllm.generate --run {shlex.quote(str(workdir.path))} --prompt {shlex.quote(config.sample.prompts[0])}"
-    )
+    prompt = config.sample.prompts[0] if config.sample.prompts else ""
+    say(f"done. Try: python -m jaxllm.generate --run {shlex.quote(str(workdir.path))} --prompt {shlex.quote(prompt)}")
     return 0
 
 
-def with_vocabulary(config: ConfigDict, prepared: Prepared) -> ConfigDict:
-    """A copy whose model.vocab_size is the tokenizer's if it was left open."""
-    config = ConfigDict(config).lock()
-    config.model.vocab_size = config.model.vocab_size or prepared.tokenizer.vocab_size
-    return config
+def _bytes_to_come(session: Session, checkpoints: Checkpoints) -> int:
+    """Disk that the checkpoints of this run still need: one more than are kept is there while it is written."""
+    keep = session.config.checkpoint
+    missing = keep.keep_last + keep.keep_best + 1 - len(checkpoints.steps())
+    return max(missing, 1) * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(session.abstract))
 
 
-def _restore(checkpoints: Checkpoints, session: Session, prepared: Prepared) -> TrainState:
-    """The newest state; ValueError if the rows are not those that the run was trained on."""
-    restored = checkpoints.restore(session.abstract)
-    then, now = restored.meta["rows"], prepared.train.fingerprint
-    if then != now:
-        raise ValueError(
-            f"the rows in {prepared.directory} are not those that this run was trained on: their hash is {now[:16]}.\n"
-            f"  Accepted: {then[:16]}. Put the source back as it was and prepare again, or use another --workdir."
-        )
-    return restored.tree
+def _rows(checkpoints: Checkpoints) -> str | None:
+    """Fingerprint of the rows behind the newest checkpoint. None without one, and with a damaged one, of which restoring it will tell."""
+    newest = checkpoints.latest()
+    try:
+        return None if newest is None else checkpoints.record(newest).meta["rows"]
+    except DamagedError:
+        return None
 
 
 def _train(

@@ -70,6 +70,13 @@ MISTAKES = {
         ["--config=good.py", "--config.data.min_char", "3"],
         "unknown config key 'data.min_char'. Did you mean 'data.min_chars'?",
     ),
+    "wrong type in the file": (["--config=worse.py"], "worse.py, line 10: train.steps = 'many' is not of type int (optimizer"),
+    "misspelt in an update": (
+        ["--config=update.py"],
+        "update.py, line 10: unknown config key 'data.min_char'. Did you mean 'data.min_c",
+    ),
+    "no get_config": (["--config=empty.py"], "error: empty.py has no get_config() that returns a config.\n  Accepted: "),
+    "misspelt in JSON": (["--config=bad.json"], "error: bad.json: unknown config key 'train.step'. Did you mean 'train.steps'?"),
     "misspelt in the file": (["--config=bad.py"], "bad.py, line 10: unknown config key 'train.step'. Did you mean 'train.steps'?"),
     "wrong type": (
         ["--config=good.py", "--config.train.steps=many"],
@@ -89,6 +96,10 @@ MISTAKES = {
 def test_a_mistake_is_explained_without_a_traceback(folder: Path, name: str) -> None:
     flags, words = MISTAKES[name]
     write(folder / "bad.py", CONFIG, "config.train.step = 3")
+    write(folder / "worse.py", CONFIG, "config.train.steps = 'many'")
+    write(folder / "update.py", CONFIG, "config.data.update({'min_char': 3})")
+    write(folder / "empty.py", "{line}", "")
+    (folder / "bad.json").write_text('{"train": {"step": 3}}')
     done = run(folder, "-m", "jaxllm.prepare", *flags)
     assert done.returncode == 2
     assert words in done.stderr
@@ -101,6 +112,11 @@ def test_a_mistake_is_explained_without_a_traceback(folder: Path, name: str) -> 
     [
         ("raise KeyboardInterrupt", 130, "error: interrupted\n"),
         ("open('missing.txt')", 2, "error: [Errno 2] No such file or directory: 'missing.txt'\n"),
+        (
+            "raise OSError(28, 'No space left on device')",
+            2,
+            "error: [Errno 28] No space left on device.\n  Accepted: a disk with room",
+        ),
         ("return 3", 3, ""),
         ("int('x')", 1, "Traceback (most recent call last):"),
         ("raise ValueError('a bug,\\\\n  not a mistake of the user')", 1, "Traceback (most recent call last):"),

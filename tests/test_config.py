@@ -58,10 +58,32 @@ def test_unknown_keys_get_the_closest(key: str, near: str | None) -> None:
     assert "Accepted: " in text
 
 
-def test_unknown_key_in_json_is_an_error() -> None:
-    text = config.to_json(config.base()).replace('"layers"', '"layer"')
-    with pytest.raises(ValueError, match="Did you mean 'model.layers'"):
-        config.from_json(text)
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            '{"model": {"layer": 3}}',
+            r"unknown config key 'model.layer'. Did you mean 'model.layers'\?\n  Accepted: .*\n  Correct it",
+        ),
+        ('{"model": {"layers": "x"}}', r"model.layers = 'x' is not of type int \(transformer blocks\).\n  Accepted: 1 or more"),
+        ('{"model": 3}', "unknown config key 'model'"),
+        ('{"model": ', r"no JSON: .*\n  Accepted: what a run wrote"),
+        ("[1]", r"a list instead of a JSON object.\n  Accepted: a run's config.json"),
+    ],
+)
+def test_json_that_is_no_config_is_an_error(text: str, words: str, tmp_path) -> None:  # noqa: ANN001
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"^{path}: {words}"):
+        config.load(path)
+
+
+def test_an_open_vocabulary_is_filled_in_a_copy() -> None:
+    given = config.base()
+    filled = config.with_vocabulary(given, 100)
+    assert (given.model.vocab_size, filled.model.vocab_size, config.with_vocabulary(filled, 7).model.vocab_size) == (0, 100, 100)
+    with pytest.raises(AttributeError):
+        filled.model.vocabulary = 3
 
 
 def test_missing_config_file_is_an_error(tmp_path) -> None:  # noqa: ANN001

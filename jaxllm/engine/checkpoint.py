@@ -23,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxllm.engine import canonical
 from jaxllm.engine.digest import digests
 from jaxllm.engine.record import CheckpointError, DamagedError, Leaf, Record, check_fits, check_meta, from_json
-from jaxllm.engine.workdir import write_json
+from jaxllm.engine.workdir import sync_directory, write_json
 
 STATE = "state"
 RECORD = "record.json"
@@ -181,7 +181,10 @@ class Checkpoints:
                 " Train first, or give another --workdir."
             )
         if step is not None and step not in steps:
-            raise CheckpointError(f"no checkpoint of step {step} in {self.directory}.\n  Accepted: {', '.join(map(str, steps))}.")
+            raise CheckpointError(
+                f"no checkpoint of step {step} in {self.directory}.\n  Accepted: {', '.join(map(str, steps))}."
+                "\n  Ask for one of these, or for none to get the newest."
+            )
         return steps[-1] if step is None else step
 
     def _load(self, load: Callable[[int], Restored], step: int) -> Restored:
@@ -242,6 +245,8 @@ class Checkpoints:
                 write_json(folder / RECORD, replace(record, files=files).to_json())
                 replaced = self._set_aside(record.step)
                 folder.rename(self._path(record.step))
+                # Also a power cut must find the new one before older ones are deleted.
+                sync_directory(self.directory)
                 shutil.rmtree(replaced, ignore_errors=True)
         except Exception as error:
             self._clear(record.step)

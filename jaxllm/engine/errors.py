@@ -11,6 +11,7 @@ class NonFiniteError(TrainingError):
     def __init__(self, step: int, in_a_row: int, rows: str):
         super().__init__(
             f"{in_a_row} steps in a row, up to step {step}, had a loss or gradient that was not finite (batch rows {rows}).\n"
-            "  The parameters are those of the last finite step; the newest checkpoint is intact.\n"
-            "  Lower optimizer.learning_rate, lengthen schedule.warmup_steps, or look at these rows: python -m jaxllm.prepare --show."
+            "  Accepted: finite ones, at least once in train.max_nonfinite_steps. All checkpoints are intact.\n"
+            "  In another --workdir, lower optimizer.learning_rate, lengthen schedule.warmup_steps, or leave out the documents behind"
+            " these rows."
         )

@@ -19,21 +19,20 @@ Stop = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Hook:
-    """Something that happens beside training: `run(step, state)` every so many updates and, if `at_end`, after the last one."""
+    """Something that happens beside training: `run(step, state)` every so many updates (0: never) and after the last one."""
 
     run: Callable[[int, Any], None]
     every_steps: int
-    at_end: bool = True
 
     def due(self, step: int, last: int) -> bool:
-        return (self.every_steps > 0 and step % self.every_steps == 0) or (self.at_end and step == last)
+        return step == last or (self.every_steps > 0 and step % self.every_steps == 0)
 
 
 @dataclass(frozen=True)
 class Monitor:
     """Reads the metrics of finished steps: writes rows, counts skipped steps, and stops what cannot get better.
 
-    parameter_names: one name for each entry of the `moved` metric of the first step.
+    parameter_names: one name for each entry of the metric `moved`.
     """
 
     source: Source
@@ -53,16 +52,22 @@ class Monitor:
         if scalars.pop("weight") == 0:
             raise TrainingError(
                 f"step {step}: every target of the batch has weight 0, so there is nothing to learn (rows {self._rows(step)}).\n"
-                "  Accepted: batches with at least one weighted target. Look at these rows: python -m jaxllm.prepare --show."
+                "  Accepted: batches with at least one weighted target.\n"
+                "  In another --workdir, raise train.batch_seqs or leave out the documents behind these rows."
             )
         if not finite:
-            self.message(f"step {step} skipped: loss or gradient is not finite (rows {self._rows(step)})")
-        elif step == 1:
+            self.message(self._skipped(step, in_a_row, scalars.get("loss_scale")))
+        elif step - scalars["skipped"] == 1:
             self._check_moved(moved)
         if in_a_row >= self.max_nonfinite_steps:
             raise NonFiniteError(step, in_a_row, self._rows(step))
         if step % self.log_every_steps == 0 or step == 1:
             self.write({"kind": "train", "step": step, **scalars, "tokens": step * self.positions_a_step, **clock.lap(step)})
+
+    def _skipped(self, step: int, in_a_row: int, loss_scale: float | None) -> str:
+        if loss_scale is not None and not in_a_row:
+            return f"step {step} skipped: the gradient overflows float16; the loss scale is {loss_scale:g} from now on"
+        return f"step {step} skipped: loss or gradient is not finite (rows {self._rows(step)})"
 
     def _rows(self, step: int) -> str:
         return ", ".join(str(int(row)) for row in self.source.rows(step - 1))
@@ -71,7 +76,7 @@ class Monitor:
         still = [name for name, flag in zip(self.parameter_names, moved, strict=True) if not flag]
         if still:
             raise TrainingError(
-                f"the first step did not change {len(still)} trainable parameters: {', '.join(dict.fromkeys(still))}.\n"
+                f"the first step that counts did not change {len(still)} trainable parameters: {', '.join(dict.fromkeys(still))}.\n"
                 "  Accepted: every trainable parameter gets a gradient and a learning rate.\n"
                 "  Exclude them with train.trainable, or look at optimizer.groups and the mask of the loss."
             )

@@ -52,7 +52,7 @@ class Progress:
             return
         self._rows += 1
         self._loss.add(row["loss"])
-        # The first row of a session includes compilation, which says nothing about the steps to come.
+        # The first row of a session holds the very first step, which starts cold and says nothing about those to come.
         if self._rows > 1:
             self._speed.add(row["tokens_per_sec"])
         if self._bar:

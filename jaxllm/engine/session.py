@@ -9,6 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 from jaxllm import models, registry
+from jaxllm.config import with_vocabulary
 from jaxllm.engine import state, step
 from jaxllm.optim import build, schedules
 from jaxllm.parallel.plan import Plan, shard_bytes
@@ -53,6 +54,11 @@ def build_session(config: ConfigDict, plan: Plan) -> Session:
     objective = registry.resolve("objective", config.train.objective)(model, config, plan.batch_parts)
     update = step.make(objective, optimizer, schedules.make(config), config)
     return Session(config, plan, model, optimizer, update, state.abstract(model, optimizer, config, plan))
+
+
+def check(config: ConfigDict, plan: Plan) -> None:
+    """ValueError for what cannot run on this mesh, in a moment and without data. An open vocabulary counts as one that divides."""
+    build_session(with_vocabulary(config, plan.mesh.size), plan)
 
 
 def count(tree: Any) -> int:

@@ -53,7 +53,7 @@ def make(objective: Objective, optimizer: optax.GradientTransformation, schedule
             gradients = jax.tree.map(lambda gradient: gradient * factor, gradients)
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = jax.tree.map(lambda param, update: param + lr * update, state.params, updates)
-            ema = None if state.ema is None else jax.tree.map(partial(_average, train.ema_decay), state.ema, params)
+            ema = None if state.ema is None else _average(train.ema_decay, state, params)
             return params, opt_state, ema
 
         # Not jnp.where: with it XLA copies the whole optimizer state each step, here it writes in place as if there were no condition.
@@ -108,8 +108,11 @@ def _clip_factor(norm: jax.Array, clip_norm: float) -> jax.Array | float:
     return jnp.where(norm > clip_norm, clip_norm / norm, 1.0) if clip_norm else 1.0
 
 
-def _average(decay: float, old: jax.Array, new: jax.Array) -> jax.Array:
-    return decay * old + (1 - decay) * new
+def _average(decay: float, state: TrainState, params: Params) -> Params:
+    """The moving average after update t = 1, 2, ... decays by min(decay, t / (t + 9)): the initial weights, which are noise, soon fade."""
+    updates = (state.step - state.skipped).astype(jnp.float32) + 1
+    kept = jnp.minimum(decay, updates / (updates + 9))
+    return jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, state.ema, params)
 
 
 def _count(state: TrainState, finite: jax.Array, precision: Any) -> TrainState:

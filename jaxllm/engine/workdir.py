@@ -1,5 +1,6 @@
 """The run directory: where each file is, one writer at a time, and whether a changed config may continue what is there."""
 
+import errno
 import fcntl
 import json
 import os
@@ -133,7 +134,7 @@ def _flag(value: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces the file at once: a reader, or a run killed at any moment, sees the old text or the new one."""
+    """Replaces the file at once: a reader, a run killed at any moment, or a power cut finds the old text or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w", encoding="utf-8", newline="\n") as file:
@@ -141,6 +142,22 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Returns when the names in this directory (a file made, renamed or deleted) are on the disk, not just in memory.
+
+    Some network file systems refuse this for a directory; there nothing more can be done.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:

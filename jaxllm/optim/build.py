@@ -70,7 +70,7 @@ def muon(optimizer: Any, axes: Any) -> optax.GradientTransformation:
 
     Five Newton-Schulz steps on the Nesterov momentum, times 0.2 sqrt(max(rows, columns)), which gives updates of Adam's size so that
     one learning rate and one weight decay serve both (Liu et al. 2025, arXiv:2502.16982, eq. 4). An attention kernel [D, H, K] is the
-    matrix D x (H K), [H, K, D] is (H K) x D. `b1` is the momentum; `b2` and `eps` are Adam's.
+    matrix D x (H K), [H, K, D] is (H K) x D. `b1` is the momentum, `b2` is Adam's, `eps` serves both.
     """
     inputs = {name: count for name, count in _inputs(axes).items() if "layers" in name.split("/")}
 

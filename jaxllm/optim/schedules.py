@@ -86,5 +86,5 @@ def _progress(first: int, steps: int) -> Callable[[jax.Array], jax.Array]:
 
 
 def _between(end_frac: float, height: jax.Array) -> jax.Array:
-    """end_frac where height = 0, 1 where height = 1."""
-    return end_frac + (1.0 - end_frac) * height
+    """end_frac where height = 0 and 1 where height = 1, without a rounding at either."""
+    return height + end_frac * (1.0 - height)

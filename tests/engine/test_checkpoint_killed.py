@@ -1,4 +1,4 @@
-"""A process that is killed while it saves: whatever it had committed is there and intact."""
+"""A process that is killed while it saves, or loses its power: whatever it had committed is there and intact."""
 
 import subprocess
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxllm.engine.checkpoint import Checkpoints
 
@@ -68,3 +69,16 @@ def test_kill_9_at_any_moment_loses_no_committed_checkpoint(tmp_path: Path) -> N
     for step in checkpoints.steps():
         restored = checkpoints.restore(like, step).tree
         np.testing.assert_array_equal(restored["params"]["layers"][1]["w"], step + np.arange(2.0**18, dtype=np.float32))
+
+
+def test_older_checkpoints_go_only_when_the_new_one_would_survive_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    synced = []
+    monkeypatch.setattr("jaxllm.engine.checkpoint.sync_directory", lambda path: synced.append((path, checkpoints.steps())))
+    for step in (1, 2):
+        checkpoints.save(step, {"w": jnp.float32(step)})
+    checkpoints.close()
+    assert synced == [(tmp_path, [1]), (tmp_path, [1, 2])]
+    assert checkpoints.steps() == [2]

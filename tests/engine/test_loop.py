@@ -3,6 +3,7 @@
 import os
 import signal
 from collections import UserDict
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,14 @@ class Numbers:
 
 
 def metrics(step: int, **changes: object) -> dict:
-    given = {"loss": 1.0 / step, "weight": 2.0, "finite": True, "skipped_in_a_row": 0, "moved": [True, True]} | changes
+    given = {
+        "loss": 1.0 / step,
+        "weight": 2.0,
+        "finite": True,
+        "skipped": 0,
+        "skipped_in_a_row": 0,
+        "moved": [True, True],
+    } | changes
     return {name: np.asarray(value) for name, value in given.items()}
 
 
@@ -78,10 +86,11 @@ def test_hooks_run_in_order_after_the_metrics_of_their_step() -> None:
     hooks = [
         Hook(lambda step, state: calls.append(("evaluate", step, len(state))), every_steps=2),
         Hook(lambda step, state: calls.append(("save", step, len(state))), every_steps=4),
-        Hook(lambda step, state: calls.append(("never", step)), every_steps=0, at_end=False),
+        Hook(lambda step, state: calls.append(("at the end", step, len(state))), every_steps=0),
     ]
     run(count, hooks, total=5)
-    assert calls == [("evaluate", 2, 2), ("evaluate", 4, 4), ("save", 4, 4), ("evaluate", 5, 5), ("save", 5, 5)]
+    last = [("evaluate", 5, 5), ("save", 5, 5), ("at the end", 5, 5)]
+    assert calls == [("evaluate", 2, 2), ("evaluate", 4, 4), ("save", 4, 4), *last]
 
 
 def test_stop_ends_between_two_steps() -> None:
@@ -112,9 +121,32 @@ def test_skipped_steps_are_named_and_too_many_stop_the_run() -> None:
     ]
 
 
-def test_a_parameter_that_does_not_move_is_an_error() -> None:
+def test_an_overflow_of_float16_is_no_alarm() -> None:
+    def update(state: list, batch: int) -> tuple[list, dict]:
+        return state, metrics(batch + 1, finite=batch > 1, skipped=min(batch + 1, 2), loss_scale=2.0 ** max(14 - batch, 13))
+
+    _, _, _, messages = run(update, total=4)
+    assert messages == [
+        "step 1 skipped: the gradient overflows float16; the loss scale is 16384 from now on",
+        "step 2 skipped: the gradient overflows float16; the loss scale is 8192 from now on",
+    ]
+
+
+@pytest.mark.parametrize("skipped", [0, 2])
+def test_a_parameter_that_does_not_move_is_an_error(skipped: int) -> None:
+    """In the first step that is not skipped, whichever that is: later on a gradient may be 0."""
+
+    def update(first: int) -> Any:
+        def step(state: list, batch: int) -> tuple[list, dict]:
+            finite = batch >= skipped
+            moved = [finite, finite and batch >= skipped + first]
+            return state, metrics(batch + 1, finite=finite, skipped=min(batch + 1, skipped), moved=moved)
+
+        return step
+
     with pytest.raises(TrainingError, match="did not change 1 trainable parameters: b"):
-        run(lambda state, batch: (state, metrics(batch + 1, moved=[True, False])))
+        run(update(1))
+    run(update(0))
 
 
 def test_a_batch_without_weight_is_an_error() -> None:

@@ -54,10 +54,14 @@ def test_cosine_is_nanogpts_with_one_step_more_than_max_iters():
     np.testing.assert_allclose(made("cosine")(steps), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("end_frac", [0.0, 0.1, 0.3, 0.81, 1.0])
 @pytest.mark.parametrize("name", ["linear", "cosine", "wsd"])
-def test_schedule_starts_above_zero_peaks_once_warm_and_ends_at_its_end(name):
-    rates = np.asarray(made(name)(np.array([0, WARMUP, STEPS - 1, STEPS + 100])))
-    np.testing.assert_array_equal(rates, np.float32([PEAK / (WARMUP + 1), PEAK, PEAK * END, PEAK * END]))
+def test_schedule_starts_above_zero_peaks_once_warm_and_ends_at_its_end(name, end_frac):
+    """To the bit: no rounding but that of the float32 numbers and of their product."""
+    rates = np.asarray(made(name, end_frac=end_frac)(np.array([0, WARMUP, STEPS - 1, STEPS + 100])))
+    peak = np.float32(PEAK)
+    end = peak * np.float32(end_frac)
+    np.testing.assert_array_equal(rates, [np.float32(PEAK / (WARMUP + 1)), peak, end, end])
 
 
 def test_wsd_that_decays_from_the_end_of_the_warmup_is_linear():
