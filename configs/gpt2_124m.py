@@ -1,7 +1,8 @@
 """GPT-2 small, 124M parameters, on 8 accelerators: one pass over 10 billion tokens of FineWeb-Edu.
 
-Shape: Radford et al. 2019 (GPT-2). Learning rate, batch of 0.5 million tokens, warm-up of 375 million tokens, beta2 and weight decay:
-Brown et al. 2020, arXiv:2005.14165, table 2.1 (Small) and appendix B.
+Shape: Radford et al. 2019 (GPT-2), without dropout. Learning rate, batch of 0.5 million tokens, warm-up of 375 million tokens, cosine to a
+tenth, AdamW's betas and weight decay: Brown et al. 2020, arXiv:2005.14165, table 2.1 (Small) and appendix B. Ours, and not tried here:
+the data and a tokenizer of GPT-2's size trained on it (tokenizer.kind = "file" loads GPT-2's own), the number of devices.
 """
 
 from ml_collections import ConfigDict
@@ -17,6 +18,7 @@ def get_config() -> ConfigDict:
     config.model.heads = 12
     config.model.context_tokens = 1024
     config.model.vocab_size = 50257
+    config.model.init_std = 0.02
     config.model.layers_as = "scan"
     config.model.remat = "dots"
     config.precision.compute = "bfloat16"

@@ -1,7 +1,9 @@
-"""The shape of Llama 3 8B, 8.03 billion parameters, on 64 accelerators with ZeRO-3: one pass over 350 billion tokens of FineWeb-Edu.
+"""The shape of Llama 3 8B, 8.03 billion parameters, on 64 accelerators with ZeRO-3.
 
-Shape, learning rate, rope_theta and context: Grattafiori et al. 2024, arXiv:2407.21783, table 3 and section 3. Batch of 4 million
-tokens, warm-up, decay to a tenth and weight decay: Llama 2, Touvron et al. 2023, arXiv:2307.09288, section 2.2.
+Shape, peak learning rate, rope_theta and context: Grattafiori et al. 2024, arXiv:2407.21783, table 3 and section 3. Batch of 4 million
+tokens, warm-up, cosine to a tenth, AdamW's betas, epsilon and weight decay: Llama 2, Touvron et al. 2023, arXiv:2307.09288, section 2.2
+(Llama 3 grew its batch and trained on 15 trillion tokens). Ours, and not tried at this size: 350 billion tokens of FineWeb-Edu, a
+tokenizer trained on them, how the model lies on the devices.
 """
 
 from ml_collections import ConfigDict
@@ -19,6 +21,7 @@ def get_config() -> ConfigDict:
     config.model.mlp_width = 14_336
     config.model.context_tokens = 8192
     config.model.vocab_size = 128_256
+    config.model.init_std = 0.02
     config.model.rope_theta = 500_000.0
     config.model.attention_block_tokens = 512
     config.model.layers_as = "scan"
@@ -33,6 +36,7 @@ def get_config() -> ConfigDict:
     config.train.microbatches = 8
     config.train.loss_chunk_tokens = 2048
     config.optimizer.learning_rate = 3e-4
+    config.optimizer.eps = 1e-5
     config.schedule.warmup_steps = 2000
     config.eval.max_seqs = 1024
     config.parallel.data = 1

@@ -103,7 +103,7 @@ def resolve(config: ConfigDict, family: Family) -> Architecture:
         bias=_switch(model.bias, family.bias),
         tied_head=_switch(model.tied_head, family.tied_head),
         dropout_frac=model.dropout_frac,
-        init_std=model.init_std,
+        init_std=model.init_std or model.width**-0.5,
         attention=model.attention,
         attention_block_tokens=model.attention_block_tokens,
         layers_as=model.layers_as,

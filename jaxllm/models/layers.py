@@ -175,7 +175,7 @@ class Mlp(nn.Module):
         x_BTD = Norm(arch, name="norm")(x_BTD)
         up_BTF = self._wide("up", x_BTD)
         if arch.activation == "swiglu":
-            inner_BTF = jax.nn.silu(self._wide("gate", x_BTD)) * up_BTF
+            inner_BTF = activations.FUNCTIONS["silu"](self._wide("gate", x_BTD)) * up_BTF
         else:
             inner_BTF = activations.FUNCTIONS[arch.activation](up_BTF)
         shape, axes = (arch.mlp_width, arch.width), ("mlp", "embed")

@@ -26,7 +26,7 @@ PROMPTS = [[3, 1, 4], [1], [(7 * i) % VOCAB for i in range(20)], [3, 1, 4]]
 def made(name: str = "llama", layers_as: str = "unrolled") -> tuple[Model, Params]:
     """A random model whose logits are far enough apart for argmax to be the same in every batch."""
     settings = config.base()
-    sizes = {"vocab_size": VOCAB, "context_tokens": CONTEXT, "layers": 2, "width": 32, "heads": 4, "kv_heads": 2}
+    sizes = {"vocab_size": VOCAB, "context_tokens": CONTEXT, "layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "init_std": 0.02}
     settings.model.update({"name": name, "layers_as": layers_as, **sizes})
     model = models.build(settings)
     return model, jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(0)))

@@ -165,10 +165,13 @@ def test_parameter_counts(name: str, sizes: dict, count: int) -> None:
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(model))) == count
 
 
-@pytest.mark.parametrize(("name", "layers_as"), [("gpt", "unrolled"), ("llama", "scan")])
-def test_parameters_are_declared_once(name: str, layers_as: str) -> None:
+# A deviation of 0 stands for 1 / sqrt(width), here 1 / 8.
+@pytest.mark.parametrize(
+    ("name", "layers_as", "init_std", "expected"), [("gpt", "unrolled", 0.0, 0.125), ("llama", "scan", 0.02, 0.02)]
+)
+def test_parameters_are_declared_once(name: str, layers_as: str, init_std: float, expected: float) -> None:
     """Axes and arrays have one structure; arrays are plain float32 with the deviation of their role."""
-    model = models.build(tiny(name=name, width=64, layers_as=layers_as))
+    model = models.build(tiny(name=name, width=64, layers_as=layers_as, init_std=init_std))
     params = model.init(jax.random.key(0))
     is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
     assert jax.tree.structure(params) == jax.tree.structure(model.axes, is_leaf=is_axes)
@@ -177,7 +180,7 @@ def test_parameters_are_declared_once(name: str, layers_as: str) -> None:
         if path.endswith(("scale", "bias")):
             assert jnp.all(leaf == float(path.endswith("scale")))
             continue
-        std = 0.02 / math.sqrt(2 * 2) if path.endswith(("o/kernel", "down/kernel")) else 0.02
+        std = expected / math.sqrt(2 * 2) if path.endswith(("o/kernel", "down/kernel")) else expected
         # The deviation of n normal numbers is off by std / sqrt(2 n).
         assert abs(float(leaf.std()) - std) < 5 * std / math.sqrt(2 * leaf.size), path
 

@@ -10,7 +10,7 @@ Z_LOSS = 1e-2
 
 @pytest.fixture(scope="module")
 def parts():
-    training = tiny.make(train__z_loss=Z_LOSS)
+    training = tiny.make(train__z_loss=Z_LOSS, model__init_std=0.02)
     params = training.model.init(jax.random.key(1))
     # Larger kernels than at the start, so that the loss is not the flat log V.
     return training, jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params)
