@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, vocab: int) -> None:
+    def __init__(self, vocab: int, init_std: float) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocab, WIDTH), nn.Embedding(CONTEXT, WIDTH)
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
@@ -42,7 +42,7 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 residual = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * LAYERS) if residual else 0.02)
+                nn.init.normal_(parameter, std=init_std / math.sqrt(2 * LAYERS) if residual else init_std)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
@@ -79,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", required=True)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--init_std", type=float, default=WIDTH**-0.5)
     args = parser.parse_args()
     torch.manual_seed(1337)
     text = Path(args.data).read_text(encoding="utf-8")
@@ -86,7 +87,7 @@ def main() -> None:
     ids = torch.tensor([index[symbol] for symbol in text])
     cut = int(len(ids) * 0.9)
     train, validation = ids[:cut], ids[cut:]
-    model = GPT(len(index))
+    model = GPT(len(index), args.init_std)
     decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     others = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]

@@ -3,6 +3,7 @@
 python -m jaxllm.compare DIR DIR ... [--out DIR]
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import flags
@@ -31,10 +32,8 @@ def show(found: Comparison, console: Console) -> None:
     """Prints the tables, in parts if there are too many runs for the width of the terminal, and the warnings."""
     differences = [Line(key, [plain(value) for value in values], frozenset()) for key, values in found.differences]
     label_chars = max(len(line.name) for line in [*found.lines, *differences])
-    column_chars = min(WIDEST, max(len(text) for text in [*found.names, *(cell for line in found.lines for cell in line.cells)]))
-    at_once = max(1, (console.width - label_chars) // (column_chars + GAP))
-    for first in range(0, len(found.runs), at_once):
-        part = slice(first, first + at_once)
+    wanted = [max(map(len, [name, *column])) for name, *column in _columns(found.names, [*found.lines, *differences])]
+    for part in parts([min(WIDEST, chars) + GAP for chars in wanted], console.width - label_chars - GAP):
         console.print(_table(found.lines, found.names, part))
         if differences:
             console.print()
@@ -44,10 +43,26 @@ def show(found: Comparison, console: Console) -> None:
         console.print(Text("! ", "bold yellow") + Text(warning))
 
 
+def parts(widths: list[int], room: int) -> list[slice]:
+    """Neighbouring columns cut into groups that fit into `room` characters, a column that does not fit alone."""
+    starts, used = [0], 0
+    for index, width in enumerate(widths):
+        if used and used + width > room:
+            starts.append(index)
+            used = 0
+        used += width
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(widths)], strict=True)]
+
+
+def _columns(names: list[str], lines: list[Line]) -> Iterator[tuple[str, ...]]:
+    """(name, cell, cell, ...) of each run."""
+    return zip(names, *(line.cells for line in lines), strict=True)
+
+
 def _table(lines: list[Line], names: list[str], part: slice, title: str = "") -> Table:
     table = Table(Column(title, no_wrap=True), box=None, pad_edge=False, header_style="bold", padding=(0, GAP, 0, 0))
     for name in names[part]:
-        table.add_column(Text(name), overflow="fold")
+        table.add_column(Text(name), overflow="fold", max_width=WIDEST)
     for line in lines:
         cells = [Text(cell, "bold green" if index in line.best else "") for index, cell in enumerate(line.cells)]
         table.add_row(Text(line.name, "dim"), *cells[part])

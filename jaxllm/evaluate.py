@@ -27,6 +27,8 @@ from jaxllm.evals import perplexity
 from jaxllm.runs import Run
 
 SPLITS = ("validation", "train")
+# In a batch at most, as the rows that a whole mesh was trained on at once may be too many for the one device here.
+MOST_TOKENS = 16_384
 
 
 def define_flags() -> None:
@@ -92,7 +94,7 @@ def _texts(run: Run, source: str) -> Iterator[str]:
     config = run.config.copy_and_resolve_references()
     config.data.max_documents = 0
     cleaner, dropped = clean.make(config), Counter[str]()
-    for document in documents.open(source, config):
+    for document in documents.open(source, config, setting="--data"):
         cleaned = cleaner(document)
         if isinstance(cleaned, clean.Dropped):
             dropped[cleaned.reason] += 1
@@ -104,7 +106,7 @@ def _texts(run: Run, source: str) -> Iterator[str]:
 
 def _measure(run: Run, rows: shards.Shards, data: str) -> dict[str, Any]:
     began = time.perf_counter()
-    batch_seqs = run.config.train.batch_seqs // run.config.train.microbatches
+    batch_seqs = min(run.config.train.batch_seqs // run.config.train.microbatches, max(1, MOST_TOKENS // rows.row_tokens))
     batches = loader.sweep(rows, batch_seqs, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     row = perplexity.make_eval(run.model, run.config)(run.params, batches, rows.bytes_per_token)
     return {

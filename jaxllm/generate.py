@@ -5,6 +5,8 @@
 A single prompt is written as it is generated; several are generated together and printed one after the other.
 """
 
+import io
+import signal
 import sys
 import types
 from collections.abc import Iterable
@@ -36,6 +38,7 @@ def define_flags() -> None:
 def main(arguments: list[str]) -> None:
     del arguments
     given = flags.FLAGS
+    _prepare_stdout()
     settings = sampling.Settings(given.temperature, given.top_k, given.top_p, given.min_p, given.repetition_penalty)
     prompts = read_prompts(given.prompt, given.prompts_file)
     compilation.use_cache()
@@ -62,11 +65,20 @@ def read_prompts(given: list[str], path: str) -> list[str]:
 
 def _lines(path: str) -> list[str]:
     try:
-        return [line for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines() if line]
+        # Not splitlines(), which also splits at form feeds and other characters inside a line.
+        return [line for line in Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n") if line]
     except UnicodeDecodeError as error:
         raise ValueError(
             f"--prompts_file '{path}' is not UTF-8 ({error}).\n  Accepted: text in UTF-8, one prompt a line.\n  Convert the file."
         ) from error
+
+
+def _prepare_stdout() -> None:
+    """What the terminal cannot show becomes "?"; a reader that goes away (`| head`) ends this program without a message."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def write(prompt: str, pieces: Iterable[str]) -> None:

@@ -70,7 +70,7 @@ def environment(steps: int) -> dict[str, Any]:
         "compile_secs": 9.6,
         "memory_bytes": {"arguments": 26_000_000, "temporaries": 61_000_000, "outputs": 26_000_000, "peak": 92_000_000},
         "flops_per_step": 2.7e10,
-        "devices": ["TFRT_CPU_0"],
+        "devices": ["cpu"],
         "mesh": {"pipe": 1, "data": 1, "fsdp": 1, "seq": 1, "tensor": 1},
         "versions": {"jaxllm": "0.1.0", "jax": "0.10.2", "python": "3.11.7"},
         "started": "2026-11-22T16:00:00+00:00",
@@ -81,7 +81,7 @@ def environment(steps: int) -> dict[str, Any]:
                 "start_step": 0,
                 "end_step": steps,
                 "secs": 190.0,
-                "reason": "finished",
+                "reason": "done",
             }
         ],
     }

@@ -45,15 +45,29 @@ def test_mistakes_are_told_without_a_traceback(tmp_path: Path, arguments: tuple[
 
 
 def test_tables_fit_the_terminal(tmp_path: Path) -> None:
-    """Six runs on 80 columns come in parts, each with all lines."""
-    found = comparison.compare([write_run(tmp_path / f"experiment-{index}", steps=50, seed=index) for index in range(6)])
+    """Six runs on 80 columns come in parts, each with all lines. A long name is folded, and makes no other column wider."""
+    names = [*(f"experiment-{index}" for index in range(5)), "experiment-5-" + "x" * 40]
+    found = comparison.compare([write_run(tmp_path / name, steps=50, seed=seed) for seed, name in enumerate(names)])
     console = Console(width=80, record=True, force_terminal=False)
     with console.capture() as capture:
         compare.show(found, console)
     shown = capture.get()
     assert max(map(len, shown.splitlines())) <= 80
-    assert shown.count("validation loss, best") == 2
+    assert shown.count("validation loss, best") == 3
     assert all(shown.count(f"experiment-{index}") == 1 for index in range(6))
+
+
+@pytest.mark.parametrize(
+    ("widths", "found"),
+    [
+        ([], [slice(0, 0)]),
+        ([5, 5, 5], [slice(0, 2), slice(2, 3)]),
+        ([99, 1], [slice(0, 1), slice(1, 2)]),
+        ([3, 3, 4], [slice(0, 3)]),
+    ],
+)
+def test_columns_are_cut_into_parts(widths: list[int], found: list[slice]) -> None:
+    assert compare.parts(widths, 10) == found
 
 
 def test_pages_go_beside_the_runs_or_here(tmp_path: Path) -> None:

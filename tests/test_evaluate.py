@@ -12,6 +12,7 @@ from random_run import write_run
 
 from jaxllm import evaluate, runs
 from jaxllm.data.prepare import load, prepare
+from jaxllm.data.tokenize import fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ("loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "bytes", "documents", "metric")
@@ -34,7 +35,9 @@ def held_out(run: Path) -> list[str]:
     return [prepared.tokenizer.decode([ord(part) for part in document]) for document in documents]
 
 
-def test_a_source_and_the_split_that_it_became_give_the_same_result(run: Path, tmp_path: Path) -> None:
+def test_a_source_and_the_split_that_it_became_give_the_same_result(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = held_out(run)
     source = tmp_path / "held_out.jsonl"
     source.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
@@ -43,8 +46,12 @@ def test_a_source_and_the_split_that_it_became_give_the_same_result(run: Path, t
     assert {name: split[name] for name in RESULTS} == {name: again[name] for name in RESULTS}
     assert split["bytes"] == sum(len(text.encode()) for text in texts)
     assert split["documents"] == len(texts) > 1
-    assert split["metric"].endswith("tokenizer byte-259)")
+    assert split["metric"].endswith(f"tokenizer byte-259-{fingerprint(opened.tokenizer)[:8]})")
     assert evaluate.evaluate_split(opened, "train")["documents"] == 12 - len(texts)
+    # Fewer rows at once, as a run of a large mesh needs it on one device.
+    monkeypatch.setattr(evaluate, "MOST_TOKENS", 1)
+    alone = evaluate.evaluate_split(opened, "validation")
+    assert (alone["loss"], alone["tokens"]) == (pytest.approx(split["loss"], rel=1e-6), split["tokens"])
 
 
 def test_the_command_prints_and_keeps_the_result(run: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """`python -m jaxllm.generate` from end to end: the text of the API on standard output, and mistakes explained."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +47,20 @@ def test_several_prompts_and_a_file(run: Path, tmp_path: Path) -> None:
     assert done.stdout.decode() == "".join(f"{prompt}{text}\n" for prompt, text in zip(prompts, texts, strict=True))
 
 
+def test_a_poor_terminal_and_a_reader_that_leaves(run: Path) -> None:
+    """What ASCII lacks becomes "?"; `| head` ends the program as it ends any other: by the signal, without a word."""
+    command = [sys.executable, "-m", "jaxllm.generate", "--run", str(run), "--prompt", "é", "--max_tokens=4"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stdout[:1]) == (0, b"?"), done.stderr.decode()
+    left = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert left.stdout is not None and left.stderr is not None
+    left.stdout.close()
+    error = left.stderr.read()
+    left.stderr.close()
+    assert (left.wait(), error) == (-signal.SIGPIPE, b"")
+
+
 def test_a_mistake_is_explained_without_a_traceback(run: Path) -> None:
     done = generate("--run", str(run.parent / "tinny"), "--prompt", "a")
     assert done.returncode == 2
@@ -57,6 +73,8 @@ def test_a_mistake_is_explained_without_a_traceback(run: Path) -> None:
 def test_prompts_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no prompt is given.\n  Accepted: --prompt"):
         read_prompts([], "")
+    (tmp_path / "lines.txt").write_text("\ufeffone\fpage\n\ntwo\u2028lines\r\n", encoding="utf-8", newline="")
+    assert read_prompts(["a"], str(tmp_path / "lines.txt")) == ["a", "one\fpage", "two\u2028lines"]
     (tmp_path / "latin1.txt").write_bytes("Köln".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin1.txt' is not UTF-8[\s\S]*Accepted: text in UTF-8"):
         read_prompts(["a"], str(tmp_path / "latin1.txt"))

@@ -185,13 +185,7 @@ def _check(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, 
         raise ValueError(f"max_new_tokens = {max_new_tokens}.\n  Accepted: 1 or more.\n  Change max_new_tokens.")
     if not 0 <= seed <= LARGEST_SEED:
         raise ValueError(f"seed = {seed}.\n  Accepted: 0 to {LARGEST_SEED}.\n  Change seed.")
-    for prompt in prompts:
-        if not 0 < len(prompt) < context_tokens:
-            raise ValueError(
-                f"a prompt of {len(prompt)} tokens, for a model with a context of {context_tokens} tokens.\n"
-                f"  Accepted: 1 to {context_tokens - 1} tokens, so that there is room for a new one.\n  "
-                + ("Shorten the prompt." if prompt else "Give a prompt, or use a tokenizer that has a bos token.")
-            )
+    check_prompts(model, prompts)
     longest = max(map(len, prompts), default=0)
     if longest + max_new_tokens > context_tokens:
         logging.warning(
@@ -201,3 +195,15 @@ def _check(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, 
             context_tokens,
             context_tokens - longest,
         )
+
+
+def check_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> None:
+    """ValueError for a prompt without a token, and for one that leaves no room for a new token."""
+    context_tokens = model.config.context_tokens
+    for prompt in prompts:
+        if not 0 < len(prompt) < context_tokens:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens, for a model with a context of {context_tokens} tokens.\n"
+                f"  Accepted: 1 to {context_tokens - 1} tokens, so that there is room for a new one.\n  "
+                + ("Shorten the prompt." if prompt else "Give a prompt, or use a tokenizer that has a bos token.")
+            )

@@ -33,6 +33,11 @@ class Detokenizer:
         return self.text(ids).rstrip(REPLACEMENT)
 
 
+def check_prompts(model: Model, tokenizer: Tokenizer, prompts: Sequence[str]) -> None:
+    """ValueError for a prompt that `complete` would refuse, to be told before a long training and not at its first samples."""
+    generate.check_prompts(model, [[*_bos(tokenizer), *tokenizer.encode(prompt)] for prompt in prompts])
+
+
 def complete(
     model: Model,
     params: Params,

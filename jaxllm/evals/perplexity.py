@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from jaxllm.data import tokenize
 from jaxllm.objectives import tokens
 from jaxllm.types import Batch, Mean, Metrics, Model, Params, Tokenizer
 
@@ -72,10 +73,13 @@ def _row(nll: float, correct: float, weight: float, bytes_per_token: float) -> d
 
 
 def metric_name(config: ConfigDict, tokenizer: Tokenizer, row_tokens: int) -> str:
-    """What the perplexity is of, in full: two numbers may be compared if their names are equal."""
+    """What the perplexity is of, in full: numbers on one text may be compared if their names are equal.
+
+    The tokenizer is named by its kind, its size and the start of its fingerprint.
+    """
     start = "BOS at document start" if tokenizer.bos_id is not None else "no BOS"
     end = "EOS at document end is predicted" if tokenizer.eos_id is not None else "no EOS"
     return (
         f"token perplexity (window {row_tokens}, stride {row_tokens}, {start}, {end},"
-        f" tokenizer {config.tokenizer.kind}-{tokenizer.vocab_size})"
+        f" tokenizer {config.tokenizer.kind}-{tokenizer.vocab_size}-{tokenize.fingerprint(tokenizer)[:8]})"
     )

@@ -105,8 +105,12 @@ def _lines(summaries: Sequence[Summary], same_tokens: bool) -> list[Line]:
         best = frozenset(index for index, value in enumerate(values) if value == winner) if winner is not None else frozenset()
         return Line(name, ["" if value is None else form(value) for value in values], best)
 
-    # Losses a token of different tokenizers are told, but none is called the best.
+    # What does not compare is told, but none is called the best: losses a token of different tokenizers, speed on different
+    # devices, time for different amounts of text, and compile time, as a program may come from the cache on disk.
     lowest = min if same_tokens else None
+    same_devices = len({summary.devices for summary in summaries}) == 1
+    least, most = (min, max) if same_devices else (None, None)
+    same_work = len({summary.tokens for summary in summaries}) == 1
     return [
         line("architecture", lambda s: s.architecture, str),
         line("layers / width / heads", lambda s: s.shape, str),
@@ -116,12 +120,13 @@ def _lines(summaries: Sequence[Summary], same_tokens: bool) -> list[Line]:
         line("training loss", lambda s: s.train_loss, "{:.4f}".format, lowest),
         line("validation loss, best", lambda s: number(s.best.get("loss")), "{:.4f}".format, lowest),
         line("validation loss, final", lambda s: number(s.final.get("loss")), "{:.4f}".format, lowest),
-        line("perplexity, final", lambda s: number(s.final.get("perplexity")), "{:.2f}".format, lowest),
+        line("token perplexity, final", lambda s: number(s.final.get("perplexity")), "{:.2f}".format, lowest),
         line("bits per byte, final", lambda s: number(s.final.get("bits_per_byte")), "{:.3f}".format, min),
-        line("tokens a second, median", lambda s: s.tokens_per_sec, count, max),
-        line("peak memory of a step", lambda s: s.peak_bytes, size, min),
-        line("compile time", lambda s: s.compile_secs, duration, min),
-        line("wall time", lambda s: s.wall_secs, duration, min),
+        line("devices", lambda s: s.devices, str),
+        line("tokens a second, median", lambda s: s.tokens_per_sec, count, most),
+        line("peak memory of a step", lambda s: s.peak_bytes, size, least),
+        line("compile time", lambda s: s.compile_secs, duration),
+        line("wall time", lambda s: s.wall_secs, duration, least if same_work else None),
     ]
 
 
@@ -138,6 +143,9 @@ def _warnings(found: Sequence[Run], names: Sequence[str], summaries: Sequence[Su
         told.append(
             f"The rows have {_listed(list(dict.fromkeys(windows)))} tokens: a longer context makes each token easier to predict."
         )
+    devices = list(dict.fromkeys(summary.devices for summary in summaries))
+    if len(devices) > 1:
+        told.append(f"The runs had different devices ({_listed(devices)}): speed, memory and times do not compare.")
     for run, name, summary in zip(found, names, summaries, strict=True):
         if summary.total_steps and summary.steps < summary.total_steps:
             told.append(f"{name} stopped at step {summary.steps:,} of {summary.total_steps:,.0f}.")
@@ -188,11 +196,17 @@ def _page(comparison: Comparison, scores: Sequence[str]) -> str:
         html.tag("h1", f"{len(comparison.runs)} runs compared"),
         html.tag("p", ", ".join(comparison.names), css="faint"),
         html.notes(comparison.warnings),
-        html.table(header, rows),
-        html.tag("p", "The best figure of a line is green and bold, where one can be called the best.", css="faint small"),
+        html.table(header, rows, css="runs"),
+        html.tag(
+            "p",
+            "The best figure of a line is green and bold, where one can be called the best. "
+            "Compile time is short where the compiled program was in the cache on disk.",
+            css="faint small",
+        ),
         html.tag("div", *pictures, css="row pairs"),
         html.section(
-            "What differs in the configuration", html.table(("field", *comparison.names), fields) if fields else "Nothing."
+            "What differs in the configuration",
+            html.table(("field", *comparison.names), fields, css="runs") if fields else "Nothing.",
         ),
         html.section("Directories", html.table((), places)),
     )

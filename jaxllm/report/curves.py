@@ -14,7 +14,8 @@ from jaxllm.report.summary import smoothed
 
 Draw = Callable[[Run, Theme], Figure | None]
 
-WIDE, SMALL = (7.0, 3.8), (5.2, 2.9)
+# Inches. The small ones share a row of the page, so they are small in inches too: their letters shrink with them.
+WIDE, SMALL = (7.0, 3.8), (3.7, 2.4)
 
 
 def loss(run: Run, theme: Theme) -> Figure | None:

@@ -41,6 +41,9 @@ th { color: var(--faint); font-weight: 600; white-space: nowrap; }
 td { overflow-wrap: break-word; min-width: 60px; }
 td:first-child { white-space: nowrap; }
 td:last-child { overflow-wrap: anywhere; min-width: 150px; }
+.runs th { white-space: normal; overflow-wrap: anywhere; vertical-align: bottom; }
+.runs td, .runs th { min-width: 136px; max-width: 240px; overflow-wrap: anywhere; }
+.runs td:first-child, .runs th:first-child { position: sticky; left: 0; background: var(--card); }
 td.best { color: var(--good); font-weight: 700; }
 code, pre { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { margin: 6px 0; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -84,11 +87,11 @@ def numbers(found: Iterable[tuple[str, str, str]]) -> Html:
     return tag("div", *cards, css="numbers")
 
 
-def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
-    """A card with a table. A cell that is `Html` from `tag("td", ...)` is taken as it is."""
+def table(header: Sequence[object], rows: Iterable[Sequence[object]], css: str = "") -> Html:
+    """A card with a table. A cell that is `Html` from `tag("td", ...)` is taken as it is. css "runs": a column a run."""
     head = [tag("tr", *(tag("th", cell) for cell in header))] if header else []
     body = [tag("tr", *(cell if cell.startswith("<td") else tag("td", cell) for cell in map(text, row))) for row in rows]
-    return tag("div", tag("table", *head, *body), css="card scroll")
+    return tag("div", tag("table", *head, *body), css=f"card scroll {css}".strip())
 
 
 def notes(lines: Sequence[object]) -> Html:

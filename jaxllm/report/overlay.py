@@ -20,7 +20,9 @@ SCORES = {
 # What is drawn to the right.
 AGAINST = {"tokens": "tokens seen", "time": "training time"}
 
-PANEL = (6.4, 3.7)
+PANEL = (5.2, 3.2)
+# Of a name beside a curve: a longer one would leave no room for the curves.
+LABEL_CHARS = 23
 
 
 def panel(runs: Sequence[Run], names: Sequence[str], score: str, against: str, theme: Theme) -> Figure:
@@ -40,11 +42,18 @@ def grid(runs: Sequence[Run], names: Sequence[str], scores: Sequence[str], theme
     return drawn
 
 
+def labels(names: Sequence[str]) -> list[str]:
+    """The names, long ones without their middle; where that makes two equal they carry their number, counted from 1."""
+    half = (LABEL_CHARS - 1) // 2
+    cut = [name if len(name) <= LABEL_CHARS else f"{name[:half]}…{name[-half:]}" for name in names]
+    return [label if cut.count(label) == 1 else f"{label} ({number})" for number, label in enumerate(cut, 1)]
+
+
 def _draw(axes: Axes, runs: Sequence[Run], names: Sequence[str], score: str, against: str, theme: Theme) -> None:
     title, unit = SCORES[score]
     canvas.dress(axes, theme, title, AGAINST[against], unit)
     ends, drawn = [], []
-    for index, (run, name) in enumerate(zip(runs, names, strict=True)):
+    for index, (run, name) in enumerate(zip(runs, labels(names), strict=True)):
         x, y = _curve(run, score, against)
         seen = np.isfinite(x) & np.isfinite(y)
         if not seen.any():

@@ -1,5 +1,6 @@
 """The few numbers that a run comes down to."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,12 @@ class Summary:
     """None: the run directory does not say.
 
     train_loss is the smoothed loss at the end; best and final are rows of kind "eval"; tokens_per_sec is the median of the logged
-    rows; peak_bytes is the compiler's figure for one device; wall_secs adds up the sessions.
+    rows; peak_bytes is the compiler's figure for one device; wall_secs adds up the sessions; devices is "cpu" or "8 x NVIDIA H100".
     """
 
     architecture: str | None
     shape: str | None
+    devices: str | None
     parameters: float | None
     steps: int
     total_steps: float | None
@@ -46,6 +48,7 @@ def summarize(run: Run) -> Summary:
     return Summary(
         architecture=run.config.get("model.name"),
         shape=_shape(run.config),
+        devices=_devices(environment.get("devices")),
         parameters=number(environment.get("parameters")),
         steps=max((row["step"] for row in [*rows, *run.evals]), default=0),
         total_steps=number(run.config.get("train.steps")),
@@ -95,6 +98,13 @@ def _shape(config: dict[str, Any]) -> str | None:
         return None
     kv_heads = config.get("model.kv_heads") or heads
     return f"{layers} / {width} / {heads}" + (f" ({kv_heads} kv)" if kv_heads != heads else "")
+
+
+def _devices(kinds: Any) -> str | None:
+    if not isinstance(kinds, list):
+        return None
+    counts = Counter(str(kind) for kind in kinds)
+    return ", ".join(kind if count == 1 else f"{count} x {kind}" for kind, count in counts.items()) or None
 
 
 def _wall_secs(run: Run) -> float | None:

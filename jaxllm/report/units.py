@@ -37,11 +37,16 @@ def duration(secs: float) -> str:
 
 
 def plain(value: Any) -> str:
-    """A JSON value as text: a large number with commas, a list with commas between its parts, nothing for null."""
+    """A JSON value as text: a large whole number with commas, a list with commas between its parts, nothing for null."""
     if value is None or isinstance(value, str):
         return value or ""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    if isinstance(value, list) and not any(isinstance(part, list | dict) for part in value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) >= 10_000 and value == value // 1:
+        return f"{value:,.0f}"
+    if isinstance(value, list) and not any(isinstance(part, list | dict) or _ambiguous(part) for part in value):
         return ", ".join(map(plain, value))
     return json.dumps(value)
+
+
+def _ambiguous(part: Any) -> bool:
+    """Whether a text would not be seen as it is between commas."""
+    return isinstance(part, str) and (part != part.strip() or "," in part or not part)

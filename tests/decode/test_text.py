@@ -100,3 +100,16 @@ def test_bos_is_added_once(monkeypatch: pytest.MonkeyPatch, bos_id: int | None, 
     text.complete(parrot(0, [0]), {}, tokenizer, ["ab", ""], GREEDY, max_new_tokens=1, seed=0)
     assert list(text.stream(parrot(0, [0]), {}, tokenizer, "ab", GREEDY, max_new_tokens=1, seed=0)) == []
     assert seen == [[*start, 97, 98], start, [*start, 97, 98]]
+
+
+def test_prompts_that_cannot_be_continued_are_refused_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the words of `complete`; the byte tokenizer adds bos, which takes one of the 256 places."""
+    tokenizer, model = ByteTokenizer(), parrot(0, [0])
+    text.check_prompts(model, tokenizer, ["", "a" * 254])
+    for prompts, words in ((["a", "a" * 255], "a prompt of 256 tokens"), (["\ud800"], "lone surrogate")):
+        for call in (text.check_prompts, lambda *given: text.complete(model, {}, *given[1:], GREEDY, max_new_tokens=1, seed=0)):
+            with pytest.raises(ValueError, match=words):
+                call(model, tokenizer, prompts)
+    monkeypatch.setattr(tokenizer, "bos_id", None, raising=False)
+    with pytest.raises(ValueError, match=r"a prompt of 0 tokens[\s\S]*use a tokenizer that has a bos token"):
+        text.check_prompts(model, tokenizer, [""])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxllm import config, models
-from jaxllm.data import pack, shards
+from jaxllm.data import pack, shards, tokenize
 from jaxllm.data.tokenizers.byte import ByteTokenizer
 from jaxllm.evals import perplexity
 from jaxllm.types import Model, Params
@@ -88,5 +88,6 @@ def test_metric_is_named_in_full() -> None:
     settings, *_ = made()
     name = perplexity.metric_name(settings, ByteTokenizer(), ROW_TOKENS)
     assert name == (
-        "token perplexity (window 16, stride 16, BOS at document start, EOS at document end is predicted, tokenizer bpe-259)"
+        "token perplexity (window 16, stride 16, BOS at document start, EOS at document end is predicted,"
+        f" tokenizer bpe-259-{tokenize.fingerprint(ByteTokenizer())[:8]})"
     )

@@ -227,7 +227,7 @@ def test_comparison_table_and_best(tmp_path: Path) -> None:
     finals = [runs.read(place).evals[-1] for place in places]
     assert lines["validation loss, final"].cells == [f"{row['loss']:.4f}" for row in finals]
     assert lines["bits per byte, final"].cells == [f"{row['bits_per_byte']:.3f}" for row in finals]
-    assert lines["validation loss, best"].best == lines["perplexity, final"].best == {1}
+    assert lines["validation loss, best"].best == lines["token perplexity, final"].best == {1}
     # Nothing is best where all are equal, or where more is neither better nor worse.
     assert lines["wall time"].best == lines["parameters"].best == lines["architecture"].best == frozenset()
     page, picture = comparison.write(found, tmp_path / "out")
@@ -250,7 +250,9 @@ def test_runs_of_different_tokenizers(tmp_path: Path) -> None:
     found = comparison.compare(places)
     lines = {line.name: line for line in found.lines}
     assert "bits per byte does" in found.warnings[0] and len(found.warnings) == 1
-    assert lines["validation loss, best"].best == lines["perplexity, final"].best == lines["training loss"].best == frozenset()
+    assert (
+        lines["validation loss, best"].best == lines["token perplexity, final"].best == lines["training loss"].best == frozenset()
+    )
     assert lines["bits per byte, final"].best == {1}
     assert "Validation bits per byte of every run" in comparison.write(found, tmp_path)[0].read_text()
     # One run did not measure it: what there is is drawn.
@@ -272,6 +274,40 @@ def test_what_does_not_compare_is_said(tmp_path: Path, fields: dict[str, Any], w
     places = [write_run(tmp_path / "a"), write_run(tmp_path / "b", **fields)]
     (warning,) = comparison.compare(places).warnings
     assert re.search(words, warning)
+
+
+def test_speed_and_time_are_ranked_only_where_they_compare(tmp_path: Path) -> None:
+    """Unequal devices rank no speed, memory or time; unequal amounts of text no time. Compile time may be cached: never ranked."""
+    places = [write_run(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    place = places[1] / "run.json"
+    record = json.loads(place.read_text())
+    record["compile_secs"] = record["memory_bytes"]["peak"] = record["sessions"][0]["secs"] = 185
+
+    def best() -> dict[str, frozenset[int]]:
+        place.write_text(json.dumps(record))
+        found = comparison.compare(places)
+        assert [warning for warning in found.warnings if "devices" in warning] == (
+            ["The runs had different devices (cpu / 8 x NVIDIA H100): speed, memory and times do not compare."]
+            if len(record["devices"]) > 1
+            else []
+        )
+        names = ("tokens a second, median", "peak memory of a step", "wall time", "compile time")
+        ranked = {line.name: line.best for line in found.lines if line.name in names}
+        return {name.split()[0]: runs for name, runs in ranked.items() if runs}
+
+    assert best().keys() == {"tokens", "peak", "wall"} and best()["wall"] == best()["peak"] == {1}
+    metrics = places[0] / "metrics.jsonl"
+    metrics.write_text("\n".join(metrics.read_text().splitlines()[:-3]) + "\n")
+    assert best().keys() == {"tokens", "peak"}
+    record["devices"] = ["NVIDIA H100"] * 8
+    assert best() == {}
+
+
+def test_names_beside_curves_are_short_and_different() -> None:
+    given = ["short", "a" * 12 + "-lr0.001-" + "b" * 12, "a" * 12 + "-lr0.003-" + "b" * 12, "x" * overlay.LABEL_CHARS]
+    found = overlay.labels(given)
+    cut = "a" * 11 + "…" + "b" * 11
+    assert found == ["short", f"{cut} (2)", f"{cut} (3)", given[3]]
 
 
 def test_names_tell_runs_apart(tmp_path: Path) -> None:

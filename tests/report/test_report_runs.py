@@ -26,7 +26,7 @@ def test_whole_run(tmp_path: Path) -> None:
     assert summary.train_loss == pytest.approx(loss_at(990, 2.9), abs=0.1)
     assert summary.tokens_per_sec == pytest.approx(12000, rel=0.02)
     assert (summary.peak_bytes, summary.compile_secs, summary.wall_secs) == (92_000_000, 9.6, 190.0)
-    assert (summary.shape, summary.vocab_size) == ("4 / 256 / 4", 2048)
+    assert (summary.shape, summary.vocab_size, summary.devices) == ("4 / 256 / 4", 2048, "cpu")
 
 
 def test_speed_leaves_compilation_out(tmp_path: Path) -> None:
@@ -122,7 +122,8 @@ def test_smoothing_keeps_a_line_and_does_not_lag() -> None:
         (clock(7.4), "0:07"), (clock(3723), "1:02:03"), (clock(300_000), "3 days 11 h"),
         (size(512), "512 B"), (size(92_000_000), "87.7 MiB"), (size(1 << 30), "1.00 GiB"),
         (duration(0.5), "0.50 s"), (duration(59.94), "59.9 s"), (duration(190), "3:10"),
-        (plain(None), ""), (plain(True), "true"), (plain(12_345), "12,345"), (plain(0.001), "0.001"),
+        (plain(None), ""), (plain(True), "true"), (plain(12_345), "12,345"), (plain(0.001), "0.001"), (plain(1.2e10), "12,000,000,000"),
+        (plain(10_000.5), "10000.5"), (plain(["The ", "a"]), '["The ", "a"]'), (plain([]), ""), (plain(math.inf), "Infinity"),
         (plain(["a", 2]), "a, 2"), (plain([["a", 1.0]]), '[["a", 1.0]]'), (plain(math.nan), "NaN"),
     ],
 )  # fmt: skip
