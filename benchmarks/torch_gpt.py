@@ -80,8 +80,9 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--init_std", type=float, default=WIDTH**-0.5)
+    parser.add_argument("--seed", type=int, default=1337)
     args = parser.parse_args()
-    torch.manual_seed(1337)
+    torch.manual_seed(args.seed)
     text = Path(args.data).read_text(encoding="utf-8")
     index = {symbol: number for number, symbol in enumerate(sorted(set(text)))}
     ids = torch.tensor([index[symbol] for symbol in text])

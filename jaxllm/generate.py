@@ -2,7 +2,7 @@
 
   python -m jaxllm.generate --run DIR --prompt "..." [--prompt "..."] [--max_tokens N] [--temperature T] [--seed N]
 
-A single prompt is written as it is generated; several are generated together and printed one after the other.
+A single prompt is written as it is generated; several are generated together, with an empty line between.
 """
 
 import io
@@ -48,8 +48,8 @@ def main(arguments: list[str]) -> None:
     if len(prompts) == 1 and given.stream:
         write(prompts[0], text.stream(*model, prompts[0], settings, **options))
         return
-    for prompt, continuation in zip(prompts, text.complete(*model, prompts, settings, **options), strict=True):
-        write(prompt, [continuation])
+    for index, (prompt, continuation) in enumerate(zip(prompts, text.complete(*model, prompts, settings, **options), strict=True)):
+        write("\n" * (index > 0) + prompt, [continuation])
 
 
 def read_prompts(given: list[str], path: str) -> list[str]:

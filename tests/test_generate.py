@@ -44,7 +44,7 @@ def test_several_prompts_and_a_file(run: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr.decode()
     prompts = ["", "a", "fox", "dog"]
     texts = api.generate(*jaxllm.load(run), prompts, max_new_tokens=8, temperature=0)
-    assert done.stdout.decode() == "".join(f"{prompt}{text}\n" for prompt, text in zip(prompts, texts, strict=True))
+    assert done.stdout.decode() == "\n".join(f"{prompt}{text}\n" for prompt, text in zip(prompts, texts, strict=True))
 
 
 def test_a_poor_terminal_and_a_reader_that_leaves(run: Path) -> None:
