@@ -1,6 +1,5 @@
 """What the commands have in common: flags, the config behind `--config`, and errors that a person can act on."""
 
-import errno
 import linecache
 import re
 import sys
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from jaxllm.config import SCHEMA, check, load, unknown_key, wrong_type
+from jaxllm.data.folder import FULL
 
 PACKAGE = Path(__file__).resolve().parent
 FAILED, INTERRUPTED = 2, 130
@@ -88,7 +88,7 @@ def _explanation(error: BaseException) -> str:
     """The text for the user, or "" for a bug. Errors with parts (what was given, accepted, to be changed) have several lines."""
     if isinstance(error, flags.IllegalFlagValueError):
         return _illegal_value(str(error))
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in FULL:
         return f"{error}.\n  Accepted: a disk with room. What was complete is intact: make room and run the same command again."
     if isinstance(error, flags.Error | OSError | BadConfigFile):
         return str(error)

@@ -43,7 +43,7 @@ def load(directory: str | Path, step: int | None = None, *, for_decoding: bool =
     if for_decoding and jax.default_backend() == "cpu":
         _suit_cpu(config)
     tokenizer = tokenize.load(workdir.tokenizer)
-    config.model.vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    config = schema.with_vocabulary(config, tokenizer.vocab_size)
     model = models.build(config)
     template = jax.eval_shape(model.init, jax.random.key(0))
     restored = Checkpoints(workdir.checkpoints).load_params(canonical.abstract(template), step)

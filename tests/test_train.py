@@ -8,7 +8,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -200,6 +203,14 @@ def test_a_run_is_not_continued_as_another(config_file: Path, finished: Path, ke
     with pytest.raises(ValueError, match=words):
         run(config, finished)
     assert (finished / "config.json").read_text() == stored
+
+
+@pytest.mark.parametrize(("there", "to_come"), [([], 4), ([4, 8], 2), ([4, 8, 12], 1), ([2, 4, 6, 8, 10], 1)])
+def test_checkpoints_that_are_there_need_no_more_room(there: list[int], to_come: int) -> None:
+    """keep_last 2 and keep_best 1, and one while it is written; a state of 3 float32 numbers."""
+    session: Any = SimpleNamespace(config=schema.base(), abstract={"w": jax.ShapeDtypeStruct((3,), "float32")})
+    checkpoints: Any = SimpleNamespace(steps=lambda: there)
+    assert train._bytes_to_come(session, checkpoints) == to_come * 12
 
 
 def test_two_runs_in_one_directory(config_file: Path, finished: Path) -> None:

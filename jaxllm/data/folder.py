@@ -19,6 +19,7 @@ LOCK = "lock"
 PARTS = ("train", "validation", "tokenizer")
 UNFINISHED = {"unfinished": True}
 
+# Errors of the system: the disk or what one may use of it is full; writing is not allowed.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 def gelu(x: jax.Array) -> jax.Array:
     """x Phi(x), Phi the normal distribution function, in x.dtype (Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2).
 
-    Computed in float32, as x / 2 (1 + erf(x / sqrt 2)): off by 4e-7 at most where x is far below 0. jax.nn.gelu has the digits there, too,
-    from an erfc that takes three times as long.
+    Computed in float32, as x / 2 (1 + erf(x / sqrt 2)): off by 8e-7 at most where x is below -1, relatively by 5e-7 above. jax.nn.gelu
+    keeps the relative precision below, too, by a dearer erfc.
     """
     x_f32 = x.astype(jnp.float32)
     return (x_f32 * _normal_cdf(x_f32)).astype(x.dtype)
@@ -21,7 +21,10 @@ def gelu(x: jax.Array) -> jax.Array:
 
 @gelu.defjvp
 def _gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """With the slope Phi(x) + x phi(x) in one array: the backward pass reads that instead of making an erf and an exp again."""
+    """With the slope Phi(x) + x phi(x) in one array: the backward pass reads that instead of making an erf and an exp again.
+
+    A step of the character model takes 0.94 of its time with jax.nn.gelu (2 cores, median of 9 interleaved rounds).
+    """
     (x,), (dx,) = primals, tangents
     x_f32 = x.astype(jnp.float32)
     slope = _normal_cdf(x_f32) + x_f32 * jnp.exp(-0.5 * jnp.square(x_f32)) / math.sqrt(2 * math.pi)

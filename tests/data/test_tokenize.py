@@ -1,7 +1,7 @@
 """Tokenizers: nothing is lost, ids are those of the libraries, a saved tokenizer is the same one, errors say what fits."""
 
 import json
-from pathlib import Path
+import string
 
 import numpy as np
 import pytest
@@ -14,7 +14,6 @@ from jaxllm import config as schema
 from jaxllm.data import tokenize
 from jaxllm.data.tokenizers import sentencepiece as ours
 
-DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 LINES = [
     "def area(width, height):",
     '    """The area of a rectangle, in square metres."""',
@@ -37,13 +36,6 @@ def made(kind, corpus=CORPUS, **fields):
 
 
 TRAINED = {kind: made(kind) for kind in (*SIZES, "byte")}
-
-
-def shared(name):
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"{path} is not there (real data for development; not part of the repository)")
-    return path
 
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(
@@ -141,9 +133,10 @@ def test_bytes():
     assert len({*range(256), tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}) == tokenizer.vocab_size == 259
 
 
-def test_characters_of_tinyshakespeare_are_65():
-    text = shared("tinyshakespeare/input.txt").read_text(encoding="utf-8")
-    tokenizer = made("char", [text[:500_000], text[500_000:]])
+def test_characters_have_the_ids_of_nanogpt():
+    """The 65 characters that tinyshakespeare is written in."""
+    text = string.ascii_letters + "\n !$&',-.3:;?"
+    tokenizer = made("char", [text[30:], text[:40]])
     assert tokenizer.vocab_size == 65
     assert (tokenizer.bos_id, tokenizer.eos_id) == (None, None)
     # nanoGPT's data/shakespeare_char: ids are the ranks of the characters.
@@ -158,9 +151,14 @@ def test_a_character_outside_the_vocabulary_is_named():
         made("char", ["abc"]).encode("abé")
 
 
-def test_pieces_of_albert_are_those_of_sentencepiece(tmp_path):
-    path = shared("tokenizers/albert_spiece.model")
-    (tmp_path / "tokenizer.model").write_bytes(path.read_bytes())
+def test_pieces_of_a_model_from_elsewhere_are_those_of_sentencepiece(tmp_path):
+    """One with the special pieces of ALBERT: <pad> 0, <unk> 1, [CLS] 2, [SEP] 3, and without bytes for what it does not know."""
+    path = tmp_path / "tokenizer.model"
+    special = {"pad_id": 0, "unk_id": 1, "bos_id": 2, "bos_piece": "[CLS]", "eos_id": 3, "eos_piece": "[SEP]"}
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(LINES * 20), model_writer=file, vocab_size=80, minloglevel=2, **special
+        )
     tokenizer = made("file", path=str(tmp_path))
     library = sentencepiece.SentencePieceProcessor(model_file=str(path))
     texts = ["The quick brown fox.", " spaces   inside \n", "\u2581 mark", "[CLS] is text? [SEP]", "", "naïve 日本"]
@@ -168,8 +166,7 @@ def test_pieces_of_albert_are_those_of_sentencepiece(tmp_path):
     assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(texts)] == [
         library.decode(library.encode(text)) for text in texts
     ]
-    # Published special ids of ALBERT: <pad> 0, [CLS] 2, [SEP] 3.
-    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (30000, 0, 2, 3)
+    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (80, 0, 2, 3)
 
 
 @pytest.fixture
@@ -219,9 +216,20 @@ def test_special_tokens_are_found(tokenizer_json, settings, ids):
 
 
 def test_gpt2_ids(tmp_path):
-    """`Hello world` is 15496 995 in GPT-2 (Radford et al. 2019), `<|endoftext|>` is 50256."""
-    vocabulary = json.loads(shared("tokenizers/gpt2_vocab.json").read_text())
-    merges = [tuple(line.split()) for line in shared("tokenizers/gpt2_merges.txt").read_text().splitlines()[1:] if line]
+    """`Hello world` is 15496 995 in GPT-2 (Radford et al. 2019), `<|endoftext|>` is 50256. A cut of its files that has just this."""
+    merges = [
+        ("H", "e"),
+        ("l", "l"),
+        ("ll", "o"),
+        ("He", "llo"),
+        ("\u0120", "w"),
+        ("o", "r"),
+        ("l", "d"),
+        ("\u0120w", "or"),
+        ("\u0120wor", "ld"),
+    ]
+    pieces = dict.fromkeys(piece for pair in merges for piece in (*pair, "".join(pair)))
+    vocabulary = {piece: index for index, piece in enumerate(pieces)} | {"Hello": 15496, "\u0120world": 995, "<|endoftext|>": 50256}
     library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = tokenizers.decoders.ByteLevel()
