@@ -1,4 +1,4 @@
-"""The chunked loss against a float64 oracle: value, every gradient, any cotangents, sums of parts, memory, sharding."""
+"""The chunked and the plain loss against a float64 oracle: value, every gradient, any cotangents, penalties, memory, sharding."""
 
 import re
 from functools import partial
@@ -23,31 +23,47 @@ def make_arguments(tokens=TOKENS, width=WIDTH, vocab=VOCAB, dtype=jnp.float32):
     return hidden_ND, kernel_VD, jnp.asarray(rng.integers(0, vocab, tokens), jnp.int32), weights_N
 
 
-def oracle(hidden_ND, kernel_VD, targets_N, weights_N, z_loss, dnll, dz):
-    """((nll, z, correct), (d hidden, d kernel, d weights)) of dnll * nll + dz * z, in float64."""
+def make_bias(vocab=VOCAB):
+    return jnp.asarray(np.random.default_rng(4).normal(size=vocab), jnp.float32)
+
+
+def oracle(hidden_ND, kernel_VD, targets_N, weights_N, z_loss, dnll=1.0, dpenalty=1.0, *, bias_V=None, label_smoothing=0.0):
+    """((nll, penalty, correct), gradients of dnll * nll + dpenalty * penalty), in float64.
+
+    Of hidden, kernel, weights and, if there is one, bias. Smoothing is the whole cross-entropy against the smoothed targets
+    (1 - e) 1[target] + e / V (Szegedy et al. 2016, section 7) minus nll.
+    """
     x, kernel, weights = (np.asarray(a, np.float64) for a in (hidden_ND, kernel_VD, weights_N))
-    logits = x @ kernel.T
+    logits = x @ kernel.T + (0 if bias_V is None else np.asarray(bias_V, np.float64))
     exp = np.exp(logits - logits.max(1, keepdims=True))
     p = exp / exp.sum(1, keepdims=True)
     log_z = logits.max(1) + np.log(exp.sum(1))
     one_hot = np.eye(len(kernel))[np.asarray(targets_N)]
-    nll, z = log_z - (logits * one_hot).sum(1), z_loss * log_z**2
-    dlogits = weights[:, None] * (dnll * (p - one_hot) + dz * 2 * z_loss * log_z[:, None] * p)
-    totals = (weights * nll).sum(), (weights * z).sum(), (weights * (logits.argmax(1) == np.asarray(targets_N))).sum()
-    return totals, (dlogits @ kernel, dlogits.T @ x, dnll * nll + dz * z)
+    smoothed = (1 - label_smoothing) * one_hot + label_smoothing / len(kernel)
+    nll, whole = (-(t * (logits - log_z[:, None])).sum(1) for t in (one_hot, smoothed))
+    penalty = z_loss * log_z**2 + whole - nll
+    dpenalty_dlogits = 2 * z_loss * log_z[:, None] * p + one_hot - smoothed
+    dlogits = weights[:, None] * (dnll * (p - one_hot) + dpenalty * dpenalty_dlogits)
+    totals = [(weights * a).sum() for a in (nll, penalty, logits.argmax(1) == np.asarray(targets_N))]
+    gradients = [dlogits @ kernel, dlogits.T @ x, dnll * nll + dpenalty * penalty]
+    return totals, gradients + ([] if bias_V is None else [dlogits.sum(0)])
 
 
-def run(arguments, *, dnll=1.0, dz=1.0, **how):
-    """(totals, gradients for hidden, kernel and weights) of dnll * nll + dz * z."""
+def run(arguments, *, dnll=1.0, dpenalty=1.0, bias_V=None, **how):
+    """(totals, gradients as those of the oracle) of dnll * nll + dpenalty * penalty."""
     hidden_ND, kernel_VD, targets_N, weights_N = arguments
 
     @jax.jit
-    def both(hidden_ND, kernel_VD, weights_N, dnll, dz):
-        totals, vjp = jax.vjp(lambda x, k, w: losses.cross_entropy(x, k, targets_N, w, **how), hidden_ND, kernel_VD, weights_N)
-        # The third cotangent must not matter.
-        return totals, vjp((dnll, dz, jnp.float32(1e3)))
+    def both(moving, dnll, dpenalty):
+        def totals_of(hidden_ND, kernel_VD, weights_N, bias_V=None):
+            return losses.cross_entropy(hidden_ND, kernel_VD, targets_N, weights_N, bias_V=bias_V, **how)
 
-    return both(hidden_ND, kernel_VD, weights_N, jnp.float32(dnll), jnp.float32(dz))
+        totals, vjp = jax.vjp(totals_of, *moving)
+        # The third cotangent must not matter.
+        return totals, vjp(losses.Totals(dnll, dpenalty, jnp.float32(1e3)))
+
+    moving = (hidden_ND, kernel_VD, weights_N) + (() if bias_V is None else (bias_V,))
+    return both(moving, jnp.float32(dnll), jnp.float32(dpenalty))
 
 
 def assert_near(actual, expected, rtol):
@@ -56,46 +72,74 @@ def assert_near(actual, expected, rtol):
         np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=0, atol=rtol * np.abs(b).max())
 
 
+PENALTIES = [  # z_loss, label_smoothing, bias, cotangents of nll and penalty
+    (0.0, 0.0, False, 1.0, 1.0),
+    (0.0, 0.0, True, -0.3, 2.0),
+    (0.1, 0.0, False, 2.5, 2.5),
+    (0.0, 0.1, True, 2.5, 2.5),
+    (0.1, 0.2, True, 2.0, -3.0),
+]
+
+
 @pytest.mark.parametrize("chunk_tokens", CHUNKS)
-@pytest.mark.parametrize(("z_loss", "dnll", "dz"), [(0.0, 1.0, 1.0), (0.0, -0.3, 2.0), (0.1, 2.5, 2.5), (0.1, 2.0, -3.0)])
-def test_totals_and_gradients_equal_the_oracle(chunk_tokens, z_loss, dnll, dz):
+@pytest.mark.parametrize(("z_loss", "label_smoothing", "biased", "dnll", "dpenalty"), PENALTIES)
+def test_totals_and_gradients_equal_the_oracle(chunk_tokens, z_loss, label_smoothing, biased, dnll, dpenalty):
     arguments = make_arguments()
-    totals, gradients = run(arguments, chunk_tokens=chunk_tokens, z_loss=z_loss, dnll=dnll, dz=dz)
-    expected_totals, expected_gradients = oracle(*arguments, z_loss, dnll, dz)
+    extra = {"label_smoothing": label_smoothing, "bias_V": make_bias() if biased else None}
+    totals, gradients = run(arguments, chunk_tokens=chunk_tokens, z_loss=z_loss, dnll=dnll, dpenalty=dpenalty, **extra)
+    expected_totals, expected_gradients = oracle(*arguments, z_loss, dnll, dpenalty, **extra)
     assert all(total.dtype == jnp.float32 and total.shape == () for total in totals)
-    np.testing.assert_allclose([float(total) for total in totals], expected_totals, rtol=2e-6)
+    # The penalty of smoothing is a difference of two cross-entropies: as precise as these.
+    np.testing.assert_allclose([float(total) for total in totals], expected_totals, rtol=2e-6, atol=1e-6 * expected_totals[0])
     assert_near(gradients, expected_gradients, 3e-6)
+
+
+def test_oracle_gradients_are_the_slopes_of_its_totals():
+    arguments, extra = make_arguments(), {"bias_V": make_bias(), "label_smoothing": 0.2}
+    rng = np.random.default_rng(2)
+    moving = [np.asarray(arguments[0]), np.asarray(arguments[1]), np.asarray(arguments[3]), np.asarray(extra["bias_V"])]
+    direction = [rng.normal(size=x.shape) for x in moving]
+
+    def side(step):
+        hidden, kernel, weights, bias = (x.astype(np.float64) + step * d for x, d in zip(moving, direction, strict=True))
+        nll, penalty, _ = oracle(hidden, kernel, arguments[2], weights, 0.1, bias_V=bias, label_smoothing=0.2)[0]
+        return 2.0 * nll - 3.0 * penalty
+
+    gradients = oracle(*arguments, 0.1, 2.0, -3.0, **extra)[1]
+    slope = sum(np.sum(g * d) for g, d in zip(gradients, direction, strict=True))
+    np.testing.assert_allclose(slope, (side(1e-5) - side(-1e-5)) / 2e-5, rtol=1e-7)
 
 
 @pytest.mark.parametrize("chunk_tokens", [0, 7])
 def test_bfloat16_hidden_has_float32_logits(chunk_tokens):
     hidden_ND, kernel_VD, targets_N, weights_N = make_arguments(dtype=jnp.bfloat16)
-    totals, gradients = run((hidden_ND, kernel_VD, targets_N, weights_N), chunk_tokens=chunk_tokens, z_loss=0.1)
+    extra = {"bias_V": make_bias(), "label_smoothing": 0.1}
+    totals, gradients = run((hidden_ND, kernel_VD, targets_N, weights_N), chunk_tokens=chunk_tokens, z_loss=0.1, **extra)
     rounded = kernel_VD.astype(jnp.bfloat16)  # what is multiplied
-    expected_totals, expected_gradients = oracle(hidden_ND, rounded, targets_N, weights_N, 0.1, 1.0, 1.0)
+    expected_totals, expected_gradients = oracle(hidden_ND, rounded, targets_N, weights_N, 0.1, **extra)
     # Products of bfloat16 numbers are exact in float32: the totals know of no rounding but the inputs'.
     np.testing.assert_allclose([float(total) for total in totals], expected_totals, rtol=2e-6)
-    assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.float32, jnp.float32]
+    assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.float32, jnp.float32, jnp.float32]
     assert_near(gradients, expected_gradients, 2**-7)
 
 
-def test_kernel_gradient_is_summed_in_float32_over_bfloat16_chunks():
+def test_gradients_of_kernel_and_bias_are_summed_in_float32_over_bfloat16_chunks():
     # 2,000 equal tokens, one a chunk: in bfloat16 the sum would stop growing at 256 times a term.
     hidden_ND, targets_N, weights_N = jnp.ones((2000, 1)), jnp.zeros(2000, jnp.int32), jnp.ones(2000)
-    kernel_VD = jnp.zeros((2, 1), jnp.bfloat16)
-    _, gradients = run((hidden_ND, kernel_VD, targets_N, weights_N), chunk_tokens=1, z_loss=0.0)
-    assert gradients[1].dtype == jnp.bfloat16
+    kernel_VD, bias_V = jnp.zeros((2, 1), jnp.bfloat16), jnp.zeros(2, jnp.bfloat16)
+    _, gradients = run((hidden_ND, kernel_VD, targets_N, weights_N), bias_V=bias_V, chunk_tokens=1, z_loss=0.0)
+    assert gradients[1].dtype == gradients[3].dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(gradients[1], np.float32), [[-1000], [1000]])
+    np.testing.assert_array_equal(np.asarray(gradients[3], np.float32), [-1000, 1000])
 
 
 def test_remat_and_microbatches_add_up_to_the_whole():
     hidden_ND, kernel_VD, targets_N, weights_N = make_arguments(tokens=36)
 
     def loss(kernel_VD, batch):
-        nll, z, _ = jax.checkpoint(partial(losses.cross_entropy, chunk_tokens=5, z_loss=0.1))(
-            batch[0] @ mixing, kernel_VD, *batch[1:]
-        )
-        return nll + z
+        loss = partial(losses.cross_entropy, chunk_tokens=5, z_loss=0.1, label_smoothing=0.1)
+        totals = jax.checkpoint(loss)(batch[0] @ mixing, kernel_VD, *batch[1:])
+        return totals.nll + totals.penalty
 
     @jax.jit
     def accumulate(kernel_VD, batches):
@@ -107,7 +151,8 @@ def test_remat_and_microbatches_add_up_to_the_whole():
     mixing = jnp.asarray(np.random.default_rng(1).normal(size=(WIDTH, WIDTH)) / 4, jnp.float32)
     batches = jax.tree.map(lambda x: x.reshape(3, 12, *x.shape[1:]), (hidden_ND, targets_N, weights_N))
     value, gradient = accumulate(kernel_VD, batches)
-    totals, gradients = oracle(np.asarray(hidden_ND, np.float64) @ np.asarray(mixing), kernel_VD, targets_N, weights_N, 0.1, 1, 1)
+    mixed = np.asarray(hidden_ND, np.float64) @ np.asarray(mixing)
+    totals, gradients = oracle(mixed, kernel_VD, targets_N, weights_N, 0.1, label_smoothing=0.1)
     np.testing.assert_allclose(value, totals[0] + totals[1], rtol=2e-6)
     assert_near([gradient], [gradients[1]], 3e-6)
 
@@ -115,9 +160,10 @@ def test_remat_and_microbatches_add_up_to_the_whole():
 @pytest.mark.parametrize("chunk_tokens", [0, 7])
 def test_weights_of_zero_give_zeros_whatever_the_targets(chunk_tokens):
     hidden_ND, kernel_VD, targets_N, weights_N = make_arguments()
-    totals, gradients = run((hidden_ND, kernel_VD, targets_N * 0 - 100, weights_N * 0), chunk_tokens=chunk_tokens, z_loss=0.1)
+    how = {"chunk_tokens": chunk_tokens, "z_loss": 0.1, "label_smoothing": 0.1, "bias_V": make_bias()}
+    totals, gradients = run((hidden_ND, kernel_VD, targets_N * 0 - 100, weights_N * 0), **how)
     assert [float(total) for total in totals] == [0, 0, 0]
-    assert not np.any(gradients[0]) and not np.any(gradients[1])
+    assert not any(np.any(gradients[i]) for i in (0, 1, 3))
 
 
 @pytest.mark.parametrize("chunk_tokens", [0, 7])
@@ -163,16 +209,20 @@ def test_devices_add_up_the_kernel_gradient_once_and_agree_with_one_device():
     tokens, width, vocab, shards = 64, 8, 32, 4
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     rows, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(("data", "fsdp")), PartitionSpec("tensor")))
-    arguments = make_arguments(tokens, width, vocab)
+    arguments, bias_V = make_arguments(tokens, width, vocab), make_bias(vocab)
 
-    def loss(hidden_ND, kernel_VD, targets_N, weights_N):
-        nll, z, _ = losses.cross_entropy(hidden_ND, kernel_VD, targets_N, weights_N, chunk_tokens=4, z_loss=0.0, shards=shards)
-        return nll + z
+    def loss(hidden_ND, kernel_VD, bias_V, targets_N, weights_N):
+        how = {"chunk_tokens": 4, "z_loss": 0.0, "label_smoothing": 0.1, "shards": shards}
+        totals = losses.cross_entropy(hidden_ND, kernel_VD, targets_N, weights_N, bias_V=bias_V, **how)
+        return totals.nll + totals.penalty
 
-    step = jax.jit(jax.grad(loss, (0, 1)), in_shardings=(rows, split, rows, rows), out_shardings=(rows, split))
-    assert_near(step(*arguments), oracle(*arguments, 0.0, 1.0, 1.0)[1][:2], 3e-6)
-    text = step.lower(*arguments).compile().as_text()
+    placed = (arguments[0], arguments[1], bias_V, *arguments[2:])
+    step = jax.jit(jax.grad(loss, (0, 1, 2)), in_shardings=(rows, split, split, rows, rows), out_shardings=(rows, split, split))
+    dhidden, dkernel, _, dbias = oracle(*arguments, 0.0, bias_V=bias_V, label_smoothing=0.1)[1]
+    assert_near(step(*placed), (dhidden, dkernel, dbias), 3e-6)
+    text = step.lower(*placed).compile().as_text()
     entry = text[text.index("\nENTRY") :]
-    kernel_sum = re.compile(rf"f32\[{vocab // 2},{width}\]\S* all-reduce\(")
+    # The compiler may join it with the sum of the bias into one all-reduce of a tuple.
+    kernel_sum = re.compile(rf"= [^=\n]*f32\[{vocab // 2},{width}\][^=\n]* all-reduce\(")
     assert len(kernel_sum.findall(text)) == len(kernel_sum.findall(entry)) == 1
     assert "while(" in entry
