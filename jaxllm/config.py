@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jaxllm import registry
+from jaxllm import consistency, registry
 
 
 class Accept(NamedTuple):
@@ -75,23 +75,53 @@ SCHEMA: dict[str, Field] = {
     "model.kv_heads": Field(0, at_least(0), "key and value heads (grouped-query attention); 0 means as many as heads"),
     "model.head_dim": Field(0, at_least(0), "width of a head; 0 means width / heads"),
     "model.mlp_width": Field(
-        0, at_least(0), "inner width of the MLP; 0 means 4 x width (gpt), 8/3 x width rounded up to 64 (llama)"
+        0, at_least(0), "inner width of the MLP; 0 means 8/3 x width rounded up to 64 (llama), else 4 x width"
     ),
+    "model.decoder_layers": Field(0, at_least(0), "of an encoder-decoder; 0 means as many as layers, which are its encoder's"),
     "model.context_tokens": Field(256, at_least(2), "longest sequence the model is built for"),
     "model.vocab_size": Field(0, at_least(0), "rows of the embedding; 0 means the tokenizer's size"),
+    "model.token_types": Field(2, at_least(1), "rows of the token type embedding (bert)"),
+    "model.head": Field(
+        "lm", one_of(("lm", "classify", "tag", "none")), "what is predicted: tokens, a class a row, a class a token"
+    ),
+    "model.classes": Field(0, at_least(0), "classes of the heads classify and tag; 0 means as many as the data has"),
     "model.norm": Field("auto", one_of(("auto", "rmsnorm", "layernorm")), "normalization"),
-    "model.norm_eps": Field(1e-5, above(0), "added to the variance"),
-    "model.activation": Field("auto", one_of(("auto", "swiglu", "gelu", "gelu_tanh", "relu", "silu")), "MLP; gelu is exact"),
-    "model.positions": Field("auto", one_of(("auto", "rope", "learned")), "how positions enter"),
+    "model.norm_order": Field("auto", one_of(("auto", "pre", "post")), "norm before each sub-block, or after its residual sum"),
+    "model.norm_eps": Field(0.0, at_least(0), "added to the variance; 0 means 1e-12 (bert), 1e-6 (t5), else 1e-5"),
+    "model.activation": Field(
+        "auto",
+        one_of(("auto", "swiglu", "geglu", "gelu", "gelu_tanh", "relu", "silu")),
+        "MLP; gelu is exact, geglu gates with gelu_tanh",
+    ),
+    "model.positions": Field("auto", one_of(("auto", "rope", "learned", "sinusoid", "relative")), "how positions enter"),
     "model.rope_theta": Field(10000.0, above(0), "base of the rotary frequencies"),
-    "model.bias": Field("auto", one_of(("auto", "on", "off")), "biases in projections and LayerNorm"),
+    "model.rope_scaling": Field(
+        "none", one_of(("none", "linear", "dynamic", "llama3", "yarn")), "how rope reaches a longer context"
+    ),
+    "model.rope_factor": Field(1.0, at_least(1), "how much longer the context is than the original one"),
+    "model.rope_original_tokens": Field(0, at_least(0), "context before scaling; 0 means context_tokens"),
+    "model.rope_low_freq_factor": Field(1.0, above(0), "llama3: wavelengths above original / this are scaled in full"),
+    "model.rope_high_freq_factor": Field(4.0, above(0), "llama3: wavelengths below original / this stay"),
+    "model.rope_beta_fast": Field(32.0, above(0), "yarn: dimensions that turn more often than this stay"),
+    "model.rope_beta_slow": Field(1.0, above(0), "yarn: dimensions that turn less often than this are scaled in full"),
+    "model.rope_attention_factor": Field(0.0, at_least(0), "yarn: times cos and sin; 0 means 0.1 ln factor + 1"),
+    "model.relative_buckets": Field(32, at_least(4), "of relative positions"),
+    "model.relative_max_tokens": Field(128, at_least(2), "distance from which on all share the last bucket of relative positions"),
+    "model.window_tokens": Field(
+        0, at_least(0), "a query sees this many last tokens, itself included (sliding window); 0 means all"
+    ),
+    "model.bias": Field(
+        "auto",
+        one_of(("auto", "on", "off", "qkv", "attention", "mlp")),
+        "biases in all projections and LayerNorm, or in these only",
+    ),
     "model.tied_head": Field("auto", one_of(("auto", "on", "off")), "the output projection is the embedding"),
     "model.dropout_frac": Field(0.0, between(0, 0.9), "dropped in attention, after each sub-block and in the embedding"),
     "model.init_std": Field(
         0.0, at_least(0), "of the weights; 0 means 1 / sqrt(width); residual projections have it divided by sqrt(2 x layers)"
     ),
     "model.attention": Field("blocked", one_of(registry.names("attention")), "implementation; all give the same numbers"),
-    "model.attention_block_tokens": Field(128, at_least(1), "query block of the blocked attention"),
+    "model.attention_block_tokens": Field(128, at_least(1), "block of the blocked and flash attention"),
     "model.layers_as": Field("unrolled", one_of(("unrolled", "scan")), "unrolled: faster on CPU; scan: compile time flat in depth"),
     "model.remat": Field("none", one_of(("none", "dots", "full")), "recompute in the backward pass: nothing, all but matmuls, all"),
     "precision.compute": Field("float32", one_of(("float32", "bfloat16", "float16")), "of matmuls; master weights stay float32"),
@@ -101,7 +131,9 @@ SCHEMA: dict[str, Field] = {
     "tokenizer.kind": Field("bpe", one_of(registry.names("tokenizer")), "bpe and unigram are trained on the data; file is loaded"),
     "tokenizer.vocab_size": Field(4096, at_least(2), "of a trained bpe or unigram tokenizer"),
     "tokenizer.path": Field("", TEXT, "tokenizer.model or tokenizer.json to load (kind file)"),
-    "data.source": Field("python_docs", TEXT, "python_docs, a file, a folder, a glob, or hf:OWNER/NAME?config=C&split=S"),
+    "data.source": Field(
+        "python_docs", TEXT, "python_docs, a file, a folder, a glob, hf:OWNER/NAME?config=C&split=S, or sequences:copy"
+    ),
     "data.validation_source": Field("", TEXT, "as source; empty means that validation_frac of source is held out"),
     "data.validation_frac": Field(0.05, between(0, 0.5), "share of the source held out for validation"),
     "data.split_by": Field("documents", one_of(("documents", "characters")), "how it is held out; characters: the last ones"),
@@ -111,7 +143,15 @@ SCHEMA: dict[str, Field] = {
         ("unicode", "control", "whitespace", "min_chars"), many_of(registry.names("cleaner")), "applied in order"
     ),
     "data.min_chars": Field(1, at_least(1), "shorter documents are dropped by the cleaner min_chars"),
+    "data.target_field": Field(
+        "target", TEXT, "field with what is predicted from text_field: a text, a label, or a list of labels"
+    ),
+    "data.pair_field": Field("", TEXT, "field with a second text of a row to classify; empty means none"),
     "data.row_tokens": Field(0, at_least(0), "tokens a training row; 0 means model.context_tokens"),
+    "data.input_tokens": Field(0, at_least(0), "tokens an encoder row of seq2seq; 0 means as many as row_tokens"),
+    "data.noise_frac": Field(0.15, between(0.01, 0.9), "share of tokens that masked_lm and span_corruption predict"),
+    "data.mean_span_tokens": Field(3.0, at_least(1), "mean length of a span of span_corruption"),
+    "data.whole_words": Field(False, YES_NO, "masked_lm masks all tokens of a word or none"),
     "data.dir": Field("", TEXT, "where prepared shards are kept; empty means WORKDIR/data"),
     # How it is trained.
     "train.objective": Field("causal_lm", one_of(registry.names("objective")), "what is minimized"),
@@ -121,6 +161,7 @@ SCHEMA: dict[str, Field] = {
     "train.trainable": Field(".*", TEXT, "regular expression over parameter paths; the others stay as they are"),
     "train.loss_chunk_tokens": Field(256, at_least(0), "tokens whose logits exist at once on a device; 0 means all"),
     "train.z_loss": Field(0.0, at_least(0), "coefficient of log(Z)^2, which keeps logits near 0"),
+    "train.label_smoothing": Field(0.0, between(0, 0.9), "share of the target's probability that is spread over the vocabulary"),
     "train.ema_decay": Field(
         0.0, between(0, 0.99999), "of the averaged weights, which are evaluated and saved; lower at first; 0 means none"
     ),
@@ -213,7 +254,7 @@ def check(config: ConfigDict) -> None:
             raise ValueError(
                 f"{key} = {flat[key]!r} ({field.meaning}).\n  Accepted: {field.accept.words}.\n  Set it with --config.{key}=..."
             )
-    _check_sums(config)
+    consistency.check(config)
 
 
 def _passes(field: Field, value: Any) -> bool:
@@ -223,52 +264,23 @@ def _passes(field: Field, value: Any) -> bool:
         return False
 
 
-def _check_sums(config: ConfigDict) -> None:
-    """What several fields must satisfy together."""
-    model, train = config.model, config.train
-    if not model.head_dim and model.width % model.heads:
-        raise ValueError(_divides("model.heads", model.heads, "model.width", model.width, "or set model.head_dim"))
-    if model.kv_heads and model.heads % model.kv_heads:
-        raise ValueError(_divides("model.kv_heads", model.kv_heads, "model.heads", model.heads, ""))
-    if train.batch_seqs % train.microbatches:
-        raise ValueError(_divides("train.microbatches", train.microbatches, "train.batch_seqs", train.batch_seqs, ""))
-    if config.data.row_tokens > model.context_tokens:
-        raise ValueError(
-            f"data.row_tokens = {config.data.row_tokens} is more than model.context_tokens = {model.context_tokens}.\n"
-            f"  Accepted: up to {model.context_tokens}, or 0 for the same. Change one of them."
-        )
-    if config.tokenizer.kind == "file" and not config.tokenizer.path:
-        raise ValueError(
-            "tokenizer.kind = 'file' without a tokenizer.path.\n  Accepted: the path of a tokenizer.model or tokenizer.json."
-            "\n  Set tokenizer.path."
-        )
-    if not config.data.source:
-        raise ValueError(f"data.source is empty.\n  Accepted: {SCHEMA['data.source'].meaning}.\n  Set data.source.")
-    if not config.data.validation_source and not config.data.validation_frac:
-        raise ValueError(
-            "data.validation_frac = 0 without a data.validation_source: there is nothing to evaluate on.\n"
-            "  Accepted: a share above 0, or another source. Set one of them."
-        )
-    if [config.parallel.data, config.parallel.fsdp, config.parallel.tensor].count(-1) > 1:
-        raise ValueError(
-            "more than one of parallel.data, parallel.fsdp, parallel.tensor is -1.\n  Accepted: one. Give the others a size."
-        )
-
-
-def _divides(name: str, value: int, whole_name: str, whole: int, also: str) -> str:
-    accepted = [part for part in range(1, whole + 1) if whole % part == 0]
-    return (
-        f"{name} = {value} does not divide {whole_name} = {whole}.\n  Accepted: {', '.join(map(str, accepted))}.\n"
-        f"  Set {name} to one of these {also}".rstrip()
-        + "."
-    )
-
-
 def with_vocabulary(config: ConfigDict, vocab_size: int) -> ConfigDict:
     """A copy, with this model.vocab_size if that was left open (0)."""
     # ConfigDict(config) would share the sections.
     config = config.copy_and_resolve_references()
     config.model.vocab_size = config.model.vocab_size or vocab_size
+    return config
+
+
+def with_classes(config: ConfigDict, classes: int) -> ConfigDict:
+    """A copy, with this model.classes if that was left open (0); ValueError if it says another number. 0 classes: no labels."""
+    if classes and config.model.classes not in (0, classes):
+        raise ValueError(
+            f"model.classes = {config.model.classes}, but the training data has {classes} different labels.\n"
+            f"  Accepted: {classes}, or 0 for as many as the data has.\n  Set model.classes, or check data.target_field."
+        )
+    config = config.copy_and_resolve_references()
+    config.model.classes = config.model.classes or classes
     return config
 
 

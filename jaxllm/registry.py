@@ -10,15 +10,37 @@ from typing import Any
 
 TABLE: dict[str, dict[str, str]] = {
     "model": {
+        "bert": "jaxllm.models.bert:make",
         "gpt": "jaxllm.models.gpt:make",
         "llama": "jaxllm.models.llama:make",
+        "t5": "jaxllm.models.t5:make",
+        "transformer": "jaxllm.models.transformer:make",
     },
+    # One loss for all of these: they differ in the batches, which the line of the same name under "examples" makes.
     "objective": {
         "causal_lm": "jaxllm.objectives.tokens:make",
+        "masked_lm": "jaxllm.objectives.tokens:make",
+        "prefix_lm": "jaxllm.objectives.tokens:make",
+        "seq2seq": "jaxllm.objectives.tokens:make",
+        "sequence_classification": "jaxllm.objectives.tokens:make",
+        "span_corruption": "jaxllm.objectives.tokens:make",
+        "token_classification": "jaxllm.objectives.tokens:make",
+    },
+    "examples": {
+        "causal_lm": "jaxllm.data.examples.causal_lm:make",
+        "masked_lm": "jaxllm.data.examples.masked_lm:make",
+        "prefix_lm": "jaxllm.data.examples.prefix_lm:make",
+        "seq2seq": "jaxllm.data.examples.seq2seq:make",
+        "sequence_classification": "jaxllm.data.examples.sequence_classification:make",
+        "span_corruption": "jaxllm.data.examples.span_corruption:make",
+        "token_classification": "jaxllm.data.examples.token_classification:make",
     },
     "attention": {
-        "blocked": "jaxllm.ops.attention:blocked",
-        "plain": "jaxllm.ops.attention:plain",
+        "blocked": "jaxllm.ops.attention.blocked:attend",
+        "dot_product": "jaxllm.ops.attention.dot_product:attend",
+        "flash": "jaxllm.ops.attention.flash:attend",
+        "plain": "jaxllm.ops.attention.plain:attend",
+        "splash": "jaxllm.ops.attention.splash:attend",
     },
     "optimizer": {
         "adamw": "jaxllm.optim.build:adamw",
@@ -40,6 +62,7 @@ TABLE: dict[str, dict[str, str]] = {
         "csv": "jaxllm.data.sources.tables:read_csv",
         "parquet": "jaxllm.data.sources.tables:read_parquet",
         "hf": "jaxllm.data.sources.hf:read",
+        "sequences": "jaxllm.data.sources.sequences:read",
     },
     "cleaner": {
         "unicode": "jaxllm.data.clean:unicode",

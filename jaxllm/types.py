@@ -18,10 +18,16 @@ import jax
 Params = dict[str, Any]
 
 # tokens, targets, segments, positions: int32 [B, T]; weights: float32 [B, T].
+#   tokens     what the model reads; of an encoder-decoder, what its decoder reads.
 #   segments   which document a token belongs to, counted from 1 in each row; 0 is padding. Attention stays inside a segment.
 #   positions  index inside the document, from 0 at its first token in the row.
 #   weights    how much the prediction of `targets` counts in the loss; 0 for padding and across document borders.
-# Three arrays, three names: none of them is ever derived from another one inside a model or an objective.
+# Some objectives add:
+#   inputs, input_segments, input_positions: int32 [B, S], what the encoder of an encoder-decoder reads. Decoder tokens of a
+#              segment see the inputs of the same segment.
+#   token_types: int32 [B, T], first (0) or second (1) text of a pair (bert).
+#   prefix: bool [B, T], tokens that all tokens of their segment see, also those before them (prefix_lm).
+# None of these is ever derived from another one inside a model or an objective.
 Batch = Mapping[str, jax.Array]
 
 # Logical axis names of one parameter, one a dimension, e.g. ("embed", "heads", "head_dim"); see parallel/rules.py.
@@ -54,19 +60,30 @@ def unconstrained(array: jax.Array, axes: tuple[str | None, ...], /) -> jax.Arra
     return array
 
 
+class Head(NamedTuple):
+    """The output projection: logits = hidden kernel^T + bias. kernel [V, D] (or [classes, D]), bias [V] or None."""
+
+    kernel: Any
+    bias: Any | None
+
+
 @dataclass(frozen=True)
 class Model:
     """A language model as pure functions. `params` is the first argument of each.
 
     init(rng) -> params in float32, plain nested dict.
     axes: tree like params whose leaves are `Axes`.
-    apply(params, tokens_BT, *, segments=None, positions=None, rng=None) -> logits_BTV in float32. Without `segments` a row
-        is one document; without `positions` they count from 0. `rng` switches dropout on.
-    hidden: same arguments as apply -> hidden_BTD after the final norm, in the compute dtype.
-    head(params) -> kernel_VD, the output projection (the embedding itself when tied).
+    apply(params, tokens_BT, *, segments=None, positions=None, rng=None, ...) -> logits_BTV in float32. Without `segments` a row
+        is one document; without `positions` they count from 0. `rng` switches dropout on. Further arrays of `Batch` by their
+        names, for the models that read them; an encoder-decoder needs `inputs`.
+    hidden: same arguments as apply -> hidden_BTD as it enters the head, in the compute dtype.
+    head(params) -> Head (its kernel is the embedding itself when tied).
     init_cache(batch_seqs, length_tokens) -> an empty key/value cache, a tree of arrays that `decode` fills.
+    encode(params, inputs_BS, lengths_B, cache) -> cache, which then also holds the keys and values of the encoder's output for
+        cross-attention; None unless the model is an encoder-decoder. Row b has `lengths_B[b]` inputs, the rest is right padding.
     decode(params, tokens_BT, lengths_B, cache) -> (logits_BV of each row's last valid token in float32, cache). Appends
         the first `lengths_B` tokens of each row (the rest is right padding) behind what the row's cache holds.
+    init_cache and decode are None for an encoder.
     """
 
     name: str
@@ -75,9 +92,10 @@ class Model:
     init: Callable[[jax.Array], Params]
     apply: Callable[..., jax.Array]
     hidden: Callable[..., jax.Array]
-    head: Callable[[Params], Any]
-    init_cache: Callable[[int, int], Any]
-    decode: Callable[..., tuple[jax.Array, Any]]
+    head: Callable[[Params], Head]
+    init_cache: Callable[[int, int], Any] | None
+    encode: Callable[..., Any] | None
+    decode: Callable[..., tuple[jax.Array, Any]] | None
 
 
 class Source(Protocol):
@@ -99,6 +117,8 @@ class Tokenizer(Protocol):
     bos_id: int | None
     eos_id: int | None
     pad_id: int
+    mask_id: int | None  # stands for a hidden token (masked_lm)
+    sentinel_ids: tuple[int, ...]  # stand for hidden spans, the first span's first (span_corruption); may be empty
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: no bos, no eos (these are added in one place, data/pack.py)."""

@@ -43,7 +43,7 @@ def make(dtype=jnp.float32, objective=squared_error, **overrides):
     def init(rng):
         return {name: jax.random.normal(jax.random.fold_in(rng, len(name)), shape) for name, shape in shapes.items()}
 
-    model = Model("regression", None, axes, init, None, None, None, None, None)
+    model = Model("regression", None, axes, init, *[None] * 6)
     optimizer = build.make(config, axes)
     step = steps.make(objective, optimizer, lambda n: jnp.float32(LR), config)
     abstract = states.abstract(model, optimizer, config, plan)

@@ -4,6 +4,8 @@
 [B, L, G, S, K]. Batch is the first axis of every array. Slots lie next to each other within a head, as the product with the
 queries reads them: with the heads inside the slots a token costs several times as much (2048 slots, CPU).
 
+An encoder-decoder's cache also holds "cross_k" and "cross_v" a layer, made of the encoder's output, and "input_lengths".
+
 Rows differ in length. What lies behind a row's length is never read: a query sees only slots up to its own position.
 """
 
@@ -19,32 +21,45 @@ Cache = dict[str, Any]
 
 
 class Slot(NamedTuple):
-    """What one layer reads and writes: its own arrays, or those of the whole stack and the layer's index in them.
+    """What one layer reads and writes: its own arrays by name, or those of the whole stack and the layer's index in them.
 
     The stack is handed on whole because writing into it is done in place; cutting a layer out and putting it back would
     copy the layer's cache twice a token.
     """
 
-    k: jax.Array
-    v: jax.Array
+    arrays: dict[str, jax.Array]
     layer: jax.Array | None
 
 
-def empty(arch: Architecture, batch_seqs: int, length_tokens: int, constrain: Constrain) -> Cache:
-    """A cache for `batch_seqs` rows of up to `length_tokens` tokens in the compute dtype; ValueError if longer than the context."""
+def empty(arch: Architecture, layers: int, batch_seqs: int, length_tokens: int, constrain: Constrain) -> Cache:
+    """A cache of so many layers for `batch_seqs` rows of up to `length_tokens` tokens in the compute dtype; ValueError if longer than
+    the context."""
     if not 1 <= length_tokens <= arch.context_tokens:
         raise ValueError(
             f"a cache of {length_tokens} tokens.\n  Accepted: 1 to model.context_tokens = {arch.context_tokens}."
             "\n  Use fewer prompt and new tokens, or a model with a longer context."
         )
+    pairs = _zeros(arch, layers, batch_seqs, length_tokens, ("k", "v"), constrain)
+    return {"layers": pairs, "lengths": jnp.zeros(batch_seqs, jnp.int32)}
+
+
+def with_memory(arch: Architecture, layers: int, state: Cache, inputs_tokens: int, constrain: Constrain) -> Cache:
+    """The cache with room for the keys and values of so many encoder outputs a row."""
+    room = _zeros(arch, layers, state["lengths"].shape[0], inputs_tokens, ("cross_k", "cross_v"), constrain)
+    if isinstance(room, dict):
+        return {**state, "layers": {**state["layers"], **room}}
+    return {**state, "layers": [{**old, **new} for old, new in zip(state["layers"], room, strict=True)]}
+
+
+def _zeros(arch: Architecture, layers: int, rows: int, tokens: int, names: tuple[str, ...], constrain: Constrain) -> Any:
     stacked = arch.layers_as == "scan"
-    shape = (batch_seqs, *((arch.layers,) if stacked else ()), arch.kv_heads, length_tokens, arch.head_dim)
+    shape = (rows, *((layers,) if stacked else ()), arch.kv_heads, tokens, arch.head_dim)
     axes = ("batch", *(("layers",) if stacked else ()), "kv_heads", None, "head_dim")
 
-    def pair() -> dict[str, jax.Array]:
-        return {name: constrain(jnp.zeros(shape, arch.dtype), axes) for name in ("k", "v")}
+    def one() -> dict[str, jax.Array]:
+        return {name: constrain(jnp.zeros(shape, arch.dtype), axes) for name in names}
 
-    return {"layers": pair() if stacked else [pair() for _ in range(arch.layers)], "lengths": jnp.zeros(batch_seqs, jnp.int32)}
+    return one() if stacked else [one() for _ in range(layers)]
 
 
 def write(slot: Slot, k_BTGK: jax.Array, v_BTGK: jax.Array, positions_BT: jax.Array) -> Slot:
@@ -58,10 +73,29 @@ def write(slot: Slot, k_BTGK: jax.Array, v_BTGK: jax.Array, positions_BT: jax.Ar
 
     # By vmap, which tells the partitioner that rows do not mix.
     rows = jax.vmap(one_row)
-    return slot._replace(k=rows(slot.k, k_BTGK, positions_BT), v=rows(slot.v, v_BTGK, positions_BT))
+    new = {"k": rows(slot.arrays["k"], k_BTGK, positions_BT), "v": rows(slot.arrays["v"], v_BTGK, positions_BT)}
+    return slot._replace(arrays={**slot.arrays, **new})
 
 
-def read(slot: Slot) -> tuple[jax.Array, jax.Array]:
-    """This layer's (k_BSGK, v_BSGK)."""
-    k_BGSK, v_BGSK = (slot.k, slot.v) if slot.layer is None else (slot.k[:, slot.layer], slot.v[:, slot.layer])
+def fill(slot: Slot, k_BSGK: jax.Array, v_BSGK: jax.Array, prefix: str) -> Slot:
+    """The slot with these keys and values as all of its arrays `prefix`k and `prefix`v."""
+
+    def one(name: str, new_BSGK: jax.Array) -> jax.Array:
+        old, new_BGSK = slot.arrays[name], new_BSGK.swapaxes(1, 2)
+        return new_BGSK.astype(old.dtype) if slot.layer is None else old.at[:, slot.layer].set(new_BGSK)
+
+    new = {f"{prefix}k": one(f"{prefix}k", k_BSGK), f"{prefix}v": one(f"{prefix}v", v_BSGK)}
+    return slot._replace(arrays={**slot.arrays, **new})
+
+
+def read(slot: Slot, prefix: str = "") -> tuple[jax.Array, jax.Array]:
+    """This layer's (k_BSGK, v_BSGK), of the arrays whose names start with `prefix`."""
+    k_BGSK, v_BGSK = (slot.arrays[prefix + name] for name in ("k", "v"))
+    if slot.layer is not None:
+        k_BGSK, v_BGSK = k_BGSK[:, slot.layer], v_BGSK[:, slot.layer]
     return k_BGSK.swapaxes(1, 2), v_BGSK.swapaxes(1, 2)
+
+
+def last(x_BTD: jax.Array, lengths_B: jax.Array) -> jax.Array:
+    """[B, D]: x at each row's last valid token."""
+    return jnp.take_along_axis(x_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)[:, 0]

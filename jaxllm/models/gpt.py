@@ -9,13 +9,14 @@ from jaxllm.types import Constrain, Model, unconstrained
 
 FAMILY = Family(
     name="gpt",
+    kind="decoder",
     norm="layernorm",
+    norm_order="pre",
+    norm_eps=1e-5,
     activation="gelu_tanh",
     positions="learned",
-    bias=True,
+    bias="on",
     tied_head=True,
-    mlp_factor=4,
-    mlp_multiple=1,
 )
 
 

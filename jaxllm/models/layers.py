@@ -1,19 +1,18 @@
-"""The parts of a decoder layer as Flax linen modules. No mesh, no loss, no config: an `Architecture` and a `Constrain`.
+"""The parts of every model as Flax linen modules. No mesh, no loss, no config: an `Architecture` and a `Constrain`.
 
 Letters: B batch, T query length, S key length, D width, H query heads, G key/value heads, K head width, F mlp width, V vocabulary.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxllm import registry
 from jaxllm.models import cache
-from jaxllm.models.architecture import Architecture
+from jaxllm.models.architecture import GATED, Architecture
 from jaxllm.ops import activations, attention, norms, positions
 from jaxllm.transforms import leaf
 from jaxllm.types import Axes, Constrain
@@ -29,7 +28,7 @@ def parameter(module: nn.Module, name: str, shape: tuple[int, ...], axes: Axes, 
     packed arrays. ValueError, naming the path, for a parameter that is absent or has another shape.
     """
     if module.is_initializing():
-        # The box carries `axes` out of an abstract init; decoder.py opens it.
+        # The box carries `axes` out of an abstract init; assembly.py opens it.
         return module.param(name, nn.with_partitioning(init, axes), shape, jnp.float32, unbox=False).value
     path = "/".join((*module.path, name))
     if not module.has_variable("params", name):
@@ -91,125 +90,221 @@ class Norm(nn.Module):
         scale = parameter(self, "scale", shape, axes, nn.initializers.ones)
         if self.arch.norm == "rmsnorm":
             return norms.rmsnorm(x, scale, self.arch.norm_eps)
-        bias = parameter(self, "bias", shape, axes, nn.initializers.zeros) if self.arch.bias else None
+        bias = parameter(self, "bias", shape, axes, nn.initializers.zeros) if "norm" in self.arch.biased else None
         return norms.layernorm(x, scale, bias, self.arch.norm_eps)
 
 
 def dropout(module: nn.Module, x: jax.Array, frac: float) -> jax.Array:
-    """x with a share of its numbers dropped and the others scaled up, where a "dropout" rng was given."""
-    return nn.Dropout(frac, parent=module)(x, deterministic=not module.has_rng("dropout"))
+    """x with a share of its numbers dropped and the others scaled up (Srivastava et al. 2014), where a "dropout" rng was given."""
+    if not frac or not module.has_rng("dropout"):
+        return x
+    kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - frac, x.shape)
+    return jnp.where(kept, x / (1 - frac), jnp.zeros_like(x))
 
 
 class Embedding(nn.Module):
-    """Rows of the token table, plus rows of the position table where positions are learned: [B, T, D] in the compute dtype."""
+    """Rows of the token table, plus what the positions (and in BERT the token types) add: [B, T, D] in the compute dtype."""
 
     arch: Architecture
     constrain: Constrain
 
     @nn.compact
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT: jax.Array | None = None) -> jax.Array:
         arch, init = self.arch, normal(self.arch.init_std)
         table_VD = parameter(self, "tokens", (arch.vocab_size, arch.width), ("vocab", "embed"), init)
         # Whole rows before the look-up: the partitioner cannot move `embed` from the table's devices to the batch's behind it.
         table_VD = jax.tree.map(lambda array: self.constrain(array, ("vocab", "embed_act")), table_VD)
         x_BTD = leaf.take(table_VD, tokens_BT, arch.dtype)
+        if arch.family.embed_scale:
+            x_BTD = x_BTD * arch.width**0.5
         if arch.positions == "learned":
             places_TD = parameter(self, "positions", (arch.context_tokens, arch.width), ("length", "embed"), init)
             x_BTD = x_BTD + leaf.take(places_TD, positions_BT, arch.dtype)
+        elif arch.positions == "sinusoid":
+            x_BTD = x_BTD + positions.sinusoid(positions_BT, arch.width).astype(arch.dtype)
+        if arch.family.kind == "encoder":
+            kinds_YD = parameter(self, "token_types", (arch.token_types, arch.width), ("token_types", "embed"), init)
+            types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
+            x_BTD = Norm(arch, name="norm")(x_BTD + leaf.take(kinds_YD, types_BT, arch.dtype))
         return self.constrain(dropout(self, x_BTD, arch.dropout_frac), HIDDEN)
 
 
+class Relative(nn.Module):
+    """What each head adds to the scores of keys at a distance `relative_BTS` = key - query: [B, H, T, S] (B may be 1)."""
+
+    arch: Architecture
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(self, relative_BTS: jax.Array) -> jax.Array:
+        arch = self.arch
+        shape, axes = (arch.relative_buckets, arch.heads), ("buckets", "heads")
+        table_RH = parameter(self, "table", shape, axes, normal(arch.init_std))
+        buckets_BTS = positions.relative_buckets(
+            relative_BTS, bidirectional=self.bidirectional, buckets=arch.relative_buckets, max_tokens=arch.relative_max_tokens
+        )
+        return leaf.take(table_RH, buckets_BTS, jnp.float32).transpose(0, 3, 1, 2)
+
+
+class Sight(NamedTuple):
+    """Where the tokens of a call stand and what they see: the same for all layers.
+
+    mask: among the tokens of the call; not read where there is a cache. bias_XHTS: added to the scores (Relative).
+    horizon_BT: with a cache, the last of its slots that a token sees: its own position, or the end of a bidirectional prompt.
+    """
+
+    positions_BT: jax.Array
+    mask: attention.Mask
+    bias_XHTS: jax.Array | None = None
+    horizon_BT: jax.Array | None = None
+
+
+class Memory(NamedTuple):
+    """What cross-attention reads: the encoder's output, None where a cache holds its keys and values; mask: who sees which of it."""
+
+    hidden_BSD: jax.Array | None
+    mask: attention.Mask
+
+
 class Attention(nn.Module):
-    """Norm, causal grouped-query attention, output projection. With a slot of a cache: attends to what it holds, too."""
+    """x + attention(norm(x)), or norm(x + attention(x)). Over x itself and what a slot of a cache holds, or over a `Memory`."""
 
     arch: Architecture
     constrain: Constrain
 
-    @nn.compact
-    def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None, slot: cache.Slot | None
-    ) -> tuple[jax.Array, cache.Slot | None]:
+    def setup(self) -> None:
         arch = self.arch
-        x_BTD = Norm(arch, name="norm")(x_BTD)
-        q_BTHK = self._heads("q", arch.heads, "heads", x_BTD)
-        k_BTGK = self._heads("k", arch.kv_heads, "kv_heads", x_BTD)
-        v_BTGK = self._heads("v", arch.kv_heads, "kv_heads", x_BTD)
-        if arch.positions == "rope":
-            q_BTHK = positions.rope(q_BTHK, positions_BT, arch.rope_theta)
-            k_BTGK = positions.rope(k_BTGK, positions_BT, arch.rope_theta)
-        if slot is None:
-            drop = arch.dropout_frac > 0 and self.has_rng("dropout")
-            out_BTHK = registry.resolve("attention", arch.attention)(
-                q_BTHK,
-                k_BTGK,
-                v_BTGK,
-                segments_BT=segments_BT,
-                rng=self.make_rng("dropout") if drop else None,
-                dropout_frac=arch.dropout_frac,
-                block_tokens=arch.attention_block_tokens,
-            )
-        else:
-            slot = cache.write(slot, k_BTGK, v_BTGK, positions_BT)
-            out_BTHK = attention.cached(q_BTHK, *cache.read(slot), positions_BT)
-        out_BTHK = self.constrain(out_BTHK, ("batch", "length", "heads", "head_dim"))
-        shape, axes = (arch.heads, arch.head_dim, arch.width), ("heads", "head_dim", "embed")
-        out = Projection("BTHK,HKD->BTD", shape, axes, arch.residual_std, arch.bias, inputs=2, name="o")
-        return out(out_BTHK), slot
 
-    def _heads(self, name: str, heads: int, axis: str, x_BTD: jax.Array) -> jax.Array:
+        def heads(name: str, count: int, axis: str, std: float) -> Projection:
+            shape, axes = (arch.width, count, arch.head_dim), ("embed", axis, "head_dim")
+            return Projection("BTD,DHK->BTHK", shape, axes, std, "qkv" in arch.biased, name=name)
+
+        self.norm = Norm(arch)
+        self.q = heads("q", arch.heads, "heads", arch.query_std)
+        self.k = heads("k", arch.kv_heads, "kv_heads", arch.init_std)
+        self.v = heads("v", arch.kv_heads, "kv_heads", arch.init_std)
+        shape, axes = (arch.heads, arch.head_dim, arch.width), ("heads", "head_dim", "embed")
+        self.o = Projection("BTHK,HKD->BTD", shape, axes, arch.residual_std, "o" in arch.biased, inputs=2)
+
+    def __call__(
+        self, x_BTD: jax.Array, sight: Sight, slot: cache.Slot | None, memory: Memory | None = None
+    ) -> tuple[jax.Array, cache.Slot | None]:
+        pre = self.arch.norm_order == "pre"
+        input_BTD = self.norm(x_BTD) if pre else x_BTD
+        if memory is None:
+            out_BTHK, slot = self._see_itself(input_BTD, sight, slot)
+        else:
+            out_BTHK = self._see(input_BTD, memory, slot)
+        out_BTD = self.o(self.constrain(out_BTHK, ("batch", "length", "heads", "head_dim")))
+        x_BTD = x_BTD + dropout(self, out_BTD, self.arch.dropout_frac)
+        return x_BTD if pre else self.norm(x_BTD), slot
+
+    def _see_itself(self, x_BTD: jax.Array, sight: Sight, slot: cache.Slot | None) -> tuple[jax.Array, cache.Slot | None]:
         arch = self.arch
-        shape, axes = (arch.width, heads, arch.head_dim), ("embed", axis, "head_dim")
-        project = Projection("BTD,DHK->BTHK", shape, axes, arch.init_std, arch.bias, name=name)
-        return self.constrain(project(x_BTD), ("batch", "length", axis, "head_dim"))
+        q_BTHK, (k_BTGK, v_BTGK) = self._queries(x_BTD), self.keys_values(x_BTD)
+        if arch.positions == "rope":
+            q_BTHK = positions.rope(q_BTHK, sight.positions_BT, arch.rope_theta, arch.rope_scaling)
+            k_BTGK = positions.rope(k_BTGK, sight.positions_BT, arch.rope_theta, arch.rope_scaling)
+        if slot is None or sight.horizon_BT is None:
+            return self._attend(q_BTHK, k_BTGK, v_BTGK, sight.mask, sight.bias_XHTS), slot
+        slot = cache.write(slot, k_BTGK, v_BTGK, sight.positions_BT)
+        k_BSGK, v_BSGK = cache.read(slot)
+        out_BTHK = attention.cached(
+            q_BTHK,
+            k_BSGK,
+            v_BSGK,
+            sight.horizon_BT,
+            window_tokens=arch.window_tokens,
+            bias_XHTS=sight.bias_XHTS,
+            scale=self._scale,
+        )
+        return out_BTHK, slot
+
+    def _see(self, x_BTD: jax.Array, memory: Memory, slot: cache.Slot | None) -> jax.Array:
+        if memory.hidden_BSD is not None:
+            return self._attend(self._queries(x_BTD), *self.keys_values(memory.hidden_BSD), memory.mask)
+        if slot is None:
+            raise ValueError("cross-attention without the encoder's output.\n  Accepted: it, or a cache.\n  Pass `inputs`.")
+        return self._attend(self._queries(x_BTD), *cache.read(slot, "cross_"), memory.mask)
+
+    def _queries(self, x_BTD: jax.Array) -> jax.Array:
+        return self.constrain(self.q(x_BTD), ("batch", "length", "heads", "head_dim"))
+
+    def keys_values(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(k_BSGK, v_BSGK)."""
+        axes = ("batch", "length", "kv_heads", "head_dim")
+        return self.constrain(self.k(x_BSD), axes), self.constrain(self.v(x_BSD), axes)
+
+    @property
+    def _scale(self) -> float:
+        return self.arch.head_dim**-0.5 if self.arch.family.attention_scale else 1.0
+
+    def _attend(
+        self, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: attention.Mask, bias_XHTS: jax.Array | None = None
+    ) -> jax.Array:
+        arch = self.arch
+        drop = arch.dropout_frac > 0 and self.has_rng("dropout")
+        return attention.attend(
+            q_BTHK,
+            k_BSGK,
+            v_BSGK,
+            mask,
+            implementation=arch.attention,
+            bias_XHTS=bias_XHTS,
+            scale=self._scale,
+            rng=self.make_rng("dropout") if drop else None,
+            dropout_frac=arch.dropout_frac,
+            block_tokens=arch.attention_block_tokens,
+        )
 
 
 class Mlp(nn.Module):
-    """Norm, up, activation, down. SwiGLU is silu(gate) x up (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
+    """x + mlp(norm(x)), or norm(x + mlp(x)); mlp is up, activation, down. Gated: act(gate) x up (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
 
     arch: Architecture
     constrain: Constrain
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        arch = self.arch
-        x_BTD = Norm(arch, name="norm")(x_BTD)
-        up_BTF = self._wide("up", x_BTD)
-        if arch.activation == "swiglu":
-            inner_BTF = activations.FUNCTIONS["silu"](self._wide("gate", x_BTD)) * up_BTF
+        arch, norm, pre = self.arch, Norm(self.arch, name="norm"), self.arch.norm_order == "pre"
+        input_BTD = norm(x_BTD) if pre else x_BTD
+        up_BTF = self._wide("up", input_BTD)
+        if arch.activation in GATED:
+            inner_BTF = activations.FUNCTIONS[GATED[arch.activation]](self._wide("gate", input_BTD)) * up_BTF
         else:
             inner_BTF = activations.FUNCTIONS[arch.activation](up_BTF)
         shape, axes = (arch.mlp_width, arch.width), ("mlp", "embed")
-        return Projection("BTF,FD->BTD", shape, axes, arch.residual_std, arch.bias, name="down")(inner_BTF)
+        out_BTD = Projection("BTF,FD->BTD", shape, axes, arch.residual_std, "mlp" in arch.biased, name="down")(inner_BTF)
+        x_BTD = x_BTD + dropout(self, out_BTD, arch.dropout_frac)
+        return x_BTD if pre else norm(x_BTD)
 
     def _wide(self, name: str, x_BTD: jax.Array) -> jax.Array:
-        arch = self.arch
-        project = Projection("BTD,DF->BTF", (arch.width, arch.mlp_width), ("embed", "mlp"), arch.init_std, arch.bias, name=name)
+        arch, shape = self.arch, (self.arch.width, self.arch.mlp_width)
+        project = Projection("BTD,DF->BTF", shape, ("embed", "mlp"), arch.init_std, "mlp" in arch.biased, name=name)
         return self.constrain(project(x_BTD), ("batch", "length", "mlp"))
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One layer: attention over x, with `crosses` also over the encoder's output, then the MLP."""
 
     arch: Architecture
     constrain: Constrain
+    crosses: bool = False
 
-    @nn.compact
+    def setup(self) -> None:
+        self.attention = Attention(self.arch, self.constrain)
+        if self.crosses:
+            self.cross = Attention(self.arch, self.constrain)
+        self.mlp = Mlp(self.arch, self.constrain)
+
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None, slot: cache.Slot | None
+        self, x_BTD: jax.Array, sight: Sight, slot: cache.Slot | None = None, memory: Memory | None = None
     ) -> tuple[jax.Array, cache.Slot | None]:
-        frac = self.arch.dropout_frac
-        out_BTD, slot = Attention(self.arch, self.constrain, name="attention")(x_BTD, positions_BT, segments_BT, slot)
-        x_BTD = x_BTD + dropout(self, out_BTD, frac)
-        x_BTD = x_BTD + dropout(self, Mlp(self.arch, self.constrain, name="mlp")(x_BTD), frac)
-        return self.constrain(x_BTD, HIDDEN), slot
+        x_BTD, slot = self.attention(x_BTD, sight, slot)
+        if memory is not None:
+            x_BTD, _ = self.cross(x_BTD, sight, slot, memory)
+        return self.constrain(self.mlp(x_BTD), HIDDEN), slot
 
-
-class Head(nn.Module):
-    """The output projection of a model whose head is not its embedding."""
-
-    arch: Architecture
-
-    @nn.compact
-    def __call__(self) -> Any:
-        shape = (self.arch.vocab_size, self.arch.width)
-        return parameter(self, "kernel", shape, ("vocab", "embed"), normal(self.arch.init_std))
+    def remember(self, hidden_BSD: jax.Array, slot: cache.Slot) -> cache.Slot:
+        """The slot with the keys and values that cross-attention reads from the encoder's output."""
+        return cache.fill(slot, *self.cross.keys_values(hidden_BSD), "cross_")

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxllm import registry
@@ -151,11 +152,14 @@ def _as_matrices(rule: optax.GradientTransformation, axes: Any) -> optax.Gradien
 
 def _per_layer(rule: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
     """`rule` where each layer of a scanned stack is seen by itself; the rule as it is where layers are unrolled or have no parameter."""
-    stacked = tuple(f"/{name}" for name, leaf in _leaf_axes(axes).items() if leaf[0] == "layers")
+    stacked = [name for name, leaf in _leaf_axes(axes).items() if leaf[0] == "layers"]
+
+    def stack_of(path: Any) -> str | None:
+        """The stacked parameter that this array belongs to: paths of states end with its path, e.g. `mu/layers/mlp/up/kernel`."""
+        return next((name for name in stacked if f"/{tree.path_name(path)}".endswith(f"/{name}")), None)
 
     def is_stacked(path: Any) -> bool:
-        # Paths of optimizer states end with the path of the parameter, e.g. `mu/layers/mlp/up/kernel`.
-        return f"/{tree.path_name(path)}".endswith(stacked)
+        return stack_of(path) is not None
 
     def layer_axes(values: Any) -> Any:
         return jax.tree.map_with_path(lambda path, _: 0 if is_stacked(path) else None, values)
@@ -168,7 +172,19 @@ def _per_layer(rule: optax.GradientTransformation, axes: Any) -> optax.GradientT
         if not jax.tree.leaves(sides):
             return function(*arguments)
         results = jax.eval_shape(function, *jax.tree.map_with_path(one_layer, arguments))
-        return jax.vmap(function, in_axes=sides, out_axes=layer_axes(results))(*arguments)
+        layers = {stack_of(path): leaf.shape[0] for path, leaf in jax.tree.leaves_with_path(arguments) if is_stacked(path)}
+        # An encoder and a decoder may differ in depth: the shorter stack is filled up, and what comes of that is cut off.
+        most = max(layers.values())
+
+        def fill(path: Any, leaf: jax.Array) -> jax.Array:
+            missing = most - layers.get(stack_of(path), most)
+            return jnp.pad(leaf, [(0, missing), *[(0, 0)] * (leaf.ndim - 1)]) if missing else leaf
+
+        def cut(path: Any, leaf: jax.Array) -> jax.Array:
+            return leaf[: layers[stack_of(path)]] if is_stacked(path) else leaf
+
+        mapped_results = jax.vmap(function, in_axes=sides, out_axes=layer_axes(results))(*jax.tree.map_with_path(fill, arguments))
+        return jax.tree.map_with_path(cut, mapped_results)
 
     def init(params: Any) -> Any:
         return mapped(rule.init, params)

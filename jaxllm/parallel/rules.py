@@ -27,6 +27,10 @@ RULES: Rules = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "features": ("tensor",),  # of the square matrices in BERT's heads
+    "classes": (),
+    "token_types": (),
+    "buckets": (),
     "embed_act": (),  # the residual stream, whose batch has taken fsdp already
 }
 

@@ -139,7 +139,7 @@ def test_logits_are_those_of_the_paper(switches: dict) -> None:
     exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), unrolled)
     oracle = {"llama": llama, "gpt": gpt2}[config.model.name]
     for row, (tokens, segments, positions) in enumerate(zip(*batch.values(), strict=True)):
-        expected = oracle(exact, tokens, segments, positions, config.model.norm_eps, config.model.rope_theta)
+        expected = oracle(exact, tokens, segments, positions, model.config.norm_eps, model.config.rope_theta)
         assert np.abs(expected).max() > 1
         # Padding attends to padding in whatever way; nobody reads it.
         np.testing.assert_allclose(logits[row][segments > 0], expected[segments > 0], rtol=1e-5, atol=1e-5)
@@ -330,8 +330,18 @@ def test_bad_input(tokens: np.ndarray, beside: dict, words: str) -> None:
 def test_every_switch_reaches_the_architecture() -> None:
     """Setting each switch of config.model away from the family's choice changes exactly that field."""
     plain = models.build(tiny(name="llama")).config
-    others = {"norm": "layernorm", "activation": "gelu", "positions": "learned", "bias": "on", "tied_head": "on"}
+    others = {"norm": "layernorm", "norm_order": "post", "activation": "gelu", "positions": "learned", "norm_eps": 1e-3}
     for switch, value in others.items():
-        changed = models.build(tiny(name="llama", **{switch: value})).config
-        expected = value == "on" if value in ("on", "off") else value
-        assert changed == dataclasses.replace(plain, **{switch: expected})
+        assert models.build(tiny(name="llama", **{switch: value})).config == dataclasses.replace(plain, **{switch: value})
+    assert models.build(tiny(name="llama", tied_head="on")).config == dataclasses.replace(plain, tied_head=True)
+
+
+@pytest.mark.parametrize(
+    ("bias", "parts"), [("on", "qkvo/mlp"), ("off", ""), ("qkv", "qkv"), ("attention", "qkvo"), ("mlp", "mlp")]
+)
+def test_biases_are_where_the_switch_says(bias: str, parts: str) -> None:
+    found = {
+        path.split("/")[2] for path, _ in tree.named_leaves(abstract(models.build(tiny(name="llama", bias=bias)))) if "bias" in path
+    }
+    attention, _, mlp = parts.replace("mlp", "/mlp", 1).replace("//", "/").partition("/")
+    assert found == {*attention, *(("up", "gate", "down") if mlp else ())}

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import tiny_training as tiny
 
-Z_LOSS = 1e-2
+Z_LOSS, SMOOTHING = 1e-2, 0.1
 
 
 @pytest.fixture(scope="module")
 def parts():
-    training = tiny.make(train__z_loss=Z_LOSS, model__init_std=0.02)
+    training = tiny.make(train__z_loss=Z_LOSS, train__label_smoothing=SMOOTHING, model__init_std=0.02)
     params = training.model.init(jax.random.key(1))
     # Larger kernels than at the start, so that the loss is not the flat log V.
     return training, jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params)
@@ -31,17 +31,19 @@ def test_totals_equal_the_logits(parts, measure):
     log_z = np.log(np.exp(logits).sum(-1))
     nll = log_z - np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
     weights = batch["weights"].astype(np.float64)
+    # Cross-entropy with (1 - eps) onehot + eps / V (Szegedy et al. 2016, section 7), as what it adds to the plain one.
+    smoothing = SMOOTHING * ((log_z[..., None] - logits).mean(-1) - nll)
     expected = {
         "loss": (weights * nll).sum(),
         "accuracy": (weights * (logits.argmax(-1) == batch["targets"])).sum(),
-        "z_loss": (weights * Z_LOSS * log_z**2).sum(),
+        "penalty": (weights * (Z_LOSS * log_z**2 + smoothing)).sum(),
     }
     mean, metrics = measure(params, batch)
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name].total, value, rtol=1e-5, err_msg=name)
         assert metrics[name].weight == weights.sum()
-    np.testing.assert_allclose(mean.total, expected["loss"] + expected["z_loss"], rtol=1e-5)
+    np.testing.assert_allclose(mean.total, expected["loss"] + expected["penalty"], rtol=1e-5)
     assert mean.weight == weights.sum()
     assert 0.3 < expected["accuracy"] / weights.sum() < 0.7
 

@@ -1,0 +1,99 @@
+"""What the fields of a config must satisfy together; what each may hold by itself is in config.py."""
+
+from ml_collections import ConfigDict
+
+# The models that each objective can train.
+MODELS = {
+    "causal_lm": ("gpt", "llama"),
+    "prefix_lm": ("gpt", "llama"),
+    "masked_lm": ("bert",),
+    "span_corruption": ("t5", "transformer"),
+    "seq2seq": ("t5", "transformer"),
+    "sequence_classification": ("bert", "gpt", "llama"),
+    "token_classification": ("bert", "gpt", "llama"),
+}
+# The head that it needs, if not "lm".
+HEADS = {"sequence_classification": "classify", "token_classification": "tag"}
+# Objectives whose documents are more than a text.
+PAIRED = ("seq2seq", *HEADS)
+
+
+def check(config: ConfigDict) -> None:
+    """ValueError, naming the fields, what is accepted and what to change, for fields that contradict each other."""
+    _check_sizes(config)
+    _check_objective(config)
+    _check_data(config)
+    if [config.parallel.data, config.parallel.fsdp, config.parallel.tensor].count(-1) > 1:
+        raise ValueError(
+            "more than one of parallel.data, parallel.fsdp, parallel.tensor is -1.\n  Accepted: one. Give the others a size."
+        )
+
+
+def _check_sizes(config: ConfigDict) -> None:
+    model, train = config.model, config.train
+    if not model.head_dim and model.width % model.heads:
+        raise ValueError(_divides("model.heads", model.heads, "model.width", model.width, "or set model.head_dim"))
+    if model.kv_heads and model.heads % model.kv_heads:
+        raise ValueError(_divides("model.kv_heads", model.kv_heads, "model.heads", model.heads, ""))
+    if train.batch_seqs % train.microbatches:
+        raise ValueError(_divides("train.microbatches", train.microbatches, "train.batch_seqs", train.batch_seqs, ""))
+    if config.data.row_tokens > model.context_tokens:
+        raise ValueError(
+            f"data.row_tokens = {config.data.row_tokens} is more than model.context_tokens = {model.context_tokens}.\n"
+            f"  Accepted: up to {model.context_tokens}, or 0 for the same. Change one of them."
+        )
+    if config.data.input_tokens > model.context_tokens:
+        raise ValueError(
+            f"data.input_tokens = {config.data.input_tokens} is more than model.context_tokens = {model.context_tokens}.\n"
+            f"  Accepted: up to {model.context_tokens}, or 0 for as many as data.row_tokens. Change one of them."
+        )
+
+
+def _check_objective(config: ConfigDict) -> None:
+    """The objective, the model and its head belong together."""
+    objective, name = config.train.objective, config.model.name
+    if name not in MODELS[objective]:
+        fitting = [each for each, names in MODELS.items() if name in names]
+        raise ValueError(
+            f"train.objective = '{objective}' does not fit model.name = '{name}'.\n"
+            f"  Accepted: {' or '.join(MODELS[objective])} for {objective}; {', '.join(fitting)} for {name}.\n"
+            "  Set model.name or train.objective."
+        )
+    head = HEADS.get(objective, "lm")
+    if config.model.head != head:
+        raise ValueError(
+            f"model.head = '{config.model.head}' does not fit train.objective = '{objective}'.\n  Accepted: {head}.\n"
+            f"  Set model.head={head}, or another train.objective."
+        )
+
+
+def _check_data(config: ConfigDict) -> None:
+    """Where text comes from, and how it is split."""
+    if config.tokenizer.kind == "file" and not config.tokenizer.path:
+        raise ValueError(
+            "tokenizer.kind = 'file' without a tokenizer.path.\n  Accepted: the path of a tokenizer.model or tokenizer.json."
+            "\n  Set tokenizer.path."
+        )
+    if not config.data.source:
+        raise ValueError(
+            "data.source is empty.\n  Accepted: python_docs, a file, a folder, a glob or another source.\n  Set data.source."
+        )
+    if not config.data.validation_source and not config.data.validation_frac:
+        raise ValueError(
+            "data.validation_frac = 0 without a data.validation_source: there is nothing to evaluate on.\n"
+            "  Accepted: a share above 0, or another source. Set one of them."
+        )
+    if config.data.split_by == "characters" and config.train.objective in PAIRED and not config.data.validation_source:
+        raise ValueError(
+            f"data.split_by = 'characters' cuts a text, which train.objective = '{config.train.objective}' cannot do with its pairs.\n"
+            "  Accepted: documents.\n  Set data.split_by=documents, or data.validation_source."
+        )
+
+
+def _divides(name: str, value: int, whole_name: str, whole: int, also: str) -> str:
+    accepted = [part for part in range(1, whole + 1) if whole % part == 0]
+    return (
+        f"{name} = {value} does not divide {whole_name} = {whole}.\n  Accepted: {', '.join(map(str, accepted))}.\n"
+        f"  Set {name} to one of these {also}".rstrip()
+        + "."
+    )

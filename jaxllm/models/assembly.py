@@ -1,0 +1,89 @@
+"""What all models share in becoming pure functions: parameters and their axes out of linen, and the checks of what they are called with."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxllm.models import stack
+from jaxllm.models.architecture import Architecture
+from jaxllm.types import Params
+
+
+class Layers(NamedTuple):
+    """So many equal layers. `path`: where their parameters are. `declare(rng)`: those of one layer, boxed with their axes."""
+
+    path: tuple[str, ...]
+    number: int
+    declare: Callable[[jax.Array], Params]
+
+
+def make_init(
+    arch: Architecture, declare_rest: Callable[[jax.Array], Params], stacks: Sequence[Layers]
+) -> tuple[Callable[[jax.Array], Params], Any]:
+    """(init, axes): parameters from an rng, and their logical axes from tracing it, without allocating anything."""
+
+    def init(rng: jax.Array) -> Params:
+        params = _open(declare_rest(rng), lambda box: box.value)
+        keys = (rng, *jax.random.split(rng, len(stacks)))
+        for layers, key in zip(stacks, keys, strict=False):
+
+            def one(key: jax.Array, layers: Layers = layers) -> Params:
+                return _open(layers.declare(key), lambda box: box.value)
+
+            put(params, layers.path, stack.init(arch.layers_as, layers.number, one, key))
+        return params
+
+    rng = jax.random.key(0)
+    axes = _open(jax.eval_shape(declare_rest, rng), lambda box: box.names)
+    for layers in stacks:
+        layer_axes = _open(jax.eval_shape(layers.declare, rng), lambda box: box.names)
+        put(axes, layers.path, stack.axes(arch.layers_as, layers.number, layer_axes))
+    # Compiled as a whole: linen makes parameters by running the layers, and only the compiler leaves that out.
+    return jax.jit(init), axes
+
+
+def _open(boxed: Params, what: Callable[[nn.Partitioned], Any]) -> Params:
+    return jax.tree.map(what, boxed, is_leaf=lambda node: isinstance(node, nn.Partitioned))
+
+
+def put(tree: Params, path: Sequence[str], value: Any) -> None:
+    """Sets `tree[path[0]][path[1]]...` to `value`, making what is not there."""
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value
+
+
+def caller(network: nn.Module) -> Callable[..., Any]:
+    """call(method, params, *inputs, rng=None): one method of the network as a pure function; `rng` switches dropout on."""
+
+    def call(method: str, params: Params, *inputs: Any, rng: jax.Array | None = None) -> Any:
+        return network.apply({"params": params}, *inputs, method=method, rngs={} if rng is None else {"dropout": rng})
+
+    return call
+
+
+def places(tokens_BT: jax.Array, positions_BT: jax.Array | None) -> jax.Array:
+    """The positions of the tokens: those given, or counted from 0, [1, T]."""
+    return jnp.arange(tokens_BT.shape[1])[None] if positions_BT is None else positions_BT
+
+
+def check_tokens(what: str, tokens_BT: jax.Array, context_tokens: int, **beside: jax.Array | None) -> None:
+    """ValueError unless the tokens are integers [B, T] that fit the context, and what goes beside them has their shape."""
+    if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+        raise ValueError(
+            f"{what} are {tokens_BT.dtype} of shape {tokens_BT.shape}.\n  Accepted: integers of shape [batch, length]."
+            "\n  Pass a batch of token ids; a single sequence is tokens[None]."
+        )
+    if tokens_BT.shape[1] > context_tokens:
+        raise ValueError(
+            f"{tokens_BT.shape[1]} {what} in a row.\n  Accepted: up to model.context_tokens = {context_tokens}."
+            "\n  Shorten the rows, or train a model with a longer context."
+        )
+    for name, array in beside.items():
+        if array is not None and array.shape != tokens_BT.shape:
+            raise ValueError(
+                f"{name} has shape {array.shape}.\n  Accepted: that of the {what}, {tokens_BT.shape}.\n  Pass one number a token."
+            )
