@@ -7,8 +7,8 @@ If they are there and fresh it makes nothing, and compares them with the hashes 
 `train` does the same by itself.
 """
 
-import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 from rich import box
 from rich.console import Console
 from rich.filesize import decimal
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxllm import command
-from jaxllm.data import order
+from jaxllm.data import examples, order
 from jaxllm.data.prepare import Prepared, place, prepare
 
 
@@ -31,26 +31,24 @@ def main(arguments: list[str]) -> None:
     for split in (prepared.train, prepared.validation):
         split.verify()
     if flags.FLAGS.show:
-        for row in order.batch_rows(len(prepared.train), flags.FLAGS.show, config.seed, 0):
-            show_row(console, prepared, int(row))
+        show_rows(console, config, prepared, flags.FLAGS.show)
     console.print(table(prepared))
     console.print(Text(remarks(prepared)), soft_wrap=True)
 
 
-def show_row(console: Console, prepared: Prepared, row: int) -> None:
-    """Prints a training row as text, a line between its documents."""
-    arrays = {name: array[0] for name, array in prepared.train.rows(np.array([row])).items()}
-    tokens = [*arrays["tokens"].tolist(), int(arrays["targets"][-1])]
-    segments = arrays["segments"]
-    # The last token is only a target: it belongs to the last document where that target counts, and else starts the next one.
-    segments = [*segments.tolist(), int(segments[-1] + (segments[-1] > 0 and not arrays["weights"][-1]))]
-    console.print(Rule(f"row {row:,}: {len(tokens) - 1} predictions, {int(arrays['weights'].sum())} of weight 1", align="left"))
-    for number in dict.fromkeys(segments):
-        mine = [token for token, segment in zip(tokens, segments, strict=True) if segment == number]
-        name = f"document {number}" if number else "padding"
-        console.print(Rule(f"{name}, {len(mine)} tokens", align="left", characters="·", style="dim"))
-        if number:
-            console.print(Text(prepared.tokenizer.decode(mine)), soft_wrap=True)
+def show_rows(console: Console, config: ConfigDict, prepared: Prepared, count: int) -> None:
+    """Prints the first `count` rows of the first training batch: what the model reads and what it is to predict."""
+    rows = order.batch_rows(len(prepared.train), count, config.seed, 0)
+    batch = prepared.make_batch(config)(prepared.train.rows(rows), rows, config.seed, 0)
+    show = examples.make(config).show
+    for index, row in enumerate(rows):
+        arrays = {name: array[index] for name, array in batch.items()}
+        weights = arrays["weights"]
+        console.print(Rule(f"row {row:,}: {len(weights)} predictions, {int(weights.sum())} of weight 1", align="left"))
+        for part in show(arrays, prepared.tokenizer, prepared.labels):
+            console.print(Rule(part.title, align="left", characters="·", style="dim"))
+            if part.text:
+                console.print(Text(part.text), soft_wrap=True)
 
 
 def table(prepared: Prepared) -> Table:
@@ -59,17 +57,23 @@ def table(prepared: Prepared) -> Table:
     shown = Table("", box=box.SIMPLE_HEAD, title=f"data in {prepared.directory}", title_justify="left", title_style="bold")
     for name in ("train", "validation"):
         shown.add_column(name, justify="right")
+    # What masked_lm predicts is drawn anew each time.
+    predictions = "may be predicted" if prepared.record["recipe"].get("rows") == "masked_lm" else "weighted predictions"
     lines = {
         "documents": (f"{split.documents:,}" for split in (train, validation)),
         "text": (decimal(split.text_bytes) for split in (train, validation)),
         "tokens": (f"{split.tokens:,}" for split in (train, validation)),
         "bytes a token": (f"{split.bytes_per_token:.2f}" for split in (train, validation)),
         f"rows of {train.row_tokens:,} tokens": (f"{len(split):,}" for split in (train, validation)),
-        "weighted predictions": (f"{split.weighted_tokens / (len(split) * split.row_tokens):.2%}" for split in (train, validation)),
+        predictions: (f"{split.weighted_tokens / (len(split) * split.row_tokens):.2%}" for split in (train, validation)),
+        "cut to a row": (f"{split.cut:,}" for split in (train, validation)),
         "files": (decimal(split.bytes) for split in (train, validation)),
     }
+    # Where targets are no text in order, nothing is known of their bytes; most data has nothing to cut.
+    absent = ([] if train.text_bytes else ["text", "bytes a token"]) + ([] if train.cut + validation.cut else ["cut to a row"])
     for name, cells in lines.items():
-        shown.add_row(name, *cells)
+        if name not in absent:
+            shown.add_row(name, *cells)
     return shown
 
 
@@ -82,6 +86,8 @@ def remarks(prepared: Prepared) -> str:
         lines.append(
             f"{field} {record['recipe'][field]}: read {count['read']:,} documents, kept {count['kept']:,}, dropped {dropped}"
         )
+    if prepared.labels:
+        lines.append(f"{len(prepared.labels):,} classes: {', '.join(prepared.labels)}")
     tokenizer = record["tokenizer"]
     lines.append(
         f"tokenizer {record['recipe']['tokenizer.kind']}: {tokenizer['vocab_size']:,} tokens, {tokenizer['fingerprint'][:16]}"

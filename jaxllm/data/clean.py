@@ -24,6 +24,10 @@ CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 BLANK_LINES = re.compile(r"\n{4,}")
 
 
+# The reason why a document is dropped of which the cleaners left fewer words than it has labels.
+LOST_WORDS = "words lost in cleaning"
+
+
 class Dropped(NamedTuple):
     """A document that is not used, and the name of the cleaner that rejected it."""
 
@@ -32,17 +36,29 @@ class Dropped(NamedTuple):
 
 
 def make(config: ConfigDict) -> Callable[[Document], Document | Dropped]:
-    """Document -> the cleaned document, or Dropped with the document as it was read."""
+    """Document -> the document with all of its texts cleaned, or Dropped with the document as it was read."""
+    target_is_text = registry.resolve("examples", config.train.objective)(config).reads == "target"
     steps: list[tuple[str, Clean]] = [(name, registry.resolve("cleaner", name)(config)) for name in config.data.cleaners]
 
-    def clean(document: Document) -> Document | Dropped:
-        text = document.text
+    def apply(text: str) -> tuple[str, str]:
+        """(cleaned text, "") or (text, name of the cleaner that dropped it)."""
         for name, step in steps:
             cleaned = step(text)
             if cleaned is None:
-                return Dropped(document, name)
+                return text, name
             text = cleaned
-        return document._replace(text=text)
+        return text, ""
+
+    def clean(document: Document) -> Document | Dropped:
+        # Labels stay as they are.
+        texts = {"text": document.text, "pair": document.pair, "target": document.target if target_is_text else None}
+        done = {field: apply(text) for field, text in texts.items() if isinstance(text, str)}
+        for _, reason in done.values():
+            if reason:
+                return Dropped(document, reason)
+        if isinstance(document.target, tuple) and len(done["text"][0].split(" ")) != len(document.target):
+            return Dropped(document, LOST_WORDS)
+        return Document(**document._asdict() | {field: text for field, (text, _) in done.items()})
 
     return clean
 

@@ -20,8 +20,10 @@ from ml_collections import ConfigDict
 from jaxllm import registry
 
 # Sources that are no path. Each is the registry name of its reader; what follows the colon is its location.
-NAMED = ("python_docs", "hf")
-ACCEPTED = "python_docs, a file, a folder, a glob pattern, or hf:OWNER/NAME?config=C&split=S"
+NAMED = ("python_docs", "hf", "sequences")
+ACCEPTED = "python_docs, a file, a folder, a glob pattern, hf:OWNER/NAME?config=C&split=S, sequences:copy or sequences:reverse"
+# Readers of whole texts, which have nothing beside them.
+WHOLE = ("python_docs", "text")
 
 TABLES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 TEXTS = frozenset(
@@ -31,22 +33,41 @@ TEXTS = frozenset(
 
 
 class Document(NamedTuple):
-    """A text and where it came from: `folder/file.txt`, `file.jsonl:17`, `python_docs:json.decoder`."""
+    """A text and where it came from: `folder/file.txt`, `file.jsonl:17`, `python_docs:json.decoder`.
+
+    target: what the objective predicts from it: a text, a class, a class for each of its words (which single spaces divide), or None.
+    pair: a second text to classify with it, or None.
+    """
 
     text: str
     origin: str
+    target: str | tuple[str, ...] | None = None
+    pair: str | None = None
 
 
 def open(source: str, config: ConfigDict, *, setting: str = "the source") -> Iterator[Document]:
     """The documents of `source`, at most `data.max_documents` of them (0: all), in the same order each time.
 
     A document may have the empty text (a null in a table); the cleaner `min_chars` drops it by name.
-    ValueError for a path that does not exist (at once), and while reading for a source without any document, a file that is not
-    UTF-8, and a table without the column `data.text_field`. `setting` is what the user changes to name another source.
+    ValueError for a path that does not exist and for plain text where the objective needs more (at once), and while reading for a
+    source without any document, a file that is not UTF-8, and a table that lacks a column. `setting` is what the user changes to
+    name another source.
     """
     places = readings(source, setting)
+    _check_targets(places, config, setting)
     documents = itertools.chain.from_iterable(registry.resolve("documents", kind)(place, config) for kind, place in places)
     return _at_least_one(itertools.islice(documents, config.data.max_documents or None), source, setting)
+
+
+def _check_targets(places: list[tuple[str, str]], config: ConfigDict, setting: str) -> None:
+    reads = registry.resolve("examples", config.train.objective)(config).reads
+    whole = [location or kind for kind, location in places if kind in WHOLE]
+    if whole and reads != "text":
+        raise ValueError(
+            f"{setting}: '{whole[0]}' is text alone, and train.objective = '{config.train.objective}' also needs what to predict from it.\n"
+            f"  Accepted: JSONL, CSV, Parquet or hf:OWNER/NAME with the fields '{config.data.text_field}' (data.text_field) and"
+            f" '{config.data.target_field}' (data.target_field); sequences:copy.\n  Change {setting}, or train.objective."
+        )
 
 
 def _at_least_one(documents: Iterator[Document], source: str, setting: str) -> Iterator[Document]:

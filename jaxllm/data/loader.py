@@ -1,9 +1,9 @@
 """Batches as global arrays on the mesh: batch = f(seed, step), read ahead by one background thread.
 
-Each host reads only the rows that its own devices hold. Letters: B batch, T row length.
+Each host reads only the rows that its own devices hold. Letters: B batch, T width of an array.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
@@ -11,18 +11,22 @@ import jax
 import numpy as np
 
 from jaxllm.data import order
+from jaxllm.data.examples.contract import MakeBatch
 from jaxllm.data.shards import Shards
 
 AHEAD_STEPS = 2
 # Stands for a row that fills up the last batch of a sweep.
 NO_ROW = -1
+# What a sweep's noise is drawn from, so that every evaluation of every run sees the same one.
+SWEEP_SEED, SWEEP_STEP = 0, 0
 
 
 class Loader:
     """A `types.Source`. Ask for any step in any order; steps that follow one another come from the read-ahead."""
 
-    def __init__(self, shards: Shards, batch_seqs: int, seed: int, sharding: jax.sharding.Sharding):
-        self._shards, self._batch_seqs, self._seed, self._sharding = shards, batch_seqs, seed, sharding
+    def __init__(self, shards: Shards, make_batch: MakeBatch, batch_seqs: int, seed: int, sharding: jax.sharding.Sharding):
+        self._shards, self._make_batch = shards, make_batch
+        self._batch_seqs, self._seed, self._sharding = batch_seqs, seed, sharding
         self._pool = ThreadPoolExecutor(1, "loader")
         self._coming: dict[int, Future[dict[str, jax.Array]]] = {}
 
@@ -31,7 +35,7 @@ class Loader:
         return order.batch_rows(len(self._shards), self._batch_seqs, self._seed, step)
 
     def batch(self, step: int) -> dict[str, jax.Array]:
-        """tokens, targets, segments, positions, weights [B, T] of this step, laid out by the sharding.
+        """The arrays [B, T] of this step (see `types.Batch`), laid out by the sharding.
 
         What goes wrong while reading ahead is raised here, by the step that it belongs to.
         """
@@ -54,26 +58,29 @@ class Loader:
         self.close()
 
     def _read(self, step: int) -> dict[str, jax.Array]:
-        return _place(self._shards, self.rows(step), self._sharding)
+        return _place(self._shards, partial(self._make_batch, seed=self._seed, step=step), self.rows(step), self._sharding)
 
 
-def make(shards: Shards, *, batch_seqs: int, seed: int, sharding: jax.sharding.Sharding) -> Loader:
+def make(shards: Shards, make_batch: MakeBatch, *, batch_seqs: int, seed: int, sharding: jax.sharding.Sharding) -> Loader:
     """The training batches of these shards. Close it, or use it in a `with`."""
     _check_divides("train.batch_seqs", batch_seqs, sharding)
-    return Loader(shards, batch_seqs, seed, sharding)
+    return Loader(shards, make_batch, batch_seqs, seed, sharding)
 
 
-def sweep(shards: Shards, batch_seqs: int, sharding: jax.sharding.Sharding, max_seqs: int = 0) -> Iterator[dict[str, jax.Array]]:
+def sweep(
+    shards: Shards, make_batch: MakeBatch, batch_seqs: int, sharding: jax.sharding.Sharding, max_seqs: int = 0
+) -> Iterator[dict[str, jax.Array]]:
     """Batches that hold each row once, in order: all of them, or `max_seqs` evenly spaced ones if there are more.
 
-    The last batch is filled up with rows of segment 0 and weight 0.
+    Noise is the same each time. The last batch is filled up with rows of segment 0 and weight 0.
     """
     _check_divides("batch_seqs", batch_seqs, sharding)
     count = min(max_seqs or len(shards), len(shards))
     chosen = np.arange(count) * len(shards) // max(count, 1)
+    still = partial(make_batch, seed=SWEEP_SEED, step=SWEEP_STEP)
     for start in range(0, count, batch_seqs):
         rows = chosen[start : start + batch_seqs]
-        yield _place(shards, np.pad(rows, (0, batch_seqs - len(rows)), constant_values=NO_ROW), sharding)
+        yield _place(shards, still, np.pad(rows, (0, batch_seqs - len(rows)), constant_values=NO_ROW), sharding)
 
 
 def _check_divides(name: str, batch_seqs: int, sharding: jax.sharding.Sharding) -> None:
@@ -87,19 +94,29 @@ def _check_divides(name: str, batch_seqs: int, sharding: jax.sharding.Sharding) 
         )
 
 
-def _place(shards: Shards, rows: np.ndarray, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
-    """The rows as global arrays [B, T], of which this host reads those that its own devices hold."""
-    shape = (len(rows), shards.row_tokens)
+def _place(
+    shards: Shards,
+    make_batch: Callable[[dict[str, np.ndarray], np.ndarray], dict[str, np.ndarray]],
+    rows: np.ndarray,
+    sharding: jax.sharding.Sharding,
+) -> dict[str, jax.Array]:
+    """The batch of these rows as global arrays [B, T], of which this host makes the rows that its own devices hold."""
+    # The second axis may be split, too: any number of entries that divides tells the rows.
+    shape = (len(rows), sharding.num_devices)
     indices = sharding.addressable_devices_indices_map(shape).values()
     spans = sorted({index[0].indices(len(rows))[:2] for index in indices if index is not None})
     mine = np.concatenate([np.arange(*span) for span in spans])
-    local = shards.rows(np.maximum(rows[mine], 0))
-    for array in local.values():
-        array[rows[mine] == NO_ROW] = 0
+    real = np.maximum(rows[mine], 0)
+    local = make_batch(shards.rows(real), real)
+    if (missing := rows[mine] == NO_ROW).any():
+        local = {name: np.where(missing[:, None], array.dtype.type(0), array) for name, array in local.items()}
 
     def part(array: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
         start, stop, _ = index[0].indices(len(rows))
         first = np.searchsorted(mine, start)
         return array[first : first + stop - start, index[1]]
 
-    return {name: jax.make_array_from_callback(shape, sharding, partial(part, array)) for name, array in local.items()}
+    return {
+        name: jax.make_array_from_callback((len(rows), array.shape[1]), sharding, partial(part, array))
+        for name, array in local.items()
+    }

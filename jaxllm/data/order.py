@@ -10,11 +10,11 @@ import math
 
 import numpy as np
 
+from jaxllm.data.noise import mix
+
 TURNS = 8
 # Smaller rectangles have too few permutations within reach: some orders of 4 rows came up several per cent too often.
 LEAST_SIDE = 8
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_HIGH, _LOW = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def batch_rows(rows: int, batch_seqs: int, seed: int, step: int) -> np.ndarray:
@@ -38,7 +38,7 @@ def permute(rows: int, seed: int, epochs: np.ndarray, places: np.ndarray) -> np.
     """Row int64 [N] found at each place of each epoch (uint64 [N] both): for a fixed epoch a bijection of 0 .. rows-1."""
     a = max(LEAST_SIDE, math.isqrt(rows - 1) + 1)
     sides = np.uint64(a), np.uint64(max(LEAST_SIDE, -(-rows // a)))
-    keys_NX = _mix(_mix(_mix(np.array(seed, np.uint64)) ^ epochs)[:, None] + np.arange(TURNS, dtype=np.uint64))
+    keys_NX = mix(mix(mix(np.array(seed, np.uint64)) ^ epochs)[:, None] + np.arange(TURNS, dtype=np.uint64))
     out = _turn(places, keys_NX, sides)
     while (outside := np.flatnonzero(out >= rows)).size:
         out[outside] = _turn(out[outside], keys_NX[outside], sides)
@@ -51,14 +51,5 @@ def _turn(value: np.ndarray, keys_NX: np.ndarray, sides: tuple[np.uint64, np.uin
     right: np.ndarray = value % b
     for key_N in keys_NX.T:
         # The sides change places with the coordinates, so each turn is undone by subtracting the same amount.
-        left, right, a, b = right, (left + _mix(key_N ^ right) % a) % a, b, a
+        left, right, a, b = right, (left + mix(key_N ^ right) % a) % a, b, a
     return left * b + right
-
-
-def _mix(value: np.ndarray) -> np.ndarray:
-    """A bijection of 64-bit words that spreads every bit: the finalizer of SplitMix64 (Steele et al. 2014)."""
-    with np.errstate(over="ignore"):
-        value = value + _GOLDEN
-        value = (value ^ (value >> np.uint64(30))) * _HIGH
-        value = (value ^ (value >> np.uint64(27))) * _LOW
-    return value ^ (value >> np.uint64(31))

@@ -7,8 +7,8 @@ only a document's first token never is, because what stands before it is another
 """
 
 from collections.abc import Generator, Iterable, Iterator
-from itertools import chain
-from typing import TYPE_CHECKING
+from itertools import chain, islice
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -21,30 +21,47 @@ if TYPE_CHECKING:
 BATCH_CHARS = 1 << 20
 BLOCK_TOKENS = 1 << 20
 
+T = TypeVar("T")
+
 
 def pack(texts: Iterable[str], tokenizer: "Tokenizer", row_tokens: int, totals: Totals) -> Iterator[Block]:
     """Blocks of rows: tokens [n, T+1], segments [n, T] counted from 1 in each row, weights [n, T] in 0 and 1.
 
     A weight is 1 where input and target belong to one document. The last row is padded with `tokenizer.pad_id`, segment 0.
-    Needs memory for about BLOCK_TOKENS tokens, and for the longest document some 16 (byte, char) to 60 bytes a token (measured).
     `totals` counts what went in.
     """
+    for tokens, numbers in stream(texts, tokenizer, row_tokens + 1, totals, overlap=1):
+        weights = (numbers[:, 1:] == numbers[:, :-1]) & (numbers[:, 1:] > 0)
+        totals.weighted_tokens += int(weights.sum())
+        yield {"tokens": tokens, "segments": numbers[:, :-1], "weights": weights}
+
+
+def stream(
+    texts: Iterable[str], tokenizer: "Tokenizer", width: int, totals: Totals, *, overlap: int = 0, bos: bool = True
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Blocks of windows [n, width] of the documents' tokens, one after the other, and the number of the document that each is of.
+
+    A window starts with the last `overlap` (0 or 1) tokens of the one before. Numbers count from 1 in each window; 0 is padding
+    (`tokenizer.pad_id`), which only the last window has. `totals.text_bytes` counts only with an overlap. Needs memory for about
+    BLOCK_TOKENS tokens, and for the longest document some 16 (byte, char) to 60 bytes a token (measured).
+    """
     waiting: list[np.ndarray] = []
-    for batch in _batches(texts):
-        waiting += _encode(batch, tokenizer, totals)
-        if _size(waiting) > max(BLOCK_TOKENS, row_tokens):
-            waiting = yield from _cut(waiting, row_tokens)
-    if _size(waiting) > row_tokens:
-        waiting = yield from _cut(waiting, row_tokens)
-    if _size(waiting) > 1:
-        yield _pad(waiting, row_tokens, tokenizer.pad_id)
+    for batch in batches(texts):
+        waiting += _encode(batch, tokenizer, totals, bos=bos, count_bytes=overlap > 0)
+        if _size(waiting) > max(BLOCK_TOKENS, width - 1):
+            waiting = yield from _cut(waiting, width, overlap)
+    if _size(waiting) >= width:
+        waiting = yield from _cut(waiting, width, overlap)
+    if _size(waiting) > overlap:
+        yield _pad(waiting, width, tokenizer.pad_id)
 
 
 def _size(documents: list[np.ndarray]) -> int:
     return sum(map(len, documents))
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of about BATCH_CHARS characters."""
     batch, chars = [], 0
     for text in texts:
         batch.append(text)
@@ -56,23 +73,36 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _encode(texts: list[str], tokenizer: "Tokenizer", totals: Totals) -> list[np.ndarray]:
+def grouped(documents: Iterable[T], most: int) -> Iterator[list[T]]:
+    """Lists of up to `most`, in order."""
+    rest = iter(documents)
+    while group := list(islice(rest, most)):
+        yield group
+
+
+def _encode(texts: list[str], tokenizer: "Tokenizer", totals: Totals, *, bos: bool, count_bytes: bool) -> list[np.ndarray]:
     """[bos] + ids + [eos] of each text, without those that are empty: these would leave a gap in the numbers of the segments."""
-    before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    before = [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
     after = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     documents = []
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         document = np.fromiter(chain(before, ids, after), np.int32, len(before) + len(ids) + len(after))
-        if document.size and not 0 <= document.min() <= document.max() < tokenizer.vocab_size:
-            raise ValueError(
-                f"the tokenizer gave ids from {document.min()} to {document.max()}.\n  Accepted: 0 to {tokenizer.vocab_size - 1},"
-                " one less than its vocab_size.\n  Its files do not belong together: use another tokenizer."
-            )
+        check_ids(document, tokenizer)
         totals.documents += 1
         totals.tokens += len(document)
-        totals.text_bytes += len(text.encode()) - (0 if before else first_bytes(tokenizer, text, ids))
+        if count_bytes:
+            totals.text_bytes += len(text.encode()) - (0 if before else first_bytes(tokenizer, text, ids))
         documents.append(document)
     return [document for document in documents if document.size]
+
+
+def check_ids(ids: np.ndarray, tokenizer: "Tokenizer") -> None:
+    """ValueError for an id that the tokenizer's own size excludes."""
+    if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+        raise ValueError(
+            f"the tokenizer gave ids from {ids.min()} to {ids.max()}.\n  Accepted: 0 to {tokenizer.vocab_size - 1},"
+            " one less than its vocab_size.\n  Its files do not belong together: use another tokenizer."
+        )
 
 
 def first_bytes(tokenizer: "Tokenizer", text: str, ids: list[int]) -> int:
@@ -84,31 +114,29 @@ def first_bytes(tokenizer: "Tokenizer", text: str, ids: list[int]) -> int:
     return 0
 
 
-def _cut(documents: list[np.ndarray], row_tokens: int) -> Generator[Block, None, list[np.ndarray]]:
-    """All full rows, in blocks of up to BLOCK_TOKENS; returns what follows them: the last row's last token on."""
-    stream = np.concatenate(documents)
+def _cut(documents: list[np.ndarray], width: int, overlap: int) -> Generator[tuple[np.ndarray, np.ndarray], None, list[np.ndarray]]:
+    """All full windows, in blocks of up to BLOCK_TOKENS; returns what follows them, from the last window's last `overlap` tokens on."""
+    tokens = np.concatenate(documents)
     numbers = np.repeat(np.arange(len(documents), dtype=np.int32), [len(document) for document in documents])
-    rows, most = (len(stream) - 1) // row_tokens, max(BLOCK_TOKENS // row_tokens, 1)
+    stride = width - overlap
+    rows, most = (len(tokens) - overlap) // stride, max(BLOCK_TOKENS // stride, 1)
     for start in range(0, rows, most):
-        count, first = min(most, rows - start), start * row_tokens
-        number_rows = _windows(numbers[first:], count, row_tokens)
-        segments = number_rows[:, :-1] - number_rows[:, :1] + 1
-        yield Block(_windows(stream[first:], count, row_tokens), segments, number_rows[:, 1:] == number_rows[:, :-1])
-    used = rows * row_tokens
+        count, first = min(most, rows - start), start * stride
+        number_rows = _windows(numbers[first:], count, width, stride)
+        yield _windows(tokens[first:], count, width, stride), number_rows - number_rows[:, :1] + 1
+    used = rows * stride
     # A copy, so that what is left does not keep the whole stream in memory.
-    return np.split(stream[used:].copy(), np.flatnonzero(np.diff(numbers[used:])) + 1)
+    return np.split(tokens[used:].copy(), np.flatnonzero(np.diff(numbers[used:])) + 1) if used < len(tokens) else []
 
 
-def _windows(stream: np.ndarray, rows: int, row_tokens: int) -> np.ndarray:
-    """[rows, row_tokens + 1]: each row starts with the last entry of the one before."""
-    return np.lib.stride_tricks.sliding_window_view(stream, row_tokens + 1)[: rows * row_tokens : row_tokens]
+def _windows(stream: np.ndarray, rows: int, width: int, stride: int) -> np.ndarray:
+    """[rows, width]: each row starts `stride` after the one before."""
+    return np.lib.stride_tricks.sliding_window_view(stream, width)[: rows * stride : stride]
 
 
-def _pad(documents: list[np.ndarray], row_tokens: int, pad_id: int) -> Block:
-    """One row: what is left, up to row_tokens tokens, then padding."""
-    stream = np.concatenate(documents)
-    segments = np.repeat(np.arange(len(documents)) + 1, [len(document) for document in documents])
-    padding = row_tokens + 1 - len(stream)
-    segments = np.pad(segments, (0, padding))
-    weights = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
-    return Block(np.pad(stream, (0, padding), constant_values=pad_id)[None], segments[None, :-1], weights[None])
+def _pad(documents: list[np.ndarray], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """One window: what is left, then padding."""
+    tokens = np.concatenate(documents)
+    numbers = np.repeat(np.arange(len(documents)) + 1, [len(document) for document in documents])
+    padding = width - len(tokens)
+    return np.pad(tokens, (0, padding), constant_values=pad_id)[None], np.pad(numbers, (0, padding))[None]

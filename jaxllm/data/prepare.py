@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
-from jaxllm.data import clean, documents, folder, pack, provenance, shards, spool, tokenize
+from jaxllm.data import clean, documents, examples, folder, provenance, shards, spool, tokenize
+from jaxllm.data.documents import Document
+from jaxllm.data.examples import labels
+from jaxllm.data.examples.contract import MakeBatch
 
 if TYPE_CHECKING:
     from jaxllm.types import Tokenizer
@@ -34,6 +37,15 @@ class Prepared:
     train: shards.Shards
     validation: shards.Shards
     record: dict[str, Any]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes, by number; empty if the objective has none."""
+        return tuple(self.record.get("labels", ()))
+
+    def make_batch(self, config: ConfigDict) -> MakeBatch:
+        """What makes batches of these rows for the objective."""
+        return examples.make(config).batch(self.tokenizer)
 
 
 def place(config: ConfigDict, workdir: str | Path) -> Path:
@@ -138,16 +150,20 @@ def _build(config: ConfigDict, partial: Path, log: Log) -> None:
     started = time.monotonic()
     origins = provenance.origins(config)
     counts: dict[str, Any] = {}
-    texts = _split(config, partial, counts, log)
-    train_texts = texts["train"]
+    made = examples.make(config)
+    split = _split(config, made, partial, counts, log)
+    sources = [split["train"]]
     if config.tokenizer.kind == "char":
         # A vocabulary of characters has to cover both splits, or some held-out text could not be written at all.
-        train_texts = _chained(texts["train"], texts["validation"])
+        sources.append(split["validation"])
     log(f"tokenizer: {config.tokenizer.kind}")
-    tokenizer = tokenize.make(config, train_texts)
+    tokenizer = tokenize.make(
+        config, lambda: (text for source in sources for document in source() for text in made.texts(document))
+    )
     _check_vocabulary(config, tokenizer)
     tokenizer.save(str(partial / "tokenizer"))
-    splits = {name: _pack(config, partial / name, texts[name], tokenizer, log) for name in ("train", "validation")}
+    classes = _classes(made, split)
+    splits = {name: _pack(config, partial / name, split[name], tokenizer, classes, log) for name in ("train", "validation")}
     record = {
         "prepared": datetime.now(UTC).isoformat(timespec="seconds"),
         "secs": round(time.monotonic() - started, 1),
@@ -155,31 +171,44 @@ def _build(config: ConfigDict, partial: Path, log: Log) -> None:
         "recipe": provenance.recipe(config),
         "origins": origins,
         "documents": counts,
+        "labels": classes,
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenize.fingerprint(tokenizer)},
         "splits": {name: split.summary() for name, split in splits.items()},
     }
     folder.write_record(partial / folder.RECORD, record)
-    for path in partial.glob("*.texts"):
+    for path in partial.glob("*.documents"):
         path.unlink()
 
 
-def _split(config: ConfigDict, partial: Path, counts: dict[str, Any], log: Log) -> dict[str, spool.Texts]:
+def _split(
+    config: ConfigDict, made: examples.Examples, partial: Path, counts: dict[str, Any], log: Log
+) -> dict[str, spool.Documents]:
     def read(field: str) -> spool.Spool:
         cleaned = _clean(config, field, counts.setdefault(field, {}), log)
-        return spool.Spool(partial / f"{field.partition('.')[2]}.texts", cleaned)
+        return spool.Spool(partial / f"{field.partition('.')[2]}.documents", cleaned)
 
     source = read("data.source")
     if not config.data.validation_source:
         by = config.data.split_by
-        if source.documents == 1 and by == "documents":
+        if source.count == 1 and by == "documents" and made.reads == "text":
             log("data.source is one document, so that the end of its text is held out, as with data.split_by=characters")
             by = "characters"
         return spool.split(source, by, config.data.validation_frac)
-    return {"train": source.texts, "validation": read("data.validation_source").texts}
+    return {"train": source.documents, "validation": read("data.validation_source").documents}
 
 
-def _clean(config: ConfigDict, field: str, counts: dict[str, Any], log: Log) -> Iterator[str]:
-    """The cleaned texts of the source in this config field; counts what was read, dropped and kept."""
+def _classes(made: examples.Examples, split: dict[str, spool.Documents]) -> tuple[str, ...]:
+    """Names of the classes in the training data, by number; ValueError if the validation data has others."""
+    if made.reads not in ("label", "labels"):
+        return ()
+    found = {name: {label for document in source() for label in labels.of(document)} for name, source in split.items()}
+    classes = labels.distinct(found["train"])
+    labels.check_known(found["validation"], classes, "validation")
+    return classes
+
+
+def _clean(config: ConfigDict, field: str, counts: dict[str, Any], log: Log) -> Iterator[Document]:
+    """The cleaned documents of the source in this config field; counts what was read, dropped and kept."""
     cleaner = clean.make(config)
     source = config.data[field.partition(".")[2]]
     dropped: Counter[str] = Counter()
@@ -194,7 +223,7 @@ def _clean(config: ConfigDict, field: str, counts: dict[str, Any], log: Log) -> 
             continue
         counts["kept"] += 1
         counts["chars"] += len(result.text)
-        yield result.text
+        yield result
     if not counts["kept"]:
         reasons = ", ".join(f"{count} by {reason}" for reason, count in dropped.items())
         raise ValueError(
@@ -204,26 +233,38 @@ def _clean(config: ConfigDict, field: str, counts: dict[str, Any], log: Log) -> 
     log(f"read {counts['read']:,} documents, kept {counts['kept']:,} with {counts['chars']:,} characters")
 
 
-def _pack(config: ConfigDict, directory: Path, texts: spool.Texts, tokenizer: "Tokenizer", log: Log) -> shards.Shards:
-    name, row_tokens, totals = directory.name, provenance.row_tokens(config), shards.Totals()
+def _pack(
+    config: ConfigDict,
+    directory: Path,
+    source: spool.Documents,
+    tokenizer: "Tokenizer",
+    classes: tuple[str, ...],
+    log: Log,
+) -> shards.Shards:
+    name, made, totals = directory.name, examples.make(config), shards.Totals()
     pace, started = _Pace(log), time.monotonic()
 
-    def watched() -> Iterator[str]:
-        for text in texts():
-            yield text
+    def watched() -> Iterator[Document]:
+        for document in source():
+            yield document
             pace(lambda: f"{name}: {totals.tokens:,} tokens, {totals.tokens / (time.monotonic() - started):,.0f} tokens/s")
 
-    blocks = pack.pack(watched(), tokenizer, row_tokens, totals)
-    written = shards.write(directory, blocks, row_tokens=row_tokens, vocab_size=tokenizer.vocab_size, totals=totals)
-    log(f"{name}: {len(written):,} rows of {row_tokens:,} tokens from {totals.documents:,} documents, {totals.tokens:,} tokens")
-    if name == "train" and totals.tokens <= row_tokens:
+    written = examples.write(config, directory, watched(), tokenizer, classes, totals)
+    rows = f"{len(written):,} rows of {written.row_tokens:,} tokens"
+    log(f"{name}: {rows} from {totals.documents:,} documents, {totals.tokens:,} tokens")
+    if totals.cut:
+        setting = "data.row_tokens, data.input_tokens" if made.reads == "target" else "data.row_tokens"
+        log(f"{name}: {totals.cut:,} of {totals.documents:,} documents were longer than a row and are cut ({setting})")
+    least = made.columns(tokenizer.vocab_size)["tokens"].width if made.reads == "text" else 0
+    if name == "train" and totals.tokens < least:
         raise ValueError(
-            f"the training text has {totals.tokens:,} tokens, which is shorter than one row of {row_tokens:,} predictions.\n"
-            f"  Accepted: {row_tokens + 1:,} tokens or more.\n  Give more text, or lower data.row_tokens."
+            f"the training text has {totals.tokens:,} tokens, which is shorter than one row of {written.row_tokens:,} tokens.\n"
+            f"  Accepted: {least:,} tokens or more.\n  Give more text, or lower data.row_tokens."
         )
     if not written.weighted_tokens:
         raise ValueError(
-            f"the {name} text has {totals.tokens:,} tokens and nothing to predict.\n  Accepted: a document of two tokens or more.\n"
+            f"the {name} text has {totals.tokens:,} tokens and nothing to predict.\n  Accepted: a document of two tokens or more"
+            f"{f', and {least:,} tokens in all, which fill one row of data.row_tokens' if made.added.sentinels else ''}.\n"
             "  Raise data.validation_frac, give more text, or set data.validation_source."
         )
     return written
@@ -236,10 +277,6 @@ def _check_vocabulary(config: ConfigDict, tokenizer: "Tokenizer") -> None:
             f"  Accepted: {tokenizer.vocab_size:,} or more, or 0 for the tokenizer's size.\n"
             "  Set model.vocab_size, or a smaller tokenizer.vocab_size."
         )
-
-
-def _chained(*parts: spool.Texts) -> spool.Texts:
-    return lambda: (text for part in parts for text in part())
 
 
 class _Pace:

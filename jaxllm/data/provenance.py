@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jaxllm import __version__
 from jaxllm.config import flatten
-from jaxllm.data import documents, shards
+from jaxllm.data import documents, examples, shards
 from jaxllm.data.sources import text
 from jaxllm.data.tokenizers import file, files
 
@@ -25,19 +25,14 @@ class SourceGone(ValueError):
 
 def recipe(config: ConfigDict) -> dict[str, Any]:
     """The config fields that the shards depend on, and no others, as JSON values."""
-    flat = flatten(config)
+    flat, made = flatten(config), examples.make(config)
     keys = ["data.source", "data.text_field", "data.max_documents", "data.cleaners", "tokenizer.kind"]
     keys += ["data.min_chars"] if "min_chars" in config.data.cleaners else []
     keys += ["data.validation_source"] if config.data.validation_source else ["data.validation_frac", "data.split_by"]
     keys += ["tokenizer.vocab_size"] if config.tokenizer.kind in TRAINED else []
     keys += ["tokenizer.path"] if config.tokenizer.kind == "file" else []
-    fields = {key: flat[key] for key in keys} | {"data.row_tokens": row_tokens(config), "format": shards.FORMAT}
-    return json.loads(json.dumps(fields))
-
-
-def row_tokens(config: ConfigDict) -> int:
-    """Predictions a row."""
-    return config.data.row_tokens or config.model.context_tokens
+    fields = {key: flat[key] for key in keys} | {"data.row_tokens": examples.row_tokens(config), "format": shards.FORMAT}
+    return json.loads(json.dumps(fields | dict(made.recipe)))
 
 
 def origins(config: ConfigDict) -> dict[str, list[dict[str, Any]]]:

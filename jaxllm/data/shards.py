@@ -1,16 +1,13 @@
 """Packed rows on disk: one memory-mapped file an array and an `index.json` with counts, sizes and content hashes.
 
-A directory (one a split) holds, for N rows of T tokens:
-  tokens.bin    uint16 or uint32 [N, T+1]: inputs are [:, :-1], targets are [:, 1:]
-  segments.bin  uint16 or uint32 [N, T]: document of each input token, counted from 1 in each row; 0 is padding
-  weights.bin   uint8 [N, T]: 1 if the target counts in the loss, else 0
-`index.json` is written last: a directory without it was never finished.
+A directory (one a split) holds, for N rows, one file NAME.bin an array: unsigned integers [N, width]. Which arrays there are, and
+what they mean, is up to the objective (see examples/). `index.json` is written last: a directory without it was never finished.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,29 +15,38 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "index.json"
 AGAIN = "Run `python -m jaxllm.prepare --force` with the same config to prepare again."
 
 
-class Block(NamedTuple):
-    """Packed rows in the order in which they are written."""
+# Rows in the order in which they are written: name -> array [rows, width].
+Block = Mapping[str, np.ndarray]
 
-    tokens: np.ndarray
-    segments: np.ndarray
-    weights: np.ndarray
+
+class Column(NamedTuple):
+    """One stored array: entries a row, and the unsigned type that holds them."""
+
+    width: int
+    dtype: np.dtype
 
 
 @dataclass
 class Totals:
-    """What a split's rows were made of; `pack` adds to it while its blocks are consumed.
+    """What a split's rows were made of; whoever packs adds to it while its blocks are consumed.
 
-    tokens: bos and eos included, padding not. text_bytes: UTF-8 bytes of the text that the weighted targets spell.
+    tokens: bos and eos included, padding not. weighted_tokens: predictions that count; where they are drawn anew each step, all that
+    may be drawn. text_bytes: UTF-8 bytes of the text that these spell, where that can be said, else 0. cut: examples too long for a row.
     """
 
     documents: int = 0
     tokens: int = 0
+    weighted_tokens: int = 0
     text_bytes: int = 0
+    cut: int = 0
+
+
+FLAG = np.dtype(np.uint8)
 
 
 def smallest_dtype(largest: int) -> np.dtype:
@@ -48,29 +54,40 @@ def smallest_dtype(largest: int) -> np.dtype:
     return np.dtype(np.uint16 if largest < 1 << 16 else np.uint32)
 
 
-def write(directory: str | Path, blocks: Iterable[Block], *, row_tokens: int, vocab_size: int, totals: Totals) -> "Shards":
+def write(
+    directory: str | Path,
+    blocks: Iterable[Block],
+    columns: Mapping[str, Column],
+    *,
+    row_tokens: int,
+    vocab_size: int,
+    totals: Totals,
+) -> "Shards":
     """The opened shards, after appending every block to the files of a new directory and writing the index."""
     directory = Path(directory)
     directory.mkdir(parents=True)
-    dtypes = {"tokens": smallest_dtype(vocab_size - 1), "segments": smallest_dtype(row_tokens), "weights": np.dtype(np.uint8)}
-    digests = {name: hashlib.sha256() for name in dtypes}
-    rows = weighted = 0
+    digests = {name: hashlib.sha256() for name in columns}
+    rows = 0
     with ExitStack() as stack:
-        files = {name: stack.enter_context(open(directory / f"{name}.bin", "wb")) for name in dtypes}
+        files = {name: stack.enter_context(open(directory / f"{name}.bin", "wb")) for name in columns}
         for block in blocks:
-            for name, array in block._asdict().items():
-                data = np.ascontiguousarray(array, dtypes[name]).data
+            for name, column in columns.items():
+                data = np.ascontiguousarray(block[name], column.dtype).data
                 digests[name].update(data)
                 files[name].write(data)
-            rows += len(block.tokens)
-            weighted += int(block.weights.sum())
+            rows += len(next(iter(block.values())))
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
-    index = {"format": FORMAT, "rows": rows, "row_tokens": row_tokens, "vocab_size": vocab_size, "weighted_tokens": weighted}
+    index = {"format": FORMAT, "rows": rows, "row_tokens": row_tokens, "vocab_size": vocab_size}
     arrays = {
-        name: {"dtype": dtype.name, "bytes": (directory / f"{name}.bin").stat().st_size, "sha256": digests[name].hexdigest()}
-        for name, dtype in dtypes.items()
+        name: {
+            "width": column.width,
+            "dtype": column.dtype.name,
+            "bytes": (directory / f"{name}.bin").stat().st_size,
+            "sha256": digests[name].hexdigest(),
+        }
+        for name, column in columns.items()
     }
     text = json.dumps(index | asdict(totals) | {"arrays": arrays}, indent=2) + "\n"
     with open(directory / INDEX, "w", encoding="utf-8") as listing:
@@ -92,9 +109,10 @@ class Shards:
         self.tokens: int = index["tokens"]
         self.weighted_tokens: int = index["weighted_tokens"]
         self.text_bytes: int = index["text_bytes"]
+        self.cut: int = index["cut"]
         self._rows: int = index["rows"]
         self._parts: dict[str, Any] = index["arrays"]
-        self._arrays = Block(*(self._open(name, self.row_tokens + (name == "tokens")) for name in Block._fields))
+        self._arrays = {name: self._open(name) for name in self._parts}
 
     def __len__(self) -> int:
         return self._rows
@@ -108,7 +126,7 @@ class Shards:
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of text a weighted target stands for: bits per byte = mean loss in nats / ln 2 / bytes_per_token.
 
-        Exact over the whole split. The eos targets count in the loss and not in the bytes.
+        Exact over the whole split. The eos targets count in the loss and not in the bytes. 0 where targets are not text in order.
         """
         return self.text_bytes / max(self.weighted_tokens, 1)
 
@@ -119,23 +137,12 @@ class Shards:
 
     def summary(self) -> dict[str, Any]:
         """The counts, for the record of what was prepared."""
-        names = ("row_tokens", "documents", "tokens", "weighted_tokens", "text_bytes", "bytes", "fingerprint")
+        names = ("row_tokens", "documents", "tokens", "weighted_tokens", "text_bytes", "cut", "bytes", "fingerprint")
         return {"rows": len(self)} | {name: getattr(self, name) for name in names}
 
     def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """tokens, targets, segments, positions int32 [B, T] and weights float32 [B, T] of these rows; see `types.Batch`.
-
-        Positions restart where a document starts, and at the row's start when it goes on from the row before.
-        """
-        tokens = self._arrays.tokens[indices].astype(np.int32)
-        segments = self._arrays.segments[indices].astype(np.int32)
-        return {
-            "tokens": np.ascontiguousarray(tokens[:, :-1]),
-            "targets": np.ascontiguousarray(tokens[:, 1:]),
-            "segments": segments,
-            "positions": count_positions(segments),
-            "weights": self._arrays.weights[indices].astype(np.float32),
-        }
+        """int32 [B, width] of these rows, by the name of the array."""
+        return {name: array[indices].astype(np.int32) for name, array in self._arrays.items()}
 
     def verify(self) -> None:
         """Raises ValueError if a file's content is not what was written."""
@@ -148,21 +155,14 @@ class Shards:
                     f"'{path}' was damaged after it was written: its sha256 is {found}.\n  Accepted: {part['sha256']}.\n  {AGAIN}"
                 )
 
-    def _open(self, name: str, width: int) -> np.ndarray:
+    def _open(self, name: str) -> np.ndarray:
         path, part = self.directory / f"{name}.bin", self._parts[name]
         found = path.stat().st_size if path.exists() else None
         if found != part["bytes"]:
             state = "is missing" if found is None else f"has {found:,} bytes"
             raise ValueError(f"'{path}' {state}.\n  Accepted: {part['bytes']:,} bytes, as they were written.\n  {AGAIN}")
-        dtype, shape = np.dtype(part["dtype"]), (self._rows, width)
+        dtype, shape = np.dtype(part["dtype"]), (self._rows, part["width"])
         return np.memmap(path, dtype, "r", shape=shape) if self._rows else np.zeros(shape, dtype)
-
-
-def count_positions(segments_BT: np.ndarray) -> np.ndarray:
-    """int32 [B, T]: distance to the first token of the same segment in the row."""
-    place = np.arange(segments_BT.shape[1], dtype=np.int32)
-    starts = np.diff(segments_BT, axis=1, prepend=-1) != 0
-    return place - np.maximum.accumulate(np.where(starts, place, 0), axis=1)
 
 
 def _read_index(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from jaxllm import registry
 from jaxllm.data.tokenizers import files
 
 if TYPE_CHECKING:
+    from jaxllm.data.tokenizers.added import Added
     from jaxllm.types import Tokenizer
 
 # The kinds that a saved tokenizer may have; each is a module of data/tokenizers with `restore(saved)`.
@@ -22,9 +23,52 @@ KINDS = ("byte", "char", "huggingface", "sentencepiece")
 def make(config: ConfigDict, texts: Callable[[], Iterable[str]]) -> "Tokenizer":
     """The tokenizer that `config.tokenizer` describes. Those that are trained call `texts()` once and read it to its end.
 
-    ValueError if there is no text, or if `tokenizer.vocab_size` does not fit the text.
+    Those that are made here get the special tokens that the objective needs. ValueError if there is no text, if
+    `tokenizer.vocab_size` does not fit the text, or if a file's tokenizer lacks a special token.
     """
-    return registry.resolve("tokenizer", config.tokenizer.kind)(config, texts)
+    wanted = needed(config)
+    tokenizer = registry.resolve("tokenizer", config.tokenizer.kind)(config, texts, wanted)
+    _check(tokenizer, wanted, config)
+    return tokenizer
+
+
+def needed(config: ConfigDict) -> "Added":
+    """The special tokens that the objective needs besides those that every tokenizer has."""
+    return registry.resolve("examples", config.train.objective)(config).added
+
+
+def _check(tokenizer: "Tokenizer", wanted: "Added", config: ConfigDict) -> None:
+    lacks = ""
+    if wanted.mask and tokenizer.mask_id is None:
+        lacks, accepted = "has no mask token", "one whose tokenizer_config.json names a mask_token, or with [MASK] or <mask>"
+    elif wanted.sentinels > (has := len(tokenizer.sentinel_ids)):
+        accepted = f"one with {wanted.sentinels} sentinels or more, <extra_id_0> to <extra_id_{wanted.sentinels - 1}>"
+        lacks = f"has {has} sentinels, but a row has {wanted.sentinels} hidden spans"
+    elif wanted.borders and tokenizer.eos_id is None:
+        lacks, accepted = "has no eos token", "one whose tokenizer_config.json names an eos_token"
+    if lacks:
+        raise ValueError(
+            f"tokenizer.path = '{config.tokenizer.path}' {lacks}, which train.objective = '{config.train.objective}' needs.\n"
+            f"  Accepted: {accepted}.\n  Use another tokenizer file, or tokenizer.kind = 'bpe', 'unigram' or 'byte', which get it added."
+            + (
+                "\n  Fewer are needed for shorter rows (data.row_tokens) or longer spans (data.mean_span_tokens)."
+                if wanted.sentinels
+                else ""
+            )
+        )
+
+
+def start_id(tokenizer: "Tokenizer") -> int:
+    """What the decoder of an encoder-decoder reads first: bos, or pad where there is no bos (as T5 has it)."""
+    return tokenizer.pad_id if tokenizer.bos_id is None else tokenizer.bos_id
+
+
+def special_ids(tokenizer: "Tokenizer") -> set[int]:
+    """Ids that stand for no text. A pad id that also is a character's (char, or a file without a pad token) is none of them."""
+    found = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id, *tokenizer.sentinel_ids}
+    if not tokenizer.decode([tokenizer.pad_id]):
+        found.add(tokenizer.pad_id)
+    return {index for index in found if index is not None}
 
 
 def load(directory: str | Path) -> "Tokenizer":

@@ -27,7 +27,7 @@ def texts(prepared: Prepared, split: str) -> list[str]:
     """The documents of a split, put together again from the targets of its rows."""
     shards = getattr(prepared, split)
     rows = shards.rows(np.arange(len(shards)))
-    ids = rows["targets"][rows["weights"] > 0].tolist()
+    ids = rows["tokens"][:, 1:][rows["weights"] > 0].tolist()
     ends = [index for index, token in enumerate(ids) if token == prepared.tokenizer.eos_id]
     return [prepared.tokenizer.decode(ids[start:stop]) for start, stop in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
 

@@ -11,6 +11,8 @@ class LetterTokenizer:
         self.bos_id = 30 if bos else None
         self.eos_id = 31 if eos else None
         self.pad_id = 29
+        self.mask_id = None
+        self.sentinel_ids = ()
 
     def encode(self, text: str) -> list[int]:
         return [index for letter in text for index in ([26, 27] if letter == "é" else [ord(letter) - ord("a")])]

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from letters import LetterTokenizer
 
 from jaxllm.data import pack
-from jaxllm.data.shards import Block, Totals, count_positions
+from jaxllm.data.examples.contract import count_positions
+from jaxllm.data.shards import Block, Totals
 
 TEXTS = st.lists(st.text(alphabet="abcdefghij", max_size=12), max_size=12)
 
@@ -15,8 +16,9 @@ TEXTS = st.lists(st.text(alphabet="abcdefghij", max_size=12), max_size=12)
 def packed(texts: list[str], tokenizer: LetterTokenizer, row_tokens: int) -> tuple[Block, Totals]:
     totals = Totals()
     blocks = list(pack.pack(iter(texts), tokenizer, row_tokens, totals))
-    empty = Block(np.zeros((0, row_tokens + 1), int), np.zeros((0, row_tokens), int), np.zeros((0, row_tokens), int))
-    return Block(*(np.concatenate(arrays) for arrays in zip(empty, *blocks, strict=True))), totals
+    widths = {"tokens": row_tokens + 1, "segments": row_tokens, "weights": row_tokens}
+    empty = {name: np.zeros((0, width), int) for name, width in widths.items()}
+    return {name: np.concatenate([block[name] for block in (empty, *blocks)]) for name in widths}, totals
 
 
 def oracle(texts: list[str], tokenizer: LetterTokenizer, row_tokens: int) -> Block:
@@ -43,11 +45,11 @@ def oracle(texts: list[str], tokenizer: LetterTokenizer, row_tokens: int) -> Blo
         segments.append(numbers[:-1])
         weights.append([int(a == b != 0) for a, b in zip(numbers, numbers[1:], strict=False)])
     shape = (len(rows), row_tokens)
-    return Block(
-        np.reshape(tokens, (len(rows), row_tokens + 1)),
-        np.reshape(segments, shape).astype(int),
-        np.reshape(weights, shape).astype(int),
-    )
+    return {
+        "tokens": np.reshape(tokens, (len(rows), row_tokens + 1)),
+        "segments": np.reshape(segments, shape).astype(int),
+        "weights": np.reshape(weights, shape).astype(int),
+    }
 
 
 @settings(max_examples=150, deadline=None)
@@ -59,15 +61,15 @@ def test_packing_equals_the_oracle(texts: list[str], bos: bool, eos: bool, row_t
         patch.setattr(pack, "BLOCK_TOKENS", block_tokens)
         patch.setattr(pack, "BATCH_CHARS", block_tokens)
         block, totals = packed(texts, tokenizer, row_tokens)
-    for name, expected in oracle(texts, tokenizer, row_tokens)._asdict().items():
-        np.testing.assert_array_equal(getattr(block, name), expected, err_msg=name)
+    for name, expected in oracle(texts, tokenizer, row_tokens).items():
+        np.testing.assert_array_equal(block[name], expected, err_msg=name)
 
     lengths = [len(text) + bos + eos for text in texts]
     assert totals.documents == len(texts)
     assert totals.tokens == sum(lengths)
-    assert block.weights.sum() == sum(max(length - 1, 0) for length in lengths)
+    assert block["weights"].sum() == totals.weighted_tokens == sum(max(length - 1, 0) for length in lengths)
     assert totals.text_bytes == sum(len(text) if bos else max(len(text) - 1, 0) for text in texts)
-    predicted = block.tokens[:, 1:][block.weights.astype(bool)]
+    predicted = block["tokens"][:, 1:][block["weights"].astype(bool)]
     ids = [[30] * bos + tokenizer.encode(text) + [31] * eos for text in texts]
     np.testing.assert_array_equal(predicted, [token for document in ids for token in document[1:]])
 
@@ -75,11 +77,11 @@ def test_packing_equals_the_oracle(texts: list[str], bos: bool, eos: bool, row_t
 def test_a_row_by_eye() -> None:
     """Two documents and the start of a third one in a row of 8; the third goes on in the next row with the overlap token."""
     block, _ = packed(["abc", "d", "efgh"], LetterTokenizer(bos=True, eos=False), 8)
-    np.testing.assert_array_equal(block.tokens, [[30, 0, 1, 2, 30, 3, 30, 4, 5], [5, 6, 7, 29, 29, 29, 29, 29, 29]])
-    np.testing.assert_array_equal(block.segments, [[1, 1, 1, 1, 2, 2, 3, 3], [1, 1, 1, 0, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(block.weights, [[1, 1, 1, 0, 1, 0, 1, 1], [1, 1, 0, 0, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(count_positions(block.segments)[:, :4], [[0, 1, 2, 3], [0, 1, 2, 0]])
-    np.testing.assert_array_equal(count_positions(block.segments)[0, 4:], [0, 1, 0, 1])
+    np.testing.assert_array_equal(block["tokens"], [[30, 0, 1, 2, 30, 3, 30, 4, 5], [5, 6, 7, 29, 29, 29, 29, 29, 29]])
+    np.testing.assert_array_equal(block["segments"], [[1, 1, 1, 1, 2, 2, 3, 3], [1, 1, 1, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(block["weights"], [[1, 1, 1, 0, 1, 0, 1, 1], [1, 1, 0, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(count_positions(block["segments"])[:, :4], [[0, 1, 2, 3], [0, 1, 2, 0]])
+    np.testing.assert_array_equal(count_positions(block["segments"])[0, 4:], [0, 1, 0, 1])
 
 
 @pytest.mark.parametrize(
@@ -107,8 +109,8 @@ def test_memory_does_not_grow_with_the_text() -> None:
         first = next(pack.pack(texts(), LetterTokenizer(True, True), 16, Totals()))
         assert read <= 15
         whole = list(pack.pack(["abcdefghij" * 1000], LetterTokenizer(True, True), 16, Totals()))
-    assert len(first.tokens) == 1000 // 16
-    assert [len(block.tokens) for block in whole] == [62] * 10 + [5, 1]
+    assert len(first["tokens"]) == 1000 // 16
+    assert [len(block["tokens"]) for block in whole] == [62] * 10 + [5, 1]
 
 
 def test_ids_outside_the_vocabulary_are_refused() -> None:

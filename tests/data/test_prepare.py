@@ -10,6 +10,7 @@ from corpus import Lines, document, texts
 from ml_collections import ConfigDict
 
 from jaxllm.data import spool
+from jaxllm.data.documents import Document
 from jaxllm.data.prepare import prepare
 
 
@@ -52,9 +53,9 @@ def test_new_documents_leave_the_old_ones_where_they_were(config: ConfigDict, tm
 @pytest.mark.parametrize("frac", [1e-9, 0.5])
 def test_each_side_gets_a_document(tmp_path: Path, frac: float) -> None:
     for number in range(20):
-        pair = spool.Spool(tmp_path / "spool", [f"a {number}", f"b {number}"])
-        parts = spool.split(pair, "documents", frac)
-        assert sorted([*parts["train"](), *parts["validation"]()]) == [f"a {number}", f"b {number}"]
+        pair = [Document(f"{letter} {number}", "", ("x", "y"), "é") for letter in "ab"]
+        parts = spool.split(spool.Spool(tmp_path / "spool", pair), "documents", frac)
+        assert sorted([*parts["train"](), *parts["validation"]()]) == pair
         assert len(list(parts["train"]())) == 1
 
 
@@ -63,8 +64,8 @@ def test_characters_are_cut_where_the_share_says(tmp_path: Path, frac: float) ->
     """As nanoGPT cuts: text[: int(n * (1 - frac))] for training, whatever documents the text consists of."""
     documents = ["abcd", "éfghij", "k", "lmnopqrstu"]
     whole = "".join(documents)
-    parts = spool.split(spool.Spool(tmp_path / "spool", documents), "characters", frac)
-    train, validation = list(parts["train"]()), list(parts["validation"]())
+    parts = spool.split(spool.Spool(tmp_path / "spool", [Document(text, "") for text in documents]), "characters", frac)
+    train, validation = ([document.text for document in parts[name]()] for name in ("train", "validation"))
     border = int(len(whole) * (1 - frac))
     assert "".join(train) == whole[:border]
     assert "".join(validation) == whole[border:]

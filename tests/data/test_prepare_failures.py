@@ -27,7 +27,7 @@ BAD_INPUT = {
     "empty": (lambda path: path.write_text(""), "holds no document"),
     "blank": (lambda path: path.write_text(" \n \n"), "every document was dropped (1 by min_chars)"),
     "latin": (lambda path: path.write_bytes(b"caf\xe9 " * 50), "is not UTF-8: byte 0xe9 at offset 3"),
-    "short": (lambda path: path.write_text("too short"), "has 6 tokens, which is shorter than one row of 16 predictions"),
+    "short": (lambda path: path.write_text("too short"), "has 6 tokens, which is shorter than one row of 16 tokens"),
 }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxllm.data import shards
-from jaxllm.data.shards import Block, Shards, Totals
+from jaxllm.data.shards import FLAG, Block, Column, Shards, Totals
 
 ROWS, ROW_TOKENS = 23, 6
 
@@ -17,13 +17,21 @@ ROWS, ROW_TOKENS = 23, 6
 def block(rows: int, vocab_size: int, seed: int = 0) -> Block:
     rng = np.random.default_rng(seed)
     segments = 1 + np.cumsum(rng.integers(0, 2, (rows, ROW_TOKENS)), axis=1)
-    return Block(rng.integers(0, vocab_size, (rows, ROW_TOKENS + 1)), segments, rng.integers(0, 2, (rows, ROW_TOKENS)))
+    tokens = rng.integers(0, vocab_size, (rows, ROW_TOKENS + 1))
+    return {"tokens": tokens, "segments": segments, "weights": rng.integers(0, 2, (rows, ROW_TOKENS))}
+
+
+def columns(vocab_size: int) -> dict[str, Column]:
+    ids, numbers = shards.smallest_dtype(vocab_size - 1), shards.smallest_dtype(ROW_TOKENS)
+    return {"tokens": Column(ROW_TOKENS + 1, ids), "segments": Column(ROW_TOKENS, numbers), "weights": Column(ROW_TOKENS, FLAG)}
 
 
 def write(directory: Path, vocab_size: int = 1000, seed: int = 0) -> tuple[Block, Shards]:
     whole = block(ROWS, vocab_size, seed)
-    pieces = (Block(*(array[start : start + 5] for array in whole)) for start in range(0, ROWS, 5))
-    return whole, shards.write(directory, pieces, row_tokens=ROW_TOKENS, vocab_size=vocab_size, totals=Totals(4, 150, 600))
+    pieces = ({name: array[start : start + 5] for name, array in whole.items()} for start in range(0, ROWS, 5))
+    totals = Totals(documents=4, tokens=150, weighted_tokens=50, text_bytes=600, cut=3)
+    written = shards.write(directory, pieces, columns(vocab_size), row_tokens=ROW_TOKENS, vocab_size=vocab_size, totals=totals)
+    return whole, written
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65536, "uint16"), (65537, "uint32"), (200_000, "uint32")])
@@ -31,18 +39,13 @@ def test_rows_come_back(tmp_path: Path, vocab_size: int, dtype: str) -> None:
     whole, found = write(tmp_path / "train", vocab_size)
     indices = np.array([22, 0, 7, 7])
     rows = found.rows(indices)
-    np.testing.assert_array_equal(rows["tokens"], whole.tokens[indices, :-1])
-    np.testing.assert_array_equal(rows["targets"], whole.tokens[indices, 1:])
-    np.testing.assert_array_equal(rows["segments"], whole.segments[indices])
-    np.testing.assert_array_equal(rows["weights"], whole.weights[indices])
-    for row, segments in zip(rows["positions"], whole.segments[indices], strict=True):
-        expected = [index - list(segments).index(segment) for index, segment in enumerate(segments)]
-        np.testing.assert_array_equal(row, expected)
-    types = {name: array.dtype.name for name, array in rows.items()}
-    assert types == {"tokens": "int32", "targets": "int32", "segments": "int32", "positions": "int32", "weights": "float32"}
+    assert rows.keys() == whole.keys()
+    for name, array in whole.items():
+        np.testing.assert_array_equal(rows[name], array[indices])
+        assert rows[name].dtype == np.int32
     assert len(found) == ROWS
-    assert found.weighted_tokens == whole.weights.sum()
-    assert found.bytes_per_token == 600 / whole.weights.sum()
+    assert (found.documents, found.tokens, found.weighted_tokens, found.text_bytes, found.cut) == (4, 150, 50, 600, 3)
+    assert found.bytes_per_token == 600 / 50
     assert np.fromfile(tmp_path / "train" / "tokens.bin", dtype).size == ROWS * (ROW_TOKENS + 1)
     found.verify()
 
@@ -77,7 +80,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "there is no index.json"), ("{", "is not JSON"), (json.dumps({"format": 0}), "has format 0.\n  Accepted: 1")],
+    [(None, "there is no index.json"), ("{", "is not JSON"), (json.dumps({"format": 0}), "has format 0.\n  Accepted: 2")],
 )
 def test_a_bad_index_is_named(tmp_path: Path, content: str | None, words: str) -> None:
     write(tmp_path / "train")
@@ -95,6 +98,6 @@ def test_an_interrupted_write_has_no_index(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        shards.write(tmp_path / "train", blocks(), row_tokens=ROW_TOKENS, vocab_size=10, totals=Totals())
+        shards.write(tmp_path / "train", blocks(), columns(10), row_tokens=ROW_TOKENS, vocab_size=10, totals=Totals())
     with pytest.raises(ValueError, match=r"there is no index\.json"):
         Shards(tmp_path / "train")

@@ -312,7 +312,7 @@ def test_half_a_surrogate_pair_is_named(kind):
     [
         ("tokenizer.model", b"version https://git-lfs", "is not a tokenizer: .*Git LFS pointer"),
         ("tokenizer.json", b'{"model": 3}', "is not a tokenizer: "),
-        ("vocab.txt", b"a", "is no such file.*Accepted: tokenizer.model, tokenizer.json"),
+        ("words.txt", b"a", "is no such file.*Accepted: tokenizer.json, tokenizer.model"),
         ("nothing", None, "does not exist"),
         ("tokenizer_kind.json", b"{", "the tokenizer in .* is damaged"),
         ("tokenizer_kind.json", b'{"kind": "bpe2", "files": []}', "of kind 'bpe2'.*Accepted: byte, char"),

@@ -7,18 +7,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxllm.data.documents import Document
-from jaxllm.data.sources.jsonl import field_text
+from jaxllm.data.sources import fields
 
 
 def read(location: str, config: ConfigDict) -> Iterator[Document]:
-    """The field `data.text_field` of each row of `OWNER/NAME?config=C&split=S` (split: train unless given).
+    """A document a row, from the fields that the objective reads, of `OWNER/NAME?config=C&split=S` (split: train unless given).
 
     The origin is `hf:OWNER/NAME[row]`. NAME may also be a folder in the hub's layout.
     """
     name, _, _ = parse(location)
+    wanted = fields.of(config)
     for index, row in enumerate(_rows(location)):
-        origin = f"hf:{name}[{index}]"
-        yield Document(field_text(row, config.data.text_field, origin), origin)
+        yield fields.document(row, wanted, f"hf:{name}[{index}]")
 
 
 def _rows(location: str) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import gzip
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
@@ -29,7 +29,7 @@ def read(location: str, config: ConfigDict) -> Iterator[Document]:
         yield Document(text, location)
 
 
-def lines(location: str) -> Iterator[Line]:
+def lines(location: str) -> Generator[Line, None, None]:
     """Decoded lines of a text file that may be larger than memory. Only a newline ends a line, as JSON Lines wants it."""
     offset = 0
     with _open(location) as file:

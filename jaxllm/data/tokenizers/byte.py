@@ -7,16 +7,22 @@ from collections.abc import Callable, Iterable
 
 from ml_collections import ConfigDict
 
-from jaxllm.data.tokenizers import files
+from jaxllm.data.tokenizers import added, files
+from jaxllm.data.tokenizers.added import NONE, Added
 
 
 class ByteTokenizer:
-    """256 bytes, then bos, eos and pad."""
+    """256 bytes, then bos, eos, pad and what was added."""
 
     vocab_size = 259
     bos_id = 256
     eos_id = 257
     pad_id = 258
+
+    def __init__(self, extra: Added = NONE) -> None:
+        self.extra = extra._replace(borders=False)  # it has them anyway
+        ids = added.place(extra, self.vocab_size, self.bos_id, self.eos_id)
+        self.mask_id, self.sentinel_ids, self.vocab_size = ids.mask_id, ids.sentinel_ids, ids.vocab_size
 
     def encode(self, text: str) -> list[int]:
         return list(files.utf8(text))
@@ -25,21 +31,25 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
-        return bytes(part for part in files.valid(ids, self.vocab_size) if part < 256).decode("utf-8", errors="replace")
+        return added.spell(files.valid(ids, self.vocab_size), self.sentinel_ids, _decode)
 
     def contents(self) -> dict[str, bytes]:
-        return files.contents({"kind": "byte"}, {})
+        return files.contents({"kind": "byte"} | added.record(self.extra), {})
 
     def save(self, directory: str) -> None:
         files.write(directory, self.contents())
 
 
-def train(config: ConfigDict, texts: Callable[[], Iterable[str]]) -> ByteTokenizer:
+def _decode(ids: list[int], first: bool) -> str:
+    del first
+    return bytes(part for part in ids if part < 256).decode("utf-8", errors="replace")
+
+
+def train(config: ConfigDict, texts: Callable[[], Iterable[str]], extra: Added = NONE) -> ByteTokenizer:
     """The byte tokenizer; the texts are not read."""
     del config, texts
-    return ByteTokenizer()
+    return ByteTokenizer(extra)
 
 
 def restore(saved: files.Saved) -> ByteTokenizer:
-    del saved
-    return ByteTokenizer()
+    return ByteTokenizer(added.restore(saved.record))

@@ -1,7 +1,7 @@
 """The distinct characters of the training text, sorted, as tokens.
 
-There are no special tokens, so that a text with 65 characters gives a vocabulary of 65. Padding shares id 0 with a character:
-harmless, because padding is known by its segment 0 and its weight 0, never by its id.
+There are no special tokens but those that an objective adds, so that a text with 65 characters gives a vocabulary of 65.
+Padding shares id 0 with a character: harmless, because padding is known by its segment 0 and its weight 0, never by its id.
 """
 
 import json
@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 
 from ml_collections import ConfigDict
 
-from jaxllm.data.tokenizers import files
+from jaxllm.data.tokenizers import added, files
+from jaxllm.data.tokenizers.added import NONE, Added
 
 FILE = "chars.json"
 
@@ -17,13 +18,12 @@ FILE = "chars.json"
 class CharTokenizer:
     """One token a character; ids follow the order of the code points."""
 
-    bos_id = None
-    eos_id = None
     pad_id = 0
 
-    def __init__(self, characters: str) -> None:
-        self.characters = characters
-        self.vocab_size = len(characters)
+    def __init__(self, characters: str, extra: Added = NONE) -> None:
+        self.characters, self.extra = characters, extra
+        ids = added.place(extra, len(characters))
+        self.bos_id, self.eos_id, self.mask_id, self.sentinel_ids, self.vocab_size = ids
         self.ids = {character: index for index, character in enumerate(characters)}
 
     def encode(self, text: str) -> list[int]:
@@ -33,7 +33,7 @@ class CharTokenizer:
             character = error.args[0]
             raise ValueError(
                 f"character {character!r} (U+{ord(character):04X}) at position {text.index(character)} is not in the vocabulary"
-                f" of {self.vocab_size} characters.\n  Accepted: {self.characters!r}.\n"
+                f" of {len(self.characters)} characters.\n  Accepted: {self.characters!r}.\n"
                 "  Leave it out, or use tokenizer.kind = 'byte' or 'bpe', which represent every text."
             ) from error
 
@@ -41,16 +41,20 @@ class CharTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
-        return "".join(self.characters[index] for index in files.valid(ids, self.vocab_size))
+        return added.spell(files.valid(ids, self.vocab_size), self.sentinel_ids, self._decode)
+
+    def _decode(self, ids: list[int], first: bool) -> str:
+        del first
+        return "".join(self.characters[index] for index in ids if index < len(self.characters))
 
     def contents(self) -> dict[str, bytes]:
-        return files.contents({"kind": "char"}, {FILE: json.dumps(list(self.characters)).encode()})
+        return files.contents({"kind": "char"} | added.record(self.extra), {FILE: json.dumps(list(self.characters)).encode()})
 
     def save(self, directory: str) -> None:
         files.write(directory, self.contents())
 
 
-def train(config: ConfigDict, texts: Callable[[], Iterable[str]]) -> CharTokenizer:
+def train(config: ConfigDict, texts: Callable[[], Iterable[str]], extra: Added = NONE) -> CharTokenizer:
     """All characters that occur in the texts; ValueError if there are none."""
     del config
     found: set[str] = set()
@@ -58,8 +62,8 @@ def train(config: ConfigDict, texts: Callable[[], Iterable[str]]) -> CharTokeniz
         found.update(text)
     if not found:
         raise ValueError(files.EMPTY)
-    return CharTokenizer("".join(sorted(found)))
+    return CharTokenizer("".join(sorted(found)), extra)
 
 
 def restore(saved: files.Saved) -> CharTokenizer:
-    return CharTokenizer("".join(json.loads(saved.files[FILE])))
+    return CharTokenizer("".join(json.loads(saved.files[FILE])), added.restore(saved.record))

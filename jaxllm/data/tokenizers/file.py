@@ -1,4 +1,4 @@
-"""Loads a tokenizer that was made before: `tokenizer.model` (SentencePiece), `tokenizer.json` (Hugging Face), or a run's."""
+"""Loads a tokenizer that was made before: a run's, or one of the files that models are published with (see NAMES)."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -9,39 +9,50 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from jaxllm.data import tokenize
-from jaxllm.data.tokenizers import files, huggingface, sentencepiece
+from jaxllm.data.tokenizers import chat_template, files, huggingface, sentencepiece, vocabulary
+from jaxllm.data.tokenizers.added import NONE, Added
 
 if TYPE_CHECKING:
     from jaxllm.types import Tokenizer
 
 SETTINGS = "tokenizer_config.json"
-SPECIALS = ("bos", "eos", "pad")
+# T5's, whose sentinels are added above its pieces; so many where the settings do not say it.
+T5_FILE, T5_SENTINELS = "spiece.model", 100
+# In a folder, the first of these that is there: a run's, Hugging Face tokenizers, SentencePiece, GPT-2 (with merges.txt), BERT.
+NAMES = (files.RECORD, "tokenizer.json", "tokenizer.model", T5_FILE, vocabulary.BYTE_LEVEL, vocabulary.WORDS)
+SPECIALS = ("bos", "eos", "pad", "mask")
 # What common models call their special tokens; asked only where neither tokenizer_config.json nor the model says it.
 CUSTOMARY = {
     "bos": ("<s>", "<|begin_of_text|>", "<bos>", "[CLS]", "<|endoftext|>"),
     "eos": ("</s>", "<|end_of_text|>", "<eos>", "[SEP]", "<|endoftext|>"),
     "pad": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>"),
+    "mask": ("[MASK]", "<mask>"),
 }
 
 
-def load(config: ConfigDict, texts: Callable[[], Iterable[str]]) -> "Tokenizer":
-    """The tokenizer at `tokenizer.path`: a file, or the folder that holds it. The texts are not read.
+def load(config: ConfigDict, texts: Callable[[], Iterable[str]], extra: Added = NONE) -> "Tokenizer":
+    """The tokenizer at `tokenizer.path`: a file, or the folder that holds it. The texts are not read, and nothing is added.
 
-    bos, eos and pad are those of `tokenizer_config.json` beside the file; what that leaves open is taken from the model, or found
-    by its customary name. Without a pad token the pad id is 0: padding is known by its segment and weight, never by its id.
+    bos, eos, pad and mask are those of `tokenizer_config.json` beside the file; what that leaves open is taken from the model, or found
+    by its customary name. Sentinels are called <extra_id_0>, <extra_id_1>, ... Without a pad token the pad id is 0: padding is known
+    by its segment and weight, never by its id.
     """
-    del texts
+    del texts, extra
     path = _find(Path(config.tokenizer.path).expanduser())
     if path.with_name(files.RECORD).is_file() and path.name in (files.RECORD, *files.read(path.parent).files):
         return tokenize.load(path.parent)
-    data = path.read_bytes()
     settings = _settings(path.with_name(SETTINGS))
+    if path.name == T5_FILE:
+        settings = {"extra_ids": T5_SENTINELS, **settings}
+    template = chat_template.find(path.parent, settings)
     try:
-        tokenizer = _sentencepiece(data, settings) if path.suffix == ".model" else _huggingface(data, settings)
+        older = path.name in (vocabulary.BYTE_LEVEL, vocabulary.WORDS)
+        data = vocabulary.definition(path, settings) if older else path.read_bytes()
+        tokenizer = (_sentencepiece if path.suffix == ".model" else _huggingface)(data, settings, template)
     except files.NotATokenizer as error:
         raise ValueError(
             f"tokenizer.path = '{path}' is not a tokenizer: {error}\n"
-            "  Accepted: a SentencePiece tokenizer.model, or a tokenizer.json of Hugging Face tokenizers.\n"
+            f"  Accepted: what {', '.join(NAMES[1:])} hold where models are published.\n"
             "  Fetch it again (a Git LFS pointer is a small text file), or correct the path."
         ) from error
     specials = {name: getattr(tokenizer, f"{name}_id") for name in SPECIALS}
@@ -49,21 +60,25 @@ def load(config: ConfigDict, texts: Callable[[], Iterable[str]]) -> "Tokenizer":
     return tokenizer
 
 
+def has_one(directory: Path) -> bool:
+    """Whether `load` finds a tokenizer in the folder."""
+    return any((directory / name).is_file() for name in NAMES)
+
+
 def _find(path: Path) -> Path:
-    if path.is_file() and path.suffix in (".model", ".json"):
+    if path.is_file() and (path.suffix in (".model", ".json") or path.name in NAMES):
         return path
-    names = (files.RECORD, "tokenizer.json", "tokenizer.model")
-    for name in names:
+    for name in NAMES:
         if path.is_dir() and (path / name).is_file():
             return path / name
     what = "has none of these files" if path.is_dir() else "is no such file" if path.is_file() else "does not exist"
     raise ValueError(
-        f"tokenizer.path = '{path}' {what}.\n  Accepted: tokenizer.model, tokenizer.json, or a folder with one of them, such as"
+        f"tokenizer.path = '{path}' {what}.\n  Accepted: {', '.join(NAMES[1:])}, or a folder with one of them, such as"
         " RUN/tokenizer.\n  Set tokenizer.path."
     )
 
 
-def _sentencepiece(data: bytes, settings: dict[str, Any]) -> "Tokenizer":
+def _sentencepiece(data: bytes, settings: dict[str, Any], template: chat_template.ChatTemplate | None) -> "Tokenizer":
     processor = sentencepiece.processor(data)
 
     def find(piece: str) -> int | None:
@@ -74,13 +89,24 @@ def _sentencepiece(data: bytes, settings: dict[str, Any]) -> "Tokenizer":
     given = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id()}
     own.update({name: index for name, index in given.items() if index >= 0})
     ids = _ids(settings, find, own)
-    return sentencepiece.SentencePieceTokenizer(data, bos_id=ids["bos"], eos_id=ids["eos"], pad_id=ids["pad"] or 0, exact=False)
+    # The model file of T5 has no sentinels: they were added above it, as many as its settings say.
+    extra = Added(sentinels=int(settings.get("extra_ids", 0)))
+    bos, eos, pad, mask = ids["bos"], ids["eos"], ids["pad"] or 0, ids["mask"]
+    return sentencepiece.SentencePieceTokenizer(
+        data, bos_id=bos, eos_id=eos, pad_id=pad, mask_id=mask, exact=False, extra=extra, template=template
+    )
 
 
-def _huggingface(data: bytes, settings: dict[str, Any]) -> "Tokenizer":
+def _huggingface(data: bytes, settings: dict[str, Any], template: chat_template.ChatTemplate | None) -> "Tokenizer":
     find = huggingface.parse(data).token_to_id
     ids = _ids(settings, find, _customary(find))
-    return huggingface.HuggingFaceTokenizer(data, bos_id=ids["bos"], eos_id=ids["eos"], pad_id=ids["pad"] or 0)
+    sentinels: list[int] = []
+    while (index := find(f"<extra_id_{len(sentinels)}>")) is not None:
+        sentinels.append(index)
+    bos, eos, pad, mask = ids["bos"], ids["eos"], ids["pad"] or 0, ids["mask"]
+    return huggingface.HuggingFaceTokenizer(
+        data, bos_id=bos, eos_id=eos, pad_id=pad, mask_id=mask, sentinel_ids=tuple(sentinels), template=template
+    )
 
 
 def _customary(find: Callable[[str], int | None]) -> dict[str, int | None]:
@@ -113,4 +139,7 @@ def _ids(settings: dict[str, Any], find: Callable[[str], int | None], own: dict[
         ids[name] = None if token is None else find(token)
         if token is not None and ids[name] is None:
             logging.warning("%s: the %s_token %r is not in the vocabulary; it is not used.", SETTINGS, name, token)
+    if settings.get("add_bos_token") is False:
+        # The bos token may be one of a chat template only, which begins no text.
+        ids["bos"] = None
     return ids

@@ -1,8 +1,10 @@
 """Tokenizers from a `tokenizer.json` (the format of Hugging Face tokenizers)."""
 
+from functools import cached_property
 from typing import Any
 
-from jaxllm.data.tokenizers import files
+from jaxllm.data.tokenizers import added, chat_template, files
+from jaxllm.data.tokenizers.chat_template import ChatTemplate
 
 FILE = "tokenizer.json"
 
@@ -13,15 +15,42 @@ class HuggingFaceTokenizer:
     Special tokens are added by data/pack.py only: text that spells one ("</s>") is encoded as the text it is.
     """
 
-    def __init__(self, definition: bytes, *, bos_id: int | None, eos_id: int | None, pad_id: int) -> None:
+    def __init__(
+        self,
+        definition: bytes,
+        *,
+        bos_id: int | None,
+        eos_id: int | None,
+        pad_id: int,
+        mask_id: int | None = None,
+        sentinel_ids: tuple[int, ...] = (),
+        template: ChatTemplate | None = None,
+    ) -> None:
         self.definition = definition
+        self.template = template
         self.tokenizer = parse(definition)
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
+        self.mask_id, self.sentinel_ids = mask_id, sentinel_ids
 
     def encode(self, text: str) -> list[int]:
         files.utf8(text)
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Special tokens and their ids."""
+        tokens = self.tokenizer.get_added_tokens_decoder()
+        return {token.content: index for index, token in tokens.items() if token.special}
+
+    def encode_with_specials(self, text: str) -> list[int]:
+        """As `encode`, but what spells a special token is that token. For text of which every such token is meant."""
+        files.utf8(text)
+        self.tokenizer.encode_special_tokens = False
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        finally:
+            self.tokenizer.encode_special_tokens = True
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Same ids as `encode`, by all processor cores."""
@@ -30,29 +59,51 @@ class HuggingFaceTokenizer:
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(files.valid(ids, self.vocab_size), skip_special_tokens=True)
+        return added.spell(files.valid(ids, self.vocab_size), self.sentinel_ids, self._decode)
+
+    def _decode(self, ids: list[int], first: bool) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        # A Metaspace decoder takes the space off the start of a text, which this is not.
+        opens = not first and (self.tokenizer.id_to_token(ids[0]) or "").startswith("\u2581")
+        return f" {text}" if opens and not text.startswith(" ") else text
 
     def contents(self) -> dict[str, bytes]:
-        record = {"kind": "huggingface", "bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
-        return files.contents(record, {FILE: self.definition})
+        record: dict[str, Any] = {"kind": "huggingface", "bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
+        record |= {} if self.mask_id is None else {"mask_id": self.mask_id}
+        record |= {"sentinel_ids": self.sentinel_ids} if self.sentinel_ids else {}
+        return files.contents(record, {FILE: self.definition, **chat_template.contents(self.template)})
 
     def save(self, directory: str) -> None:
         files.write(directory, self.contents())
 
 
 def restore(saved: files.Saved) -> HuggingFaceTokenizer:
-    return HuggingFaceTokenizer(saved.files[FILE], **{name: saved.record[name] for name in ("bos_id", "eos_id", "pad_id")})
+    ids = {name: saved.record[name] for name in ("bos_id", "eos_id", "pad_id")}
+    sentinel_ids = tuple(saved.record.get("sentinel_ids", ()))
+    return HuggingFaceTokenizer(
+        saved.files[FILE],
+        **ids,
+        mask_id=saved.record.get("mask_id"),
+        sentinel_ids=sentinel_ids,
+        template=chat_template.restore(saved),
+    )
 
 
-def parse(definition: bytes) -> Any:
-    """The library's tokenizer; ValueError if the bytes are none."""
+def library() -> Any:
+    """The package tokenizers; ValueError that says how to get it."""
     try:
         import tokenizers  # noqa: PLC0415
     except ImportError as error:
         raise ValueError(
             "a tokenizer.json needs the package tokenizers, which is not installed.\n  Accepted: a tokenizer.model needs nothing"
-            " more.\n  Run: pip install 'jaxllm[data]'"
+            " more.\n  Run: pip install 'jaxllm[hf]'"
         ) from error
+    return tokenizers
+
+
+def parse(definition: bytes) -> Any:
+    """The library's tokenizer; ValueError if the bytes are none."""
+    tokenizers = library()
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(definition)
     except ValueError as error:

@@ -8,12 +8,15 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from itertools import chain, islice
 
 import sentencepiece
 from ml_collections import ConfigDict
 
-from jaxllm.data.tokenizers import files
+from jaxllm.data.tokenizers import added, chat_template, files
+from jaxllm.data.tokenizers.added import NONE, Added
+from jaxllm.data.tokenizers.chat_template import ChatTemplate
 
 FILE = "tokenizer.model"
 PAD, EOS, BOS, UNKNOWN = range(4)
@@ -37,16 +40,49 @@ class SentencePieceTokenizer:
     exact tokenizer encodes that one character by its bytes. A model from elsewhere keeps the ids it was made for.
     """
 
-    def __init__(self, model: bytes, *, bos_id: int | None, eos_id: int | None, pad_id: int, exact: bool) -> None:
+    def __init__(
+        self,
+        model: bytes,
+        *,
+        bos_id: int | None,
+        eos_id: int | None,
+        pad_id: int,
+        exact: bool,
+        mask_id: int | None = None,
+        extra: Added = NONE,
+        template: ChatTemplate | None = None,
+    ) -> None:
         self.model = model
+        self.template = template
         self.processor = processor(model)
-        self.vocab_size = self.processor.vocab_size()
-        self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
+        self.pieces = self.processor.vocab_size()
+        ids = added.place(extra, self.pieces, bos_id, eos_id)
+        self.bos_id, self.eos_id, self.pad_id = ids.bos_id, ids.eos_id, pad_id
+        self.mask_id = mask_id if ids.mask_id is None else ids.mask_id
+        self.sentinel_ids, self.vocab_size = ids.sentinel_ids, ids.vocab_size
+        self.extra = extra._replace(borders=extra.borders and None in (bos_id, eos_id))
         self.exact = exact
         self.space_mark_ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Special tokens and their ids."""
+        ids = filter(self.processor.is_control, range(self.pieces))
+        return {self.processor.id_to_piece(index): index for index in ids}
+
+    def encode_with_specials(self, text: str) -> list[int]:
+        """As `encode`, but what spells a special token is that token. For text of which every such token is meant.
+
+        What stands between two of them is encoded by itself, where a model that puts a space before a text puts one too.
+        """
+        tokens = self.special_tokens
+        pattern = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+        parts = [part for part in re.split(f"({pattern})", text) if part] if tokens else [text]
+        encoded = [[tokens[part]] if part in tokens else self.encode(part) for part in parts]
+        return list(chain.from_iterable(encoded))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Same ids as `encode`, by all processor cores."""
@@ -63,11 +99,20 @@ class SentencePieceTokenizer:
         return [list(chain.from_iterable(islice(rest, len(mine)))) for mine in parts]
 
     def decode(self, ids: list[int]) -> str:
-        return self.processor.decode(files.valid(ids, self.vocab_size))
+        return added.spell(files.valid(ids, self.vocab_size), self.sentinel_ids, self._decode)
+
+    def _decode(self, ids: list[int], first: bool) -> str:
+        own = [index for index in ids if index < self.pieces and index != self.mask_id]
+        text = self.processor.decode(own)
+        # A model from elsewhere may take the space off the start of a text, which this is not.
+        opens = own and not first and not self.exact and self.processor.id_to_piece(own[0]).startswith(SPACE_MARK)
+        return f" {text}" if opens and not text.startswith(" ") else text
 
     def contents(self) -> dict[str, bytes]:
         record = {"kind": "sentencepiece", "bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id, "exact": self.exact}
-        return files.contents(record, {FILE: self.model})
+        if self.mask_id is not None and self.mask_id < self.pieces:
+            record["mask_id"] = self.mask_id
+        return files.contents(record | added.record(self.extra), {FILE: self.model, **chat_template.contents(self.template)})
 
     def save(self, directory: str) -> None:
         files.write(directory, self.contents())
@@ -94,20 +139,26 @@ def processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
 
 def restore(saved: files.Saved) -> SentencePieceTokenizer:
     record = {name: saved.record[name] for name in ("bos_id", "eos_id", "pad_id", "exact")}
-    return SentencePieceTokenizer(saved.files[FILE], **record)
+    return SentencePieceTokenizer(
+        saved.files[FILE],
+        **record,
+        mask_id=saved.record.get("mask_id"),
+        extra=added.restore(saved.record),
+        template=chat_template.restore(saved),
+    )
 
 
-def train_bpe(config: ConfigDict, texts: Callable[[], Iterable[str]]) -> SentencePieceTokenizer:
+def train_bpe(config: ConfigDict, texts: Callable[[], Iterable[str]], extra: Added = NONE) -> SentencePieceTokenizer:
     """Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909): the most frequent pair of pieces is merged, again and again."""
-    return _train("bpe", config.tokenizer.vocab_size, texts())
+    return _train("bpe", config.tokenizer.vocab_size, texts(), extra)
 
 
-def train_unigram(config: ConfigDict, texts: Callable[[], Iterable[str]]) -> SentencePieceTokenizer:
+def train_unigram(config: ConfigDict, texts: Callable[[], Iterable[str]], extra: Added = NONE) -> SentencePieceTokenizer:
     """Unigram language model (Kudo 2018, arXiv:1804.10959): pieces that the likelihood needs least are removed, again and again."""
-    return _train("unigram", config.tokenizer.vocab_size, texts())
+    return _train("unigram", config.tokenizer.vocab_size, texts(), extra)
 
 
-def _train(algorithm: str, vocab_size: int, texts: Iterable[str]) -> SentencePieceTokenizer:
+def _train(algorithm: str, vocab_size: int, texts: Iterable[str], extra: Added) -> SentencePieceTokenizer:
     sample = _sample(_pieces(texts), TRAIN_BYTES)
     if not sample:
         raise ValueError(files.EMPTY)
@@ -134,7 +185,7 @@ def _train(algorithm: str, vocab_size: int, texts: Iterable[str]) -> SentencePie
         )
     except RuntimeError as error:
         raise ValueError(_refused(algorithm, vocab_size, str(error))) from error
-    return SentencePieceTokenizer(model.getvalue(), bos_id=BOS, eos_id=EOS, pad_id=PAD, exact=True)
+    return SentencePieceTokenizer(model.getvalue(), bos_id=BOS, eos_id=EOS, pad_id=PAD, exact=True, extra=extra)
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:

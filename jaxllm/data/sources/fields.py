@@ -1,0 +1,147 @@
+"""From a row of a table to a document: the fields that the objective reads, and what is said if they do not hold it."""
+
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from jaxllm import registry
+from jaxllm.data.documents import Document
+
+
+class Fields(NamedTuple):
+    """The names of the fields; target is empty if none is read, and so is pair. `reads` is that of `examples.contract.Examples`."""
+
+    text: str
+    target: str
+    pair: str
+    reads: str
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Field that is read -> the setting with its name."""
+        named = {self.text: "data.text_field", self.target: "data.target_field", self.pair: "data.pair_field"}
+        return {name: setting for name, setting in named.items() if name}
+
+
+def of(config: ConfigDict) -> Fields:
+    """What the objective reads."""
+    reads = registry.resolve("examples", config.train.objective)(config).reads
+    target = "" if reads == "text" else config.data.target_field
+    return Fields(config.data.text_field, target, config.data.pair_field if reads == "label" else "", reads)
+
+
+def document(row: Any, fields: Fields, origin: str) -> Document:
+    """The document in a row; ValueError that lists the row's fields if it lacks one of them or holds something else there."""
+    if fields.reads == "labels":
+        return _words(row, fields, origin)
+    text = field_text(row, fields.text, origin)
+    pair = field_text(row, fields.pair, origin, "data.pair_field") if fields.pair else None
+    target = None
+    if fields.reads == "target":
+        target = field_text(row, fields.target, origin, "data.target_field")
+    elif fields.reads == "label":
+        target = _label(_value(row, fields.target, origin, "data.target_field"), fields.target, origin)
+    return Document(text, origin, target, pair)
+
+
+def check_columns(location: str, columns: Collection[str], fields: Fields) -> None:
+    """ValueError if a table lacks a field."""
+    for name, setting in fields.settings.items():
+        if name not in columns:
+            raise ValueError(
+                f"'{location}' has no column '{name}'.\n  Accepted: {', '.join(columns)}.\n"
+                f"  Set {setting} to the column that holds the {_held(setting)}."
+            )
+
+
+def field_text(row: Any, field: str, origin: str, setting: str = "data.text_field") -> str:
+    """The text in a field of a row ("" for null); ValueError that lists the row's fields if it has no such text."""
+    value = _value(row, field, origin, setting)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        texts = ", ".join(name for name, other in row.items() if isinstance(other, str)) or "none of its fields"
+        raise ValueError(
+            f"{origin}: field '{field}' holds {_kind(value)}, not text.\n  Accepted: a field with text; here {texts}.\n"
+            f"  Set {setting} to one of these."
+        )
+    # A JSON string may hold half a surrogate pair ("\ud83d"), which is no Unicode text and has no UTF-8 form.
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _held(setting: str) -> str:
+    return "text" if setting == "data.text_field" else "target" if setting == "data.target_field" else "second text"
+
+
+def _value(row: Any, field: str, origin: str, setting: str) -> Any:
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"{origin} is {_kind(row)}, not an object.\n  Accepted: objects with the text in a field.\n"
+            f'  Write the row as {{"{field}": "..."}}.'
+        )
+    if field not in row:
+        raise ValueError(
+            f"{origin} has no field '{field}'.\n  Accepted: {', '.join(row)}.\n"
+            f"  Set {setting} to the field that holds the {_held(setting)}."
+        )
+    return row[field]
+
+
+def _label(value: Any, field: str, origin: str) -> str:
+    """The name of a class: a text, a whole number, true or false."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) or (isinstance(value, str) and value.strip()):
+        return str(value).strip()
+    raise ValueError(
+        f"{origin}: field '{field}' holds {_kind(value)}, not a label.\n  Accepted: a text that is not blank, or a whole number.\n"
+        "  Set data.target_field to another field, or leave the row out."
+    )
+
+
+def _words(row: Any, fields: Fields, origin: str) -> Document:
+    words = _list(row, fields.text, origin, "data.text_field", lambda value: value)
+    labels = _list(row, fields.target, origin, "data.target_field", lambda value: _label(value, fields.target, origin))
+    wrong = next((word for word in words if not isinstance(word, str) or word.split() != [word]), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{origin}: {wrong!r} in field '{fields.text}' is no word.\n  Accepted: words without white space in them.\n"
+            "  Correct the row, or set data.text_field to another field."
+        )
+    if len(words) != len(labels):
+        raise ValueError(
+            f"{origin} has {len(words)} words in '{fields.text}' and {len(labels)} labels in '{fields.target}'.\n"
+            "  Accepted: one label a word.\n  Correct the row, or set data.text_field and data.target_field."
+        )
+    return Document(" ".join(words), origin, tuple(labels))
+
+
+def _list(row: Any, field: str, origin: str, setting: str, read: Callable[[Any], str]) -> list[str]:
+    """A list in a field, or the parts of a text between white space; null is empty."""
+    value = _value(row, field, origin, setting)
+    if value is None:
+        return []
+    if isinstance(value, str):
+        value = value.split()
+    if not isinstance(value, list):
+        raise ValueError(
+            f"{origin}: field '{field}' holds {_kind(value)}.\n  Accepted: a list, or a text with spaces between its parts.\n"
+            f"  Set {setting} to a field with one of these."
+        )
+    return [read(each) for each in value]
+
+
+def _kind(value: Any) -> str:
+    kinds = {
+        "dict": "an object",
+        "list": "an array",
+        "tuple": "an array",
+        "int": "a number",
+        "float": "a number",
+        "bool": "true or false",
+    }
+    kinds |= {"NoneType": "null"}
+    if isinstance(value, str):
+        return "a blank text"
+    return kinds.get(type(value).__name__, f"a value of type {type(value).__name__}")

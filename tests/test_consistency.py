@@ -1,0 +1,53 @@
+"""Fields of a config that contradict each other are refused, each with the words that say what fits."""
+
+from typing import Any
+
+import pytest
+
+from jaxllm import config as schema
+from jaxllm import consistency, registry
+
+
+def config_of(**changes: Any) -> Any:
+    config = schema.base()
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        config[section][name] = value
+    return config
+
+
+@pytest.mark.parametrize("objective", registry.names("objective"))
+def test_each_objective_takes_its_models_and_head(objective: str) -> None:
+    assert set(consistency.MODELS) == set(registry.names("objective"))
+    head = consistency.HEADS.get(objective, "lm")
+    for model in registry.names("model"):
+        config = config_of(train__objective=objective, model__name=model, model__head=head)
+        if model in consistency.MODELS[objective]:
+            schema.check(config)
+        else:
+            with pytest.raises(
+                ValueError, match=rf"train.objective = '{objective}' does not fit model.name = '{model}'\.\n  Accepted: "
+            ):
+                schema.check(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train__objective": "masked_lm"}, "Accepted: bert for masked_lm; causal_lm, prefix_lm, .* for llama"),
+        (
+            {"train__objective": "sequence_classification"},
+            "model.head = 'lm' does not fit .*Accepted: classify.\n",
+        ),
+        ({"train__objective": "token_classification", "model__head": "classify"}, "Accepted: tag"),
+        ({"model__head": "none"}, "model.head = 'none' does not fit train.objective = 'causal_lm'.\n  Accepted: lm"),
+        ({"data__input_tokens": 300}, "data.input_tokens = 300 is more than model.context_tokens = 256"),
+        (
+            {"train__objective": "seq2seq", "model__name": "t5", "data__split_by": "characters"},
+            "data.split_by = 'characters' cuts a text, .*Set data.split_by=documents",
+        ),
+    ],
+)
+def test_contradictions(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        schema.check(config_of(**changes))
