@@ -1,16 +1,20 @@
-"""Measures how well a trained model predicts text: loss, perplexity and bits per byte.
+"""Measures how well a trained model predicts: loss, perplexity, accuracy, and what its objective has besides.
 
-  python -m jaxllm.evaluate --run DIR [--step N] [--data SOURCE | --split train|validation] [--json]
+  python -m jaxllm.evaluate --run DIR [--step N] [--data SOURCE | --split train|validation] [--max_seqs N] [--json]
 
 Without --data: the run's own validation rows. SOURCE is anything that data.source may be; it is cleaned and encoded as the
-run's own data was. Every result is also added to DIR/evaluations.jsonl.
+run's own data was. Beside loss and accuracy stands the unigram baseline: every target guessed by its frequency in the run's training
+data. There are also bits per byte (causal_lm), the share of exact sequences (seq2seq) and the recall of each class (classification).
+Every result is added to DIR/evaluations.jsonl. DIR may also be a directory of transformers, or a GGUF file: then --data is needed,
+and nothing is written.
 """
 
 import json
+import math
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,24 +22,36 @@ from typing import Any
 import jax
 from absl import flags, logging
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from jaxllm import command, runs
-from jaxllm.data import clean, documents, loader, pack, prepare, provenance, shards
+from jaxllm.data import clean, documents, examples, loader, prepare, shards
+from jaxllm.data.documents import Document
+from jaxllm.data.examples import labels
+from jaxllm.data.examples.contract import MakeBatch
 from jaxllm.engine import compilation
-from jaxllm.evals import perplexity
+from jaxllm.evals import baseline, exact, perplexity, recall
 from jaxllm.runs import Run
+from jaxllm.types import Batch
 
 SPLITS = ("validation", "train")
 # In a batch at most, as the rows that a whole mesh was trained on at once may be too many for the one device here.
 MOST_TOKENS = 16_384
+# Sequences that are written to be compared with their targets: enough to tell 99 % from 98 %.
+MOST_SEQS = 1000
+# In the table of classes.
+MOST_CLASSES = 20
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("run", "", "run directory of a trained model")
+    flags.DEFINE_string("run", "", "run directory of a trained model, directory of transformers, or GGUF file")
     flags.DEFINE_integer("step", None, "checkpoint to use; default: the newest")
     flags.DEFINE_string("data", "", "text to evaluate on: a file, a folder, a glob, or hf:OWNER/NAME?config=C&split=S")
     flags.DEFINE_enum("split", None, SPLITS, "rows of the run's own data; default: validation")
+    flags.DEFINE_integer(
+        "max_seqs", MOST_SEQS, "seq2seq: so many outputs are compared with their targets; 0 means all", lower_bound=0
+    )
     flags.DEFINE_bool("json", False, "print one JSON object instead of a table")
 
 
@@ -49,7 +65,8 @@ def main(arguments: list[str]) -> None:
         )
     compilation.use_cache()
     run = runs.load(given.run, given.step)
-    row = evaluate_source(run, given.data) if given.data else evaluate_split(run, given.split or SPLITS[0])
+    options = {"max_seqs": given.max_seqs}
+    row = evaluate_source(run, given.data, **options) if given.data else evaluate_split(run, given.split or SPLITS[0], **options)
     append(run, row)
     if given.json:
         print(json.dumps(row))
@@ -57,8 +74,13 @@ def main(arguments: list[str]) -> None:
         show(row, Console(soft_wrap=True))
 
 
-def evaluate_split(run: Run, split: str) -> dict[str, Any]:
+def evaluate_split(run: Run, split: str, max_seqs: int = MOST_SEQS) -> dict[str, Any]:
     """The result on the run's own prepared rows; ValueError if they are gone or not those that the run was trained on."""
+    if run.imported is not None:
+        raise ValueError(
+            f"'{run.workdir.path}' holds a model without the data that it was trained on.\n  Accepted: a text to evaluate it on.\n"
+            "  Add --data FILE."
+        )
     directory = prepare.place(run.config, run.workdir.path)
     if not directory.is_dir():
         raise ValueError(
@@ -67,7 +89,7 @@ def evaluate_split(run: Run, split: str) -> dict[str, Any]:
         )
     prepared = prepare.load(run.config, directory)
     rows = {"validation": prepared.validation, "train": prepared.train}[split]
-    trained_on = json.loads(run.workdir.provenance.read_text(encoding="utf-8"))["splits"][split]["fingerprint"]
+    trained_on = _fingerprint(run, split)
     if rows.fingerprint != trained_on:
         raise ValueError(
             f"the rows in '{rows.directory}' are not those of this run: their hash is {rows.fingerprint[:16]}.\n"
@@ -75,22 +97,33 @@ def evaluate_split(run: Run, split: str) -> dict[str, Any]:
             " again with the run's config.json, or evaluate a text with --data."
         )
     source = run.config.data.source if split == "train" else run.config.data.validation_source or run.config.data.source
-    return _measure(run, rows, f"{source} ({split} rows)")
+    return _measure(run, rows, prepared.train, f"{source} ({split} rows)", max_seqs)
 
 
-def evaluate_source(run: Run, source: str) -> dict[str, Any]:
+def evaluate_source(run: Run, source: str, max_seqs: int = MOST_SEQS) -> dict[str, Any]:
     """The result on all text of `source`, packed into rows of the length that the run was trained with."""
     with tempfile.TemporaryDirectory() as directory:
-        totals, row_tokens = shards.Totals(), provenance.row_tokens(run.config)
-        blocks = pack.pack(_texts(run, source), run.tokenizer, row_tokens, totals)
-        rows = shards.write(
-            Path(directory, "rows"), blocks, row_tokens=row_tokens, vocab_size=run.tokenizer.vocab_size, totals=totals
-        )
-        return _measure(run, rows, source)
+        documents = _documents(run, source, run.classes)
+        rows = examples.write(run.config, Path(directory, "rows"), documents, run.tokenizer, run.classes, shards.Totals())
+        return _measure(run, rows, _train_rows(run), source, max_seqs)
 
 
-def _texts(run: Run, source: str) -> Iterator[str]:
-    """The cleaned texts of all documents, however few of its own data the run used."""
+def _fingerprint(run: Run, split: str) -> str:
+    """Hash of the rows that the run was trained on."""
+    return str(json.loads(run.workdir.provenance.read_text(encoding="utf-8"))["splits"][split]["fingerprint"])
+
+
+def _train_rows(run: Run) -> shards.Shards | None:
+    """The rows that the run was trained on; None if they are no longer there, which other text does not need."""
+    directory = prepare.place(run.config, run.workdir.path) / "train"
+    if run.imported is not None or not directory.is_dir():
+        return None
+    rows = shards.Shards(directory)
+    return rows if rows.fingerprint == _fingerprint(run, "train") else None
+
+
+def _documents(run: Run, source: str, classes: tuple[str, ...]) -> Iterator[Document]:
+    """All documents, cleaned, however few of its own data the run used."""
     config = run.config.copy_and_resolve_references()
     config.data.max_documents = 0
     cleaner, dropped = clean.make(config), Counter[str]()
@@ -99,30 +132,66 @@ def _texts(run: Run, source: str) -> Iterator[str]:
         if isinstance(cleaned, clean.Dropped):
             dropped[cleaned.reason] += 1
         else:
-            yield cleaned.text
+            if classes:
+                labels.check_known(labels.of(cleaned), classes, cleaned.origin)
+            yield cleaned
     if dropped:
         logging.warning("documents dropped from %s: %s", source, ", ".join(f"{count} by {name}" for name, count in dropped.items()))
 
 
-def _measure(run: Run, rows: shards.Shards, data: str) -> dict[str, Any]:
+def _measure(run: Run, rows: shards.Shards, train: shards.Shards | None, data: str, max_seqs: int) -> dict[str, Any]:
     began = time.perf_counter()
-    batch_seqs = min(run.config.train.batch_seqs // run.config.train.microbatches, max(1, MOST_TOKENS // rows.row_tokens))
-    batches = loader.sweep(rows, batch_seqs, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    row = perplexity.make_eval(run.model, run.config)(run.params, batches, rows.bytes_per_token)
+    made = examples.make(run.config)
+    make_batch = made.batch(run.tokenizer)
+    batch_seqs = min(run.config.train.batch_seqs // run.config.train.microbatches, max(1, MOST_TOKENS // made.tokens_a_row))
+
+    def sweep() -> Iterator[dict[str, jax.Array]]:
+        return loader.sweep(rows, make_batch, batch_seqs, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+
+    row = perplexity.make_eval(run.model, run.config)(run.params, sweep(), rows.bytes_per_token)
     return {
         "run": str(run.workdir.path),
         "step": run.step,
         "data": data,
         "documents": rows.documents,
+        "objective": run.config.train.objective,
         "metric": perplexity.metric_name(run.config, run.tokenizer, rows.row_tokens),
         **row,
+        **_baseline(run, train, rows, make_batch),
+        **_beside(run, sweep, max_seqs),
         "secs": round(time.perf_counter() - began, 2),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
+def _baseline(run: Run, train: shards.Shards | None, rows: shards.Shards, make_batch: MakeBatch) -> dict[str, float]:
+    """What guessing by frequency in the training data gets; nothing without that data."""
+    if train is None:
+        return {}
+    outcomes = run.tokenizer.vocab_size if run.config.model.head == "lm" else run.model.config.classes
+    found = baseline.measure(train, rows, make_batch, outcomes)
+    return {"baseline_loss": found.loss, "baseline_accuracy": found.accuracy}
+
+
+def _beside(run: Run, sweep: Callable[[], Iterator[Batch]], max_seqs: int) -> dict[str, Any]:
+    """What the objective has besides the perplexity."""
+    if run.config.train.objective == "seq2seq":
+        found = exact.measure(run.model, run.params, run.tokenizer, exact.unpack(sweep()), max_seqs)
+        return {"exact": found.right / max(found.pairs, 1), "exact_seqs": found.pairs}
+    if run.config.model.head in ("classify", "tag"):
+        recalls = recall.measure(run.model, run.params, sweep())
+        names = run.classes or tuple(map(str, range(len(recalls))))
+        return {"classes": {name: found._asdict() for name, found in zip(names, recalls, strict=True)}}
+    return {}
+
+
 def append(run: Run, row: dict[str, Any]) -> None:
-    """Adds the result as a line of the run's evaluations.jsonl; a run that cannot be written to keeps as it is, with a log line."""
+    """Adds the result as a line of the run's evaluations.jsonl; a run that cannot be written to keeps as it is, with a log line.
+
+    Nothing is written to a model of another tool.
+    """
+    if run.imported is not None:
+        return
     path = run.workdir.path / "evaluations.jsonl"
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -132,24 +201,45 @@ def append(run: Run, row: dict[str, Any]) -> None:
 
 
 def show(row: dict[str, Any], console: Console) -> None:
-    """Prints the result; the perplexity under its full name."""
-    bits = row["bits_per_byte"]
-    shown = Table(show_header=False)
-    shown.add_column()
-    shown.add_column(justify="right")
-    for name, value in (
-        ("token perplexity", f"{row['perplexity']:.3f}"),
-        ("loss (nats a token)", f"{row['loss']:.4f}"),
-        ("bits per byte of text", "-" if bits is None else f"{bits:.4f}"),
-        ("likeliest token is right", f"{row['accuracy']:.2%}"),
-        ("tokens predicted", f"{row['tokens']:,}"),
-        ("bytes of text", f"{row['bytes']:,}"),
-        ("documents", f"{row['documents']:,}"),
-    ):
-        shown.add_row(name, value)
+    """Prints the result, the perplexity under its full name, and beside it what guessing by frequency gets."""
+    shown = Table("", Column("model", justify="right"), show_header="baseline_loss" in row)
+    if "baseline_loss" in row:
+        shown.add_column("unigram baseline", justify="right")
+    for name, *values in _lines(row):
+        shown.add_row(name, *values)
     for line in (f"{row['run']}, step {row['step']}, on {row['data']}", row["metric"]):
         console.print(line, markup=False, highlight=False)
     console.print(shown)
+    if "classes" in row:
+        console.print(_class_table(row["classes"]))
+
+
+def _lines(row: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Name, value, and the baseline's if there is one."""
+    what, base = "class" if "classes" in row else "token", "baseline_loss" in row
+    score = (f"{math.exp(row['baseline_loss']):.3f}",) if base else ()
+    yield row["metric"].partition(" (")[0], f"{row['perplexity']:.3f}", *score
+    yield f"loss (nats a {what})", f"{row['loss']:.4f}", *((f"{row['baseline_loss']:.4f}",) if base else ())
+    yield f"likeliest {what} is right", f"{row['accuracy']:.2%}", *((f"{row['baseline_accuracy']:.2%}",) if base else ())
+    if row["bits_per_byte"] is not None:
+        yield "bits per byte of text", f"{row['bits_per_byte']:.4f}"
+    if "exact" in row:
+        yield f"exact sequences, of {row['exact_seqs']:,}", f"{row['exact']:.2%}"
+    yield ("classes" if "classes" in row else "tokens") + " predicted", f"{row['tokens']:,}"
+    if row["bytes"] is not None:
+        yield "bytes of text", f"{row['bytes']:,}"
+    yield "documents", f"{row['documents']:,}"
+
+
+def _class_table(found: Mapping[str, Mapping[str, int]]) -> Table:
+    """Recall of each class, the most frequent first."""
+    table = Table("class", Column("found (recall)", justify="right"), Column("examples", justify="right"))
+    for name, each in sorted(found.items(), key=lambda item: -item[1]["examples"])[:MOST_CLASSES]:
+        share = f"{each['found'] / each['examples']:.2%}" if each["examples"] else "-"
+        table.add_row(Text(name), share, f"{each['examples']:,}")
+    if len(found) > MOST_CLASSES:
+        table.caption = f"and {len(found) - MOST_CLASSES} classes with fewer examples; --json has all"
+    return table
 
 
 if __name__ == "__main__":

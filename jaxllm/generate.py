@@ -1,8 +1,11 @@
 """Continues prompts with a trained model.
 
   python -m jaxllm.generate --run DIR --prompt "..." [--prompt "..."] [--max_tokens N] [--temperature T] [--seed N]
+  python -m jaxllm.generate --run DIR --prompt "..." --num_beams 4 [--length_penalty A]
 
-A single prompt is written as it is generated; several are generated together, with an empty line between.
+A decoder continues the prompt; an encoder-decoder (t5, transformer) reads it and writes a text behind an arrow. Places to be filled by a
+model of span corruption are written <extra_id_0>, <extra_id_1>, ... A single prompt is written as it is generated; several are
+generated together, with an empty line between.
 """
 
 import io
@@ -15,15 +18,15 @@ from pathlib import Path
 from absl import flags
 
 from jaxllm import api, command, runs
-from jaxllm.decode import text
+from jaxllm.decode import beam, text
 from jaxllm.engine import compilation
 from jaxllm.ops import sampling
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("run", "", "run directory of a trained model")
+    flags.DEFINE_string("run", "", "run directory of a trained model, or weights: a Hugging Face directory or a GGUF file")
     flags.DEFINE_integer("step", None, "checkpoint to use; default: the newest")
-    flags.DEFINE_multi_string("prompt", [], "text to continue, may be given several times; '' starts a new document")
+    flags.DEFINE_multi_string("prompt", [], "text to continue or to read, may be given several times; '' starts a new document")
     flags.DEFINE_string("prompts_file", "", "UTF-8 file with one prompt a line")
     flags.DEFINE_integer("max_tokens", 128, "new tokens for each prompt; fewer at the end of a document or of the context")
     flags.DEFINE_float("temperature", 0.8, "0 is greedy, 1 is the model's own distribution")
@@ -32,24 +35,45 @@ def define_flags() -> None:
     flags.DEFINE_float("min_p", 0.0, "draw from tokens at least this likely, as a share of the likeliest; 0 means all")
     flags.DEFINE_float("repetition_penalty", 1.0, "above 1 makes tokens that occurred before less likely")
     flags.DEFINE_integer("seed", 0, "the same seed gives the same text")
+    flags.DEFINE_integer("num_beams", 1, "above 1 searches for the likeliest text with so many beams, instead of drawing tokens")
+    flags.DEFINE_float("length_penalty", 1.0, "beams: scores are divided by length ** this; above 0 prefers long texts")
+    flags.DEFINE_bool(
+        "early_stopping", False, "beams: end with the first num_beams texts that ended; else when none can get better"
+    )
     flags.DEFINE_bool("stream", True, "write a single prompt's text as it is generated")
 
 
 def main(arguments: list[str]) -> None:
     del arguments
     given = flags.FLAGS
-    _prepare_stdout()
-    settings = sampling.Settings(given.temperature, given.top_k, given.top_p, given.min_p, given.repetition_penalty)
+    prepare_stdout()
+    settings = read_settings()
     prompts = read_prompts(given.prompt, given.prompts_file)
     compilation.use_cache()
     run = runs.load(given.run, given.step, for_decoding=True)
     model = (run.model, run.params, run.tokenizer)
     options = {"max_new_tokens": given.max_tokens, "seed": given.seed}
-    if len(prompts) == 1 and given.stream:
-        write(prompts[0], text.stream(*model, prompts[0], settings, **options))
+    if len(prompts) == 1 and given.stream and isinstance(settings, sampling.Settings):
+        pieces = text.stream(*model, prompts[0], settings, **options)
+        write(prompts[0] + text.join(run.model, ""), pieces)
         return
-    for index, (prompt, continuation) in enumerate(zip(prompts, text.complete(*model, prompts, settings, **options), strict=True)):
-        write("\n" * (index > 0) + prompt, [continuation])
+    for index, (prompt, written) in enumerate(zip(prompts, text.complete(*model, prompts, settings, **options), strict=True)):
+        write("\n" * (index > 0) + prompt, [text.join(run.model, written)])
+
+
+def read_settings() -> sampling.Settings | beam.Settings:
+    """How tokens are chosen; ValueError for flags that contradict each other."""
+    given, beams = flags.FLAGS, flags.FLAGS.num_beams != 1
+    others = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty") if beams else ("length_penalty", "early_stopping")
+    if unused := [f"--{name}" for name in others if given[name].present]:
+        raise ValueError(
+            f"{', '.join(unused)} with --num_beams {given.num_beams}.\n"
+            "  Accepted: either drawing tokens (temperature, top_k, top_p, min_p, repetition_penalty), or --num_beams above 1 with"
+            " length_penalty and early_stopping.\n  Leave out one of them."
+        )
+    if beams:
+        return beam.Settings(given.num_beams, given.length_penalty, given.early_stopping)
+    return sampling.Settings(given.temperature, given.top_k, given.top_p, given.min_p, given.repetition_penalty)
 
 
 def read_prompts(given: list[str], path: str) -> list[str]:
@@ -73,7 +97,7 @@ def _lines(path: str) -> list[str]:
         ) from error
 
 
-def _prepare_stdout() -> None:
+def prepare_stdout() -> None:
     """What the terminal cannot show becomes "?"; a reader that goes away (`| head`) ends this program without a message."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")

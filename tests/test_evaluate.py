@@ -1,18 +1,24 @@
 """`python -m jaxllm.evaluate`: the run's own rows, other text, and what makes a number meaningless."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from random_run import write_run
+from rich.console import Console
 
 from jaxllm import evaluate, runs
+from jaxllm.data import examples
 from jaxllm.data.prepare import load, prepare
 from jaxllm.data.tokenize import fingerprint
+from jaxllm.evals import exact
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ("loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "bytes", "documents", "metric")
@@ -28,9 +34,9 @@ def held_out(run: Path) -> list[str]:
     prepared = load(runs.load(run).config, run / "data")
     stream: list[int] = []
     for row in range(len(prepared.validation)):
-        batch = prepared.validation.rows(np.array([row]))
-        stream += batch["tokens"][0].tolist()
-    stream.append(int(batch["targets"][0, -1]))
+        tokens = prepared.validation.rows(np.array([row]))["tokens"][0].tolist()
+        stream += tokens[:-1]
+    stream.append(tokens[-1])
     documents = "".join(map(chr, stream)).split(chr(prepared.tokenizer.bos_id))[1:]
     return [prepared.tokenizer.decode([ord(part) for part in document]) for document in documents]
 
@@ -95,3 +101,63 @@ def test_characters_that_a_char_tokenizer_does_not_know_are_named(tmp_path: Path
     (tmp_path / "text.txt").write_text("The fox §")
     with pytest.raises(ValueError, match=r"character '§' \(U\+00A7\)"):
         evaluate.evaluate_source(opened, str(tmp_path / "text.txt"))
+
+
+SEQ2SEQ = {
+    "model__name": "transformer",
+    "model__kv_heads": 0,
+    "model__layers": 1,
+    "train__objective": "seq2seq",
+    "data__source": "sequences:copy?count=60&max=8",
+    "tokenizer__kind": "char",
+}
+
+
+def test_sequences_are_measured_beside_the_baseline(tmp_path: Path) -> None:
+    """The baseline is counted again from the pairs; the exact ones among 5 and among all."""
+    opened = runs.load(write_run(tmp_path / "copy", **SEQ2SEQ))
+    row = evaluate.evaluate_split(opened, "validation", max_seqs=5)
+    prepared = load(opened.config, tmp_path / "copy" / "data")
+    make_batch = examples.make(opened.config).batch(opened.tokenizer)
+    targets = {}
+    for name, rows in (("train", prepared.train), ("validation", prepared.validation)):
+        places = np.arange(len(rows))
+        targets[name] = [pair.target for pair in exact.unpack([make_batch(rows.rows(places), places, 0, 0)])]
+    seen = Counter(token for target in targets["train"] for token in target)
+    all_seen, best = sum(seen.values()) + opened.tokenizer.vocab_size, seen.most_common(1)[0][0]
+    held_out = [token for target in targets["validation"] for token in target]
+    assert row["tokens"] == len(held_out)
+    assert row["baseline_loss"] == pytest.approx(np.mean([-np.log((seen[token] + 1) / all_seen) for token in held_out]))
+    assert row["baseline_accuracy"] == pytest.approx(np.mean([token == best for token in held_out]))
+    assert (row["exact_seqs"], row["objective"], row["bits_per_byte"], row["bytes"]) == (5, "seq2seq", None, None)
+    assert evaluate.evaluate_split(opened, "validation", max_seqs=0)["exact_seqs"] == len(targets["validation"])
+    console = Console(record=True, width=200)
+    evaluate.show(row, console)
+    shown = console.export_text()
+    for part in ("target token perplexity", "exact sequences, of 5", "unigram baseline", f"{row['baseline_loss']:.4f}"):
+        assert part in shown
+
+
+def test_classes_have_their_recall(tmp_path: Path) -> None:
+    """Without the training data there is no baseline; an unknown class is named."""
+    source = tmp_path / "labelled.jsonl"
+    source.write_text("\n".join(json.dumps({"text": f"{i} {'abc'[i % 3]}", "target": "abc"[i % 3]}) for i in range(30)))
+    fields = {"model__name": "bert", "model__kv_heads": 0, "model__layers": 1, "model__head": "classify", "model__classes": 3}
+    fields |= {"train__objective": "sequence_classification", "data__source": str(source)}
+    directory = write_run(tmp_path / "run", **fields)
+    opened = runs.load(directory)
+    row = evaluate.evaluate_source(opened, str(source))
+    assert {name: recall["examples"] for name, recall in row["classes"].items()} == {"a": 10, "b": 10, "c": 10}
+    assert sum(recall["found"] for recall in row["classes"].values()) / 30 == pytest.approx(row["accuracy"])
+    assert row["baseline_accuracy"] == pytest.approx(1 / 3)
+    shutil.rmtree(directory / "data")
+    assert "baseline_loss" not in evaluate.evaluate_source(opened, str(source))
+    source.write_text(json.dumps({"text": "x", "target": "d"}))
+    with pytest.raises(ValueError, match=r"that the training data lacks: d"):
+        evaluate.evaluate_source(opened, str(source))
+
+
+def test_a_model_of_another_tool_needs_a_text(run: Path) -> None:
+    opened: Any = dataclasses.replace(runs.load(run), imported=object())
+    with pytest.raises(ValueError, match=r"without the data that it was trained on[\s\S]*Add --data FILE"):
+        evaluate.evaluate_split(opened, "validation")

@@ -47,6 +47,27 @@ def test_several_prompts_and_a_file(run: Path, tmp_path: Path) -> None:
     assert done.stdout.decode() == "\n".join(f"{prompt}{text}\n" for prompt, text in zip(prompts, texts, strict=True))
 
 
+def test_an_encoder_decoder_writes_behind_an_arrow_also_by_beams(tmp_path: Path) -> None:
+    """The prompt has a sentinel, which is one token."""
+    fields = {"model__name": "t5", "model__kv_heads": 0, "model__layers": 1, "train__objective": "span_corruption"}
+    directory = write_run(tmp_path / "t5", **fields)
+    model, prompt = jaxllm.load(directory), "The <extra_id_0> fox"
+    done = generate("--run", str(directory), "--prompt", prompt, "--max_tokens=8", "--num_beams=3", "--length_penalty=0.5")
+    assert done.returncode == 0, done.stderr.decode()
+    expected = api.generate(*model, prompt, 8, num_beams=3, length_penalty=0.5)
+    assert done.stdout.decode() == f"{prompt} -> {expected}\n"
+    done = generate("--run", str(directory), "--prompt", prompt, "--max_tokens=8", "--temperature=0")
+    assert done.stdout.decode() == f"{prompt} -> {api.generate(*model, prompt, 8, temperature=0)}\n"
+
+
+def test_drawing_and_searching_exclude_each_other(run: Path) -> None:
+    done = generate("--run", str(run), "--prompt=a", "--num_beams=2", "--temperature=0.5")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.decode().startswith("error: --temperature with --num_beams 2.\n  Accepted: either drawing tokens")
+    done = generate("--run", str(run), "--prompt=a", "--length_penalty=2")
+    assert done.stderr.decode().startswith("error: --length_penalty with --num_beams 1.\n  Accepted")
+
+
 def test_a_poor_terminal_and_a_reader_that_leaves(run: Path) -> None:
     """What ASCII lacks becomes "?"; `| head` ends the program as it ends any other: by the signal, without a word."""
     command = [sys.executable, "-m", "jaxllm.generate", "--run", str(run), "--prompt", "é", "--max_tokens=4"]

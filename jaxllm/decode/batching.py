@@ -50,22 +50,27 @@ def streams(prompts: Sequence[Sequence[int]]) -> np.ndarray:
     return out
 
 
-def group(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of the prompts, cut into batches of up to MOST_SEQS prompts of similar length."""
+def group(lengths: Sequence[int], most_seqs: int = MOST_SEQS) -> list[list[int]]:
+    """Indices of the prompts, cut into batches of up to `most_seqs` prompts of similar length."""
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
-    return [order[start : start + MOST_SEQS] for start in range(0, len(order), MOST_SEQS)]
+    return [order[start : start + most_seqs] for start in range(0, len(order), most_seqs)]
 
 
-def pad(prompts: Sequence[Sequence[int]], streams_N2: np.ndarray, max_new_tokens: int, context_tokens: int) -> Prompts:
-    """One batch, with the number of rows and their length rounded up to a power of two. A row gets `max_new_tokens`, or as many as
-    still fit into the context."""
+def rectangle(prompts: Sequence[Sequence[int]], context_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens_BT, lengths_B), the number of rows and their length rounded up to a power of two; further rows have length 1."""
     rows = bucket(len(prompts), 1, MOST_SEQS)
-    width = bucket(max(map(len, prompts)), SMALLEST_TOKENS, context_tokens)
-    tokens_BT = np.zeros((rows, width), np.int32)
-    lengths_B, limits_B, streams_B2 = np.ones(rows, np.int32), np.zeros(rows, np.int32), np.zeros((rows, 2), np.uint32)
+    tokens_BT = np.zeros((rows, bucket(max(map(len, prompts)), SMALLEST_TOKENS, context_tokens)), np.int32)
+    lengths_B = np.ones(rows, np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BT[row, : len(prompt)] = prompt
         lengths_B[row] = len(prompt)
-        limits_B[row] = min(max_new_tokens, context_tokens - len(prompt))
+    return tokens_BT, lengths_B
+
+
+def pad(prompts: Sequence[Sequence[int]], streams_N2: np.ndarray, limits: Sequence[int], context_tokens: int) -> Prompts:
+    """One batch in which row i may get `limits[i]` new tokens."""
+    tokens_BT, lengths_B = rectangle(prompts, context_tokens)
+    limits_B, streams_B2 = np.zeros(len(lengths_B), np.int32), np.zeros((len(lengths_B), 2), np.uint32)
+    limits_B[: len(prompts)] = limits
     streams_B2[: len(prompts)] = streams_N2
     return Prompts(tokens_BT, lengths_B, limits_B, streams_B2)

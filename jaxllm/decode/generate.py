@@ -4,16 +4,16 @@ Both are compiled once for each (model, settings, bucket of shapes); how many to
 T prompt length, N new tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
-from jaxllm.decode import batching
+from jaxllm.decode import batching, network
+from jaxllm.decode.network import Network
 from jaxllm.ops import sampling
 from jaxllm.types import Model, Params
 
@@ -21,16 +21,10 @@ LARGEST_SEED = 2**32 - 1
 
 
 class Program(NamedTuple):
-    """What is fixed when generation is compiled. Hashable, so static under jit.
+    """What is fixed when generation is compiled. Hashable, so static under jit."""
 
-    vocab_size: only ids below it are drawn; a model may have more rows than its tokenizer has tokens.
-    """
-
-    init_cache: Callable[[int, int], Any]
-    decode: Callable[..., tuple[jax.Array, Any]]
-    cache_tokens: int
+    network: Network
     settings: sampling.Settings
-    vocab_size: int
 
 
 class State(NamedTuple):
@@ -53,15 +47,13 @@ class State(NamedTuple):
 @partial(jax.jit, static_argnames="program")
 def _start(program: Program, params: Params, prompts: batching.Prompts, stop_ids: jax.Array, seed: jax.Array) -> State:
     """The state after prefill and the first new token."""
-    rows, length = prompts.tokens_BT.shape
-    logits_BV, cache = program.decode(params, prompts.tokens_BT, prompts.lengths_B, program.init_cache(rows, program.cache_tokens))
-    real_BT = jnp.arange(length) < prompts.lengths_B[:, None]
-    seen_BV = jnp.zeros((rows, program.vocab_size), bool).at[jnp.arange(rows)[:, None], prompts.tokens_BT].max(real_BT)
+    rows = len(prompts.lengths_B)
+    logits_BV, cache, seen_BV = network.start(program.network, params, prompts)
     key = jax.random.key(seed)
     keys_B = jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1]))(prompts.streams_B2)
     state = State(
         cache,
-        jnp.zeros((rows, program.cache_tokens), jnp.int32),
+        jnp.zeros((rows, program.network.cache_tokens), jnp.int32),
         jnp.zeros((), jnp.int32),
         jnp.zeros(rows, jnp.int32),
         prompts.limits_B == 0,
@@ -83,8 +75,8 @@ def _continue(program: Program, params: Params, state: State, until: jax.Array) 
     def body(state: State) -> State:
         last_B1 = jax.lax.dynamic_slice_in_dim(state.tokens_BN, state.step - 1, 1, axis=1)
         # A row that is done appends nothing more to its cache.
-        logits_BV, cache = program.decode(params, last_B1, (~state.done_B).astype(jnp.int32), state.cache)
-        return _append(program, state._replace(cache=cache), logits_BV)
+        logits_BV, cache = program.network.decode(params, last_B1, (~state.done_B).astype(jnp.int32), state.cache)
+        return _append(program, state._replace(cache=cache), logits_BV[:, : program.network.vocab_size])
 
     return jax.lax.while_loop(unfinished, body, state)
 
@@ -95,7 +87,7 @@ def _append(program: Program, state: State, logits_BV: jax.Array) -> State:
     def draw(key: jax.Array, logits_V: jax.Array, seen_V: jax.Array) -> jax.Array:
         return sampling.sample(jax.random.fold_in(key, state.step), logits_V[None], program.settings, seen_V[None])[0]
 
-    tokens_B = jax.vmap(draw)(state.keys_B, logits_BV[:, : program.vocab_size], state.seen_BV)
+    tokens_B = jax.vmap(draw)(state.keys_B, logits_BV, state.seen_BV)
     counts_B = state.counts_B + ~state.done_B
     return state._replace(
         tokens_BN=jax.lax.dynamic_update_slice_in_dim(state.tokens_BN, tokens_B[:, None], state.step, axis=1),
@@ -116,18 +108,22 @@ def generate(
     stop_ids: Sequence[int],
     vocab_size: int,
     seed: int,
+    start_id: int | None = None,
 ) -> list[list[int]]:
     """The new ids of each prompt (ids too, at least one), up to its first stop id, which is left out.
 
-    A prompt's result does not depend on the other prompts; equal prompts get different samples. ValueError for a prompt that
-    fills the model's context; one that leaves less room than `max_new_tokens` gets fewer, and a log line says so.
+    The encoder of an encoder-decoder reads the prompts, and its decoder begins with `start_id`, which no other model needs. A
+    prompt's result does not depend on the other prompts; equal prompts get different samples. ValueError for a prompt that fills
+    the model's context; one that leaves less room than `max_new_tokens` gets fewer, and a log line says so.
     """
     _check(model, prompts, max_new_tokens, seed)
+    limits = network.limits(model, prompts, max_new_tokens)
     streams_N2 = batching.streams(prompts)
     out: list[list[int]] = [[]] * len(prompts)
     for chosen in batching.group([len(prompt) for prompt in prompts]):
-        batch = batching.pad([prompts[index] for index in chosen], streams_N2[chosen], max_new_tokens, model.config.context_tokens)
-        program = _program(model, batch, settings, vocab_size)
+        mine = [prompts[index] for index in chosen]
+        batch = batching.pad(mine, streams_N2[chosen], [limits[index] for index in chosen], model.config.context_tokens)
+        program = Program(network.make(model, batch, vocab_size, start_id), settings)
         for rows in _run(program, params, batch, stop_ids, seed, chunk_tokens=max_new_tokens):
             for index, row in zip(chosen, rows, strict=False):
                 out[index] = row
@@ -145,11 +141,13 @@ def stream(
     vocab_size: int,
     seed: int,
     chunk_tokens: int,
+    start_id: int | None = None,
 ) -> Iterator[list[int]]:
     """All new ids so far: after the first one, then after every `chunk_tokens` more. The last is what `generate` gives."""
     _check(model, [prompt], max_new_tokens, seed)
-    batch = batching.pad([prompt], batching.streams([prompt]), max_new_tokens, model.config.context_tokens)
-    program = _program(model, batch, settings, vocab_size)
+    limits = network.limits(model, [prompt], max_new_tokens)
+    batch = batching.pad([prompt], batching.streams([prompt]), limits, model.config.context_tokens)
+    program = Program(network.make(model, batch, vocab_size, start_id), settings)
     return (rows[0] for rows in _run(program, params, batch, stop_ids, seed, chunk_tokens))
 
 
@@ -161,49 +159,20 @@ def _run(
     state, until = _start(program, params, prompts, np.array(stop_ids, np.int32), np.uint32(seed)), 1
     while True:
         tokens_BN, counts_B, done_B = jax.device_get((state.tokens_BN, state.counts_B, state.done_B))
-        yield [_strip(row[:count].tolist(), stop_ids) for row, count in zip(tokens_BN, counts_B, strict=True)]
+        yield [strip(row[:count].tolist(), stop_ids) for row, count in zip(tokens_BN, counts_B, strict=True)]
         if done_B.all():
             return
         until = min(until + chunk_tokens, most)
         state = _continue(program, params, state, np.int32(until))
 
 
-def _program(model: Model, prompts: batching.Prompts, settings: sampling.Settings, vocab_size: int) -> Program:
-    longest = max(int((prompts.lengths_B + prompts.limits_B).max()), prompts.tokens_BT.shape[1])
-    cache_tokens = batching.bucket(longest, batching.SMALLEST_TOKENS, model.config.context_tokens)
-    return Program(model.init_cache, model.decode, cache_tokens, settings, vocab_size)
-
-
-def _strip(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+def strip(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """Without a stop id at the end."""
     return ids[:-1] if ids and ids[-1] in stop_ids else ids
 
 
 def _check(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> None:
     """ValueError for what cannot be generated; a log line where the context ends before `max_new_tokens`."""
-    context_tokens = model.config.context_tokens
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens = {max_new_tokens}.\n  Accepted: 1 or more.\n  Change max_new_tokens.")
     if not 0 <= seed <= LARGEST_SEED:
         raise ValueError(f"seed = {seed}.\n  Accepted: 0 to {LARGEST_SEED}.\n  Change seed.")
-    check_prompts(model, prompts)
-    longest = max(map(len, prompts), default=0)
-    if longest + max_new_tokens > context_tokens:
-        logging.warning(
-            "%d new tokens do not fit behind a prompt of %d tokens in the model's context of %d: stopping after %d.",
-            max_new_tokens,
-            longest,
-            context_tokens,
-            context_tokens - longest,
-        )
-
-
-def check_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> None:
-    """ValueError for a prompt without a token, and for one that leaves no room for a new token."""
-    context_tokens = model.config.context_tokens
-    for prompt in prompts:
-        if not 0 < len(prompt) < context_tokens:
-            raise ValueError(
-                f"a prompt of {len(prompt)} tokens, for a model with a context of {context_tokens} tokens.\n"
-                f"  Accepted: 1 to {context_tokens - 1} tokens, so that there is room for a new one.\n  "
-                + ("Shorten the prompt." if prompt else "Give a prompt, or use a tokenizer that has a bos token.")
-            )
+    network.check(model, prompts, max_new_tokens)

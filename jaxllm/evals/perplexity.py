@@ -4,8 +4,9 @@
     perplexity = exp(loss)
     bits per byte = loss / ln 2 / bytes per token
 
-Only bits per byte compares models with different tokenizers. All three depend on how the text was cut into rows, so a
-number is worth little without the name that `metric_name` gives it.
+Only bits per byte compares models with different tokenizers, and only where each token is predicted from those before it (causal_lm):
+other objectives predict a part of the tokens from others on both sides. All three depend on how the text was cut into rows, so a number
+is worth little without the name that `metric_name` gives it.
 """
 
 import math
@@ -26,8 +27,9 @@ def make_eval(model: Model, config: ConfigDict) -> Evaluate:
     """evaluate(params, batches, bytes_per_token) -> {"loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "bytes"}.
 
     `bytes_per_token`: UTF-8 bytes that a weighted target of these batches stands for (`Shards.bytes_per_token`). "tokens" are
-    the weighted targets, "bytes" the text that they spell. Sums first, divides once: the size of a batch does not matter.
-    Dropout is off. Compiled once a batch shape; batches may lie on one device or on a mesh.
+    the weighted targets, "bytes" the text that they spell; it and "bits_per_byte" are None unless the objective is causal_lm. Sums
+    first, divides once: the size of a batch does not matter. Dropout is off. Compiled once a batch shape; batches may lie on one
+    device or on a mesh.
     """
     objective: Callable[..., tuple[Mean, Metrics]] = tokens.make(model, config)
 
@@ -45,7 +47,7 @@ def make_eval(model: Model, config: ConfigDict) -> Evaluate:
                 nll, correct, weight = _add((nll, correct, weight), ready)
         if waiting is not None:
             nll, correct, weight = _add((nll, correct, weight), waiting)
-        return _row(nll, correct, weight, bytes_per_token)
+        return _row(nll, correct, weight, bytes_per_token if config.train.objective == "causal_lm" else 0.0)
 
     return evaluate
 
@@ -68,7 +70,7 @@ def _row(nll: float, correct: float, weight: float, bytes_per_token: float) -> d
         "bits_per_byte": loss / math.log(2) / bytes_per_token if bytes_per_token else None,
         "accuracy": correct / weight,
         "tokens": int(weight),
-        "bytes": round(weight * bytes_per_token),
+        "bytes": round(weight * bytes_per_token) if bytes_per_token else None,
     }
 
 
@@ -77,9 +79,40 @@ def metric_name(config: ConfigDict, tokenizer: Tokenizer, row_tokens: int) -> st
 
     The tokenizer is named by its kind, its size and the start of its fingerprint.
     """
-    start = "BOS at document start" if tokenizer.bos_id is not None else "no BOS"
-    end = "EOS at document end is predicted" if tokenizer.eos_id is not None else "no EOS"
-    return (
-        f"token perplexity (window {row_tokens}, stride {row_tokens}, {start}, {end},"
-        f" tokenizer {config.tokenizer.kind}-{tokenizer.vocab_size}-{tokenize.fingerprint(tokenizer)[:8]})"
-    )
+    named = f"tokenizer {config.tokenizer.kind}-{tokenizer.vocab_size}-{tokenize.fingerprint(tokenizer)[:8]}"
+    return f"{score_name(config)} ({', '.join((*_conditions(config, tokenizer, row_tokens), named))})"
+
+
+_SCORES = {
+    "causal_lm": "token perplexity",
+    "prefix_lm": "continuation perplexity",
+    "masked_lm": "masked token perplexity",
+    "span_corruption": "span corruption perplexity",
+    "seq2seq": "target token perplexity",
+    "sequence_classification": "perplexity of a text's class",
+    "token_classification": "perplexity of a word's class",
+}
+
+
+def score_name(config: ConfigDict) -> str:
+    """What the perplexity is of, in short."""
+    return _SCORES[config.train.objective]
+
+
+def _conditions(config: ConfigDict, tokenizer: Tokenizer, row_tokens: int) -> list[str]:
+    """What decides how hard the predictions are, besides the text and the tokenizer."""
+    data, objective = config.data, config.train.objective
+    window = f"window {row_tokens}, stride {row_tokens}"
+    if objective == "causal_lm":
+        start = "BOS at document start" if tokenizer.bos_id is not None else "no BOS"
+        end = "EOS at document end is predicted" if tokenizer.eos_id is not None else "no EOS"
+        return [window, start, end]
+    if objective == "prefix_lm":
+        return [window, "behind a prefix of random length"]
+    if objective == "masked_lm":
+        return [window, f"{data.noise_frac:g} of the {'words' if data.whole_words else 'tokens'} chosen"]
+    if objective == "span_corruption":
+        return [f"inputs of {row_tokens}", f"{data.noise_frac:g} of the tokens hidden in spans of {data.mean_span_tokens:g}"]
+    if objective == "seq2seq":
+        return [f"inputs up to {data.input_tokens or row_tokens}, targets up to {row_tokens}", "EOS is predicted"]
+    return [f"{config.model.classes} classes", f"texts up to {row_tokens}"]

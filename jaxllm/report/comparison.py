@@ -12,6 +12,14 @@ from jaxllm.report.summary import Summary, inner, summarize
 from jaxllm.report.units import count, duration, plain, size
 
 PAGE, PICTURE = "compare.html", "compare.png"
+# Fields that decide which tokens are predicted from what, by objective.
+TASKS = {
+    "masked_lm": ("noise_frac", "whole_words"),
+    "span_corruption": ("noise_frac", "mean_span_tokens"),
+    "seq2seq": ("target_field", "input_tokens"),
+    "sequence_classification": ("target_field", "pair_field"),
+    "token_classification": ("target_field",),
+}
 # Fields that decide which text is held out.
 HELD_OUT = ("source", "validation_source", "validation_frac", "split_by", "cleaners", "min_chars", "max_documents", "text_field")
 
@@ -49,9 +57,14 @@ def compare(directories: Sequence[str | Path]) -> Comparison:
                 "  Accepted: runs that have trained for a few steps.\n  Train it first, or leave it out."
             )
     names, summaries = short_names(places), [summarize(run) for run in found]
-    same_tokens = len({_tokenizer(run) for run in found}) == 1
+    same_tokens, same_task = len({_tokenizer(run) for run in found}) == 1, len({_task(run) for run in found}) == 1
     return Comparison(
-        found, names, _lines(summaries, same_tokens), _warnings(found, names, summaries), _differences(found), same_tokens
+        found,
+        names,
+        _lines(summaries, same_tokens, same_task),
+        _warnings(found, names, summaries),
+        _differences(found),
+        same_tokens,
     )
 
 
@@ -95,7 +108,7 @@ def _check_places(places: Sequence[Path]) -> None:
             raise ValueError(f"'{place}' was given twice{also}.\n  Accepted: different run directories. Leave one of them out.")
 
 
-def _lines(summaries: Sequence[Summary], same_tokens: bool) -> list[Line]:
+def _lines(summaries: Sequence[Summary], same_tokens: bool, same_task: bool) -> list[Line]:
     def line(
         name: str, get: Callable[[Summary], Any], form: Callable[[Any], str], better: Callable[..., float] | None = None
     ) -> Line:
@@ -105,14 +118,15 @@ def _lines(summaries: Sequence[Summary], same_tokens: bool) -> list[Line]:
         best = frozenset(index for index, value in enumerate(values) if value == winner) if winner is not None else frozenset()
         return Line(name, ["" if value is None else form(value) for value in values], best)
 
-    # What does not compare is told, but none is called the best: losses a token of different tokenizers, speed on different
-    # devices, time for different amounts of text, and compile time, as a program may come from the cache on disk.
-    lowest = min if same_tokens else None
+    # What does not compare is told, but none is called the best: losses a token of different tokenizers or objectives, speed on
+    # different devices, time for different amounts of text, and compile time, as a program may come from the cache on disk.
+    lowest, highest = (min, max) if same_tokens and same_task else (None, None)
     same_devices = len({summary.devices for summary in summaries}) == 1
     least, most = (min, max) if same_devices else (None, None)
     same_work = len({summary.tokens for summary in summaries}) == 1
     return [
         line("architecture", lambda s: s.architecture, str),
+        line("objective", lambda s: s.objective, str),
         line("layers / width / heads", lambda s: s.shape, str),
         line("parameters", lambda s: s.parameters, count),
         line("steps", lambda s: s.steps, lambda value: f"{value:,}"),
@@ -121,6 +135,12 @@ def _lines(summaries: Sequence[Summary], same_tokens: bool) -> list[Line]:
         line("validation loss, best", lambda s: number(s.best.get("loss")), "{:.4f}".format, lowest),
         line("validation loss, final", lambda s: number(s.final.get("loss")), "{:.4f}".format, lowest),
         line("token perplexity, final", lambda s: number(s.final.get("perplexity")), "{:.2f}".format, lowest),
+        line("likeliest token is right, final", _final("accuracy"), "{:.1%}".format, highest),
+        *(
+            line(f"unigram baseline: {name}", _final(key), form)
+            for name, key, form in (("loss", "baseline_loss", "{:.4f}".format), ("right", "baseline_accuracy", "{:.1%}".format))
+            if any(key in summary.final for summary in summaries)
+        ),
         line("bits per byte, final", lambda s: number(s.final.get("bits_per_byte")), "{:.3f}".format, min),
         line("devices", lambda s: s.devices, str),
         line("tokens a second, median", lambda s: s.tokens_per_sec, count, most),
@@ -130,8 +150,19 @@ def _lines(summaries: Sequence[Summary], same_tokens: bool) -> list[Line]:
     ]
 
 
+def _final(key: str) -> Callable[[Summary], float | None]:
+    """The number under this name in a run's last validation."""
+    return lambda summary: number(summary.final.get(key))
+
+
 def _warnings(found: Sequence[Run], names: Sequence[str], summaries: Sequence[Summary]) -> list[str]:
     told = []
+    tasks = list(dict.fromkeys(_task(run) for run in found))
+    if len(tasks) > 1:
+        told.append(
+            f"The runs predict different things ({' / '.join(tasks)}): losses, perplexities and accuracies do not compare between them,"
+            " each does with its own unigram baseline. Bits per byte are of causal_lm alone."
+        )
     if len({_tokenizer(run) for run in found}) > 1:
         told.append("The tokenizers differ: losses and perplexities a token do not compare, bits per byte does.")
     differing = [f"data.{name}" for name in HELD_OUT if _differs(found, f"data.{name}")]
@@ -164,6 +195,13 @@ def _differs(found: Sequence[Run], key: str) -> bool:
 def _differences(found: Sequence[Run]) -> list[tuple[str, list[Any]]]:
     keys = dict.fromkeys(key for run in found for key in run.config)
     return [(key, [run.config.get(key) for run in found]) for key in keys if _differs(found, key)]
+
+
+def _task(run: Run) -> str:
+    """What is predicted, in words: equal for runs whose losses compare."""
+    objective = run.config.get("train.objective", "unknown")
+    fields = {name: run.config.get(f"data.{name}") for name in TASKS.get(objective, ())}
+    return objective + (f" ({', '.join(f'{name} {value}' for name, value in fields.items())})" if fields else "")
 
 
 def _tokenizer(run: Run) -> str:

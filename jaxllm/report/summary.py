@@ -22,6 +22,7 @@ class Summary:
     """
 
     architecture: str | None
+    objective: str | None
     shape: str | None
     devices: str | None
     parameters: float | None
@@ -47,6 +48,7 @@ def summarize(run: Run) -> Summary:
     speeds = column(rows[1:] or rows, "tokens_per_sec")
     return Summary(
         architecture=run.config.get("model.name"),
+        objective=run.config.get("train.objective"),
         shape=_shape(run.config),
         devices=_devices(environment.get("devices")),
         parameters=number(environment.get("parameters")),

@@ -13,7 +13,7 @@ def test_buckets_are_few_and_never_above_the_context() -> None:
 
 def test_padded_batch() -> None:
     prompts = [[5, 6, 7], [8], [9, 9]]
-    batch = batching.pad(prompts, batching.streams(prompts), max_new_tokens=62, context_tokens=64)
+    batch = batching.pad(prompts, batching.streams(prompts), [61, 62, 62], context_tokens=64)
     assert batch.tokens_BT.shape == (4, 32)
     for row, prompt in enumerate(prompts):
         np.testing.assert_array_equal(batch.tokens_BT[row], prompt + [0] * (32 - len(prompt)))

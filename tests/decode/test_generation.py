@@ -22,41 +22,72 @@ SAMPLED = Settings(temperature=0.9, top_k=20, top_p=0.95, min_p=0.01, repetition
 PROMPTS = [[3, 1, 4], [1], [(7 * i) % VOCAB for i in range(20)], [3, 1, 4]]
 
 
+START = 2
+
+
 @cache
-def made(name: str = "llama", layers_as: str = "unrolled") -> tuple[Model, Params]:
+def made(name: str = "llama", layers_as: str = "unrolled", objective: str = "causal_lm", **changes: Any) -> tuple[Model, Params]:
     """A random model whose logits are far enough apart for argmax to be the same in every batch."""
     settings = config.base()
+    settings.train.objective = objective
     sizes = {"vocab_size": VOCAB, "context_tokens": CONTEXT, "layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "init_std": 0.02}
-    settings.model.update({"name": name, "layers_as": layers_as, **sizes})
+    settings.model.update({"name": name, "layers_as": layers_as, **sizes, **changes})
     model = models.build(settings)
     return model, jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(0)))
 
 
 def run(model: Model, params: Params, prompts: list[list[int]], settings: Settings = GREEDY, **changes: Any) -> list[list[int]]:
-    options = {"max_new_tokens": 12, "stop_ids": (), "vocab_size": VOCAB, "seed": 5, **changes}
+    options = {"max_new_tokens": 12, "stop_ids": (), "vocab_size": VOCAB, "seed": 5, "start_id": START, **changes}
     return generate.generate(model, params, prompts, settings, **options)
 
 
 def argmax_of_full_forward(model: Model, params: Params, prompt: list[int], count: int) -> list[int]:
-    """The oracle: no cache, the whole sequence again for each token."""
-    apply, ids = jax.jit(model.apply), list(prompt)
+    """The oracle: no cache, the whole sequence again for each token. A prefix sees itself, an encoder reads its prompt."""
+    apply, ids, beside = jax.jit(model.apply), list(prompt), {}
+    padded = jnp.zeros((1, CONTEXT), jnp.int32).at[0, : len(prompt)].set(jnp.array(prompt))
+    real = jnp.arange(CONTEXT)[None] < len(prompt)
+    if model.encode is not None:
+        ids, ones = [START], jnp.ones((1, CONTEXT), jnp.int32)
+        beside = {"inputs": padded, "input_segments": real.astype(jnp.int32), "segments": ones}
+    elif model.config.bidirectional_prompt:
+        beside = {"prefix": real}
+    before = len(ids)
     for _ in range(count):
         row = jnp.zeros((1, CONTEXT), jnp.int32).at[0, : len(ids)].set(jnp.array(ids))
-        ids.append(int(apply(params, row)[0, len(ids) - 1].argmax()))
-    return ids[len(prompt) :]
+        ids.append(int(apply(params, row, **beside)[0, len(ids) - 1].argmax()))
+    return ids[before:]
 
 
-@pytest.mark.parametrize(("name", "layers_as"), [("llama", "unrolled"), ("llama", "scan"), ("gpt", "unrolled")])
-def test_greedy_is_argmax_of_the_full_forward_pass(name: str, layers_as: str) -> None:
-    model, params = made(name, layers_as)
+@pytest.mark.parametrize(
+    ("name", "layers_as", "objective"),
+    [
+        ("llama", "unrolled", "causal_lm"),
+        ("llama", "scan", "prefix_lm"),
+        ("gpt", "unrolled", "causal_lm"),
+        ("t5", "unrolled", "span_corruption"),
+        ("transformer", "scan", "seq2seq"),
+    ],
+)
+def test_greedy_is_argmax_of_the_full_forward_pass(name: str, layers_as: str, objective: str) -> None:
+    """In one batch of prompts of different lengths, and with a prompt alone."""
+    model, params = made(name, layers_as, objective, **({"tied_head": "off"} if name in ("t5", "transformer") else {}))
     expected = [argmax_of_full_forward(model, params, prompt, 12) for prompt in PROMPTS]
-    assert len({token for row in expected for token in row}) > 8, "the test model is stuck on a few tokens"
+    assert len({token for row in expected for token in row}) > 5, "the test model is stuck on a few tokens"
+    assert len(set(map(tuple, expected))) > 1, "the test model does not read its prompt"
     assert run(model, params, PROMPTS) == expected
+    assert run(model, params, [PROMPTS[2]]) == [expected[2]]
 
 
-@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_row_does_not_depend_on_its_batch(settings: Settings) -> None:
-    model, params = made()
+def test_a_prefix_matters_in_both_directions() -> None:
+    """The same weights read as causal ones write something else, so that the test above can tell the two apart."""
+    prefix, params = made("llama", "scan", "prefix_lm")
+    causal, _ = made("llama", "scan")
+    assert run(prefix, params, [PROMPTS[2]]) != run(causal, params, [PROMPTS[2]])
+
+
+@pytest.mark.parametrize(("name", "settings"), [("llama", GREEDY), ("llama", SAMPLED), ("t5", SAMPLED)])
+def test_a_row_does_not_depend_on_its_batch(name: str, settings: Settings) -> None:
+    model, params = made(name)
     together = run(model, params, PROMPTS, settings)
     assert [run(model, params, [prompt], settings)[0] for prompt in PROMPTS[:3]] == together[:3]
     assert run(model, params, [PROMPTS[2], PROMPTS[0], PROMPTS[1]], settings) == [together[2], together[0], together[1]]
@@ -112,10 +143,10 @@ def constant(logits: list[float]) -> Model:
         return jnp.broadcast_to(logits_V, (tokens_BT.shape[0], len(logits))), cache
 
     class Sizes:
-        context_tokens = CONTEXT
+        context_tokens, head = CONTEXT, "lm"
 
     unused: Any = None
-    return Model("constant", Sizes, unused, unused, unused, unused, unused, lambda rows, length: (), decode)
+    return Model("constant", Sizes, unused, unused, unused, unused, unused, lambda rows, length: (), None, decode)
 
 
 def test_tokens_have_the_softmax_distribution_and_are_independent() -> None:
@@ -151,6 +182,34 @@ def test_generation_ends_at_the_context(caplog: pytest.LogCaptureFixture) -> Non
     assert [len(row) for row in rows] == [3, 12]
     assert "12 new tokens do not fit behind a prompt of 61 tokens in the model's context of 64: stopping after 3." in caplog.text
     assert rows == [argmax_of_full_forward(model, params, prompt, count) for prompt, count in zip(prompts, (3, 12), strict=True)]
+
+
+def test_an_encoder_reads_as_much_as_the_context_and_the_decoder_writes_as_much(caplog: pytest.LogCaptureFixture) -> None:
+    """The prompt takes no room from what is written; the start token takes one place."""
+    model, params = made("t5", "unrolled", "span_corruption")
+    caplog.clear()
+    prompts = [[5, 7] * (CONTEXT // 2), [2]]
+    rows = run(model, params, prompts, max_new_tokens=CONTEXT)
+    assert [len(row) for row in rows] == [CONTEXT - 1] * 2
+    assert "64 new tokens do not fit in the model's context of 64: stopping after 63." in caplog.text
+    assert [row[:12] for row in rows] == [argmax_of_full_forward(model, params, prompt, 12) for prompt in prompts]
+    with pytest.raises(ValueError, match=r"a prompt of 65 tokens[\s\S]*Accepted: 1 to 64 tokens.\n  Shorten"):
+        run(model, params, [[1] * (CONTEXT + 1)])
+    with pytest.raises(ValueError, match=r"without a start_id.\n  Accepted"):
+        run(model, params, [[1]], start_id=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("bert", {}, r"'bert' is an encoder, which writes no text.\n  Accepted: gpt, llama, t5[\s\S]*jaxllm.fill_mask"),
+        ("llama", {"head": "tag", "classes": 3}, r"predicts classes \(model.head = 'tag'\)[\s\S]*jaxllm.evaluate"),
+    ],
+)
+def test_models_that_write_no_text_are_refused(name: str, changes: dict[str, Any], words: str) -> None:
+    model, params = made(name, **changes)
+    with pytest.raises(ValueError, match=words):
+        run(model, params, [[1]])
 
 
 @pytest.mark.parametrize(

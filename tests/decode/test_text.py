@@ -1,5 +1,6 @@
 """Text from ids: nothing is shown that could still change, nothing is lost, and the pieces join to the whole."""
 
+import dataclasses
 import io
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 import pytest
 import sentencepiece
 
+from jaxllm import config
+from jaxllm.data.tokenizers.added import Added
 from jaxllm.data.tokenizers.byte import ByteTokenizer
-from jaxllm.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from jaxllm.decode import generate, text
+from jaxllm.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_bpe
+from jaxllm.decode import generate, marks, text
 from jaxllm.ops.sampling import Settings
 from jaxllm.types import Model
 
@@ -20,7 +23,7 @@ TEXTS = ["plain", "Grüße 日本 🙂!", "real U+FFFD: \ufffd", "\ufffd at the 
 
 
 class Context:
-    context_tokens = 256
+    context_tokens, head = 256, "lm"
 
 
 def parrot(prompt_tokens: int, script: Sequence[int]) -> Model:
@@ -32,7 +35,9 @@ def parrot(prompt_tokens: int, script: Sequence[int]) -> Model:
         return jax.nn.one_hot(script_N[cache - prompt_tokens], ByteTokenizer.vocab_size), cache
 
     unused: Any = None
-    return Model("parrot", Context, unused, unused, unused, unused, unused, lambda rows, length: jnp.zeros(rows, jnp.int32), decode)
+    return Model(
+        "parrot", Context, unused, unused, unused, unused, unused, lambda rows, length: jnp.zeros(rows, jnp.int32), None, decode
+    )
 
 
 @pytest.mark.parametrize("expected", TEXTS)
@@ -100,6 +105,35 @@ def test_bos_is_added_once(monkeypatch: pytest.MonkeyPatch, bos_id: int | None, 
     text.complete(parrot(0, [0]), {}, tokenizer, ["ab", ""], GREEDY, max_new_tokens=1, seed=0)
     assert list(text.stream(parrot(0, [0]), {}, tokenizer, "ab", GREEDY, max_new_tokens=1, seed=0)) == []
     assert seen == [[*start, 97, 98], start, [*start, 97, 98]]
+
+
+def test_an_encoder_reads_the_prompt_with_its_sentinels_and_eos() -> None:
+    """And what the decoder writes is a text of its own. Bytes keep the space before a sentinel, pieces do not."""
+    tokenizer = ByteTokenizer(Added(sentinels=2))
+    first, second = tokenizer.sentinel_ids
+    reader = dataclasses.replace(parrot(1, tokenizer.encode("out")), encode=lambda params, inputs, lengths, cache: cache)
+    assert text.encode(reader, tokenizer, "a <extra_id_1> b") == text.Prompt([97, 32, second, 32, 98, 257], [])
+    assert text.complete(reader, {}, tokenizer, ["ab"], GREEDY, max_new_tokens=3, seed=0) == ["out"]
+    assert text.join(reader, "out") == " -> out"
+    with pytest.raises(ValueError, match=r"<extra_id_2> in a prompt[\s\S]*Accepted: <extra_id_0> to <extra_id_1>"):
+        text.encode(reader, tokenizer, "a <extra_id_2>")
+    writer = parrot(1, [0])
+    assert text.encode(writer, tokenizer, "<extra_id_0>").before == list(b"<extra_id_0>")
+    assert text.encode(reader, ByteTokenizer(), "<extra_id_0>").ids == [*b"<extra_id_0>", 257]
+
+
+def test_a_sentinel_takes_the_space_before_it() -> None:
+    """As in training, where a hidden word took its space along: pieces begin with the space."""
+    corpus = ["the quick brown fox jumps over the lazy dog"] * 20
+    settings = config.base()
+    settings.tokenizer.vocab_size = 300
+    tokenizer = train_bpe(settings, lambda: corpus, Added(sentinels=1, mask=True))
+    words = {word: tokenizer.encode(word) for word in ("the quick", " fox jumps", " dog")}
+    marked = marks.encode(tokenizer, "the quick <extra_id_0> fox jumps", {"<extra_id_0>": tokenizer.sentinel_ids[0]})
+    assert marked == [*words["the quick"], tokenizer.sentinel_ids[0], *words[" fox jumps"]]
+    masked = marks.encode(tokenizer, "the quick [MASK] fox jumps<mask> dog", marks.masks(tokenizer))
+    assert masked == [*words["the quick"], tokenizer.mask_id, *words[" fox jumps"], tokenizer.mask_id, *words[" dog"]]
+    assert tokenizer.encode("the quick ") != words["the quick"], "the space would be a token of its own"
 
 
 def test_prompts_that_cannot_be_continued_are_refused_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxllm import config, models
-from jaxllm.data import pack, shards, tokenize
+from jaxllm.data import examples, shards, tokenize
+from jaxllm.data.documents import Document
 from jaxllm.data.tokenizers.byte import ByteTokenizer
 from jaxllm.evals import perplexity
 from jaxllm.types import Model, Params
@@ -31,20 +32,23 @@ def made() -> tuple[Any, Model, Params]:
 
 @pytest.fixture
 def rows(tmp_path: Any) -> shards.Shards:
-    totals = shards.Totals()
-    blocks = pack.pack(TEXTS, ByteTokenizer(), ROW_TOKENS, totals)
-    return shards.write(tmp_path / "rows", blocks, row_tokens=ROW_TOKENS, vocab_size=ByteTokenizer.vocab_size, totals=totals)
+    documents = [Document(text, "") for text in TEXTS]
+    return examples.write(made()[0], tmp_path / "rows", documents, ByteTokenizer(), (), shards.Totals())
+
+
+def batch_of(rows: shards.Shards, places: np.ndarray) -> dict[str, np.ndarray]:
+    return examples.make(made()[0]).batch(ByteTokenizer())(rows.rows(places), places, 0, 0)
 
 
 def batches(rows: shards.Shards, size: int) -> Iterator[dict[str, np.ndarray]]:
     """The last one is smaller."""
     for start in range(0, len(rows), size):
-        yield rows.rows(np.arange(start, min(start + size, len(rows))))
+        yield batch_of(rows, np.arange(start, min(start + size, len(rows))))
 
 
 def by_numpy(rows: shards.Shards) -> dict[str, float]:
     _, model, params = made()
-    batch = rows.rows(np.arange(len(rows)))
+    batch = batch_of(rows, np.arange(len(rows)))
     logits = jax.jit(model.apply)(params, batch["tokens"], segments=batch["segments"], positions=batch["positions"])
     logits = np.asarray(logits, np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -78,7 +82,7 @@ def test_equals_numpy_whatever_the_batch_size(rows: shards.Shards) -> None:
 def test_nothing_to_evaluate_is_an_error(rows: shards.Shards) -> None:
     settings, model, params = made()
     evaluate = perplexity.make_eval(model, settings)
-    empty = {**rows.rows(np.arange(2)), "weights": np.zeros((2, ROW_TOKENS), np.float32)}
+    empty = {**batch_of(rows, np.arange(2)), "weights": np.zeros((2, ROW_TOKENS), np.float32)}
     for given in ([empty], []):
         with pytest.raises(ValueError, match="nothing to evaluate: no target has a weight above 0"):
             evaluate(params, given, 1.0)
@@ -91,3 +95,29 @@ def test_metric_is_named_in_full() -> None:
         "token perplexity (window 16, stride 16, BOS at document start, EOS at document end is predicted,"
         f" tokenizer bpe-259-{tokenize.fingerprint(ByteTokenizer())[:8]})"
     )
+
+
+@pytest.mark.parametrize(
+    ("objective", "fields", "start"),
+    [
+        ("masked_lm", {"whole_words": True}, "masked token perplexity (window 16, stride 16, 0.15 of the words chosen, tokenizer "),
+        ("span_corruption", {}, "span corruption perplexity (inputs of 16, 0.15 of the tokens hidden in spans of 3, tokenizer "),
+        ("prefix_lm", {}, "continuation perplexity (window 16, stride 16, behind a prefix of random length, tokenizer "),
+        ("seq2seq", {"input_tokens": 8}, "target token perplexity (inputs up to 8, targets up to 16, EOS is predicted, tokenizer "),
+        ("sequence_classification", {}, "perplexity of a text's class (3 classes, texts up to 16, tokenizer "),
+    ],
+)
+def test_every_objective_has_a_name_of_its_own(objective: str, fields: dict[str, Any], start: str) -> None:
+    settings = config.base()
+    settings.train.objective, settings.model.classes = objective, 3
+    settings.data.update(fields)
+    assert perplexity.metric_name(settings, ByteTokenizer(), ROW_TOKENS).startswith(start)
+
+
+def test_bits_per_byte_are_of_causal_models_alone(rows: shards.Shards) -> None:
+    """Where a part of the text stands on both sides, predictions are no code of the text."""
+    settings, model, params = made()
+    settings = settings.copy_and_resolve_references()
+    settings.train.objective = "prefix_lm"
+    row = perplexity.make_eval(model, settings)(params, batches(rows, len(rows)), rows.bytes_per_token)
+    assert (row["bits_per_byte"], row["bytes"]) == (None, None)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from synthetic_runs import write_run
 
+from jaxllm.config import SCHEMA
 from jaxllm.report import canvas, comparison, curves, overlay, runs
 from jaxllm.report.training import write_report
 
@@ -73,8 +74,8 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
     assert f"jaxllm.generate --run {directory} --prompt 'it'\"'\"'s '" in page.text
     assert "Training stopped" not in page.text and "missing" not in page.text
     assert (
-        "layers" in page.text.partition("All 7")[0]
-        and "rope_theta" not in page.text.partition("All 7")[0].partition("Configuration")[2]
+        "layers" in page.text.partition(f"All {len(SCHEMA)} fields")[0]
+        and "rope_theta" not in page.text.partition(f"All {len(SCHEMA)} fields")[0].partition("Configuration")[2]
     )
     names = sorted(path.name for path in (directory / "pictures").iterdir())
     assert names == ["gradient_norm.png", "learning_rate.png", "loss.png", "tokens_per_sec.png"]
@@ -259,6 +260,26 @@ def test_runs_of_different_tokenizers(tmp_path: Path) -> None:
     metrics = places[0] / "metrics.jsonl"
     metrics.write_text(re.sub(r', "bits_per_byte": [\d.]+', "", metrics.read_text()))
     assert "Validation loss of every run" in comparison.write(comparison.compare(places), tmp_path)[0].read_text()
+
+
+def test_runs_of_different_objectives(tmp_path: Path) -> None:
+    """Side by side, each with its own baseline, and none is called the best; noise that none of them draws does not matter."""
+    masked = {"model__name": "bert", "train__objective": "masked_lm"}
+    places = [write_run(tmp_path / "a", data__noise_frac=0.3), write_run(tmp_path / "b", floor=1.0, **masked)]
+    metrics = places[1] / "metrics.jsonl"
+    metrics.write_text(re.sub(r'"bits_per_byte": [\d.]+', '"accuracy": 0.5, "baseline_loss": 4.25', metrics.read_text()))
+    found = comparison.compare(places)
+    lines = {line.name: line for line in found.lines}
+    assert found.warnings == [
+        "The runs predict different things (causal_lm / masked_lm (noise_frac 0.15, whole_words False)): losses, perplexities and"
+        " accuracies do not compare between them, each does with its own unigram baseline. Bits per byte are of causal_lm alone."
+    ]
+    assert lines["objective"].cells == ["causal_lm", "masked_lm"]
+    assert lines["unigram baseline: loss"].cells == ["", "4.2500"] and "unigram baseline: right" not in lines
+    assert lines["likeliest token is right, final"].cells == ["", "50.0%"]
+    assert not any(line.best for line in found.lines if "loss" in line.name or "perplexity" in line.name)
+    again = [write_run(tmp_path / "c", **masked), write_run(tmp_path / "d", data__noise_frac=0.3, **masked)]
+    assert "noise_frac 0.15" in comparison.compare(again).warnings[0]
 
 
 @pytest.mark.parametrize(
