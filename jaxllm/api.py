@@ -3,21 +3,26 @@
 model, params, tokenizer = jaxllm.load("runs/quickstart")
 logits = model.apply(params, inputs)                                      # int32 [B, T] -> float32 [B, T, V]
 text = jaxllm.generate(model, params, tokenizer, "The ", temperature=0.8)
+answer = jaxllm.chat(model, params, tokenizer, "Who are you?")            # of a model with a chat template
+guesses = jaxllm.fill_mask(model, params, tokenizer, "The [MASK] sat.")   # of a model of masked text
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
 from jaxllm import runs
-from jaxllm.decode import text
+from jaxllm.decode import beam, masks, text
+from jaxllm.decode import chat as conversations
 from jaxllm.ops import sampling
 from jaxllm.types import Model, Params, Tokenizer
 
 
 def load(directory: str | Path, step: int | None = None) -> tuple[Model, Params, Tokenizer]:
-    """(model, params, tokenizer) of a run directory, at checkpoint `step` (None: the newest).
+    """(model, params, tokenizer) of a run directory, at checkpoint `step` (None: the newest); of a directory of transformers with
+    config.json and safetensors; or of a GGUF file.
 
     The averaged weights if the run keeps them. On one device, whatever mesh the run was trained on. On a CPU the model computes in
     float32 with unrolled layers, whatever the run did, because that decodes faster. `model.apply` is compiled for each new shape.
@@ -39,14 +44,56 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool = False,
 ) -> str | list[str]:
     """What the model writes behind the prompt, which is not repeated: a text, or a list of texts for a list of prompts.
 
     Up to `max_new_tokens` tokens, fewer at the end of a document or of the context. `temperature` 0 is greedy; the other
     settings are explained in `ops.sampling.Settings`. The same seed gives the same text, whatever other prompts are in the
-    list; equal prompts get different texts. The first call compiles, later ones with similar sizes do not.
+    list; equal prompts get different texts. With `num_beams` above 1 nothing is drawn, but the likeliest text is searched
+    for, as `decode.beam.Settings` says. The first call compiles, later ones with similar sizes do not.
     """
-    settings = sampling.Settings(temperature, top_k, top_p, min_p, repetition_penalty)
+    drawn = sampling.Settings(temperature, top_k, top_p, min_p, repetition_penalty)
+    settings = drawn if num_beams == 1 else beam.Settings(num_beams, length_penalty, early_stopping)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     texts = text.complete(model, params, tokenizer, prompts, settings, max_new_tokens=max_new_tokens, seed=seed)
     return texts[0] if isinstance(prompt, str) else texts
+
+
+def chat(
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    messages: str | Sequence[conversations.Message],
+    max_new_tokens: int = 512,
+    seed: int = 0,
+    *,
+    temperature: float = 0.7,
+    top_k: int = 0,
+    top_p: float = 0.95,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> str:
+    """The model's answer to a conversation: a list of {"role": "system", "user" or "assistant", "content": text}, or one question.
+
+    For a model whose tokenizer has a chat template; ValueError for another one, for a conversation that the template refuses or that
+    spells a special token, and for one that leaves no room for an answer in the context.
+    """
+    asked = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    prompt_ids = conversations.encode(tokenizer, asked)
+    settings = sampling.Settings(temperature, top_k, top_p, min_p, repetition_penalty)
+    options = {"max_new_tokens": max_new_tokens, "seed": seed}
+    return "".join(conversations.stream(model, params, tokenizer, prompt_ids, settings, **options)).rstrip()
+
+
+def fill_mask(
+    model: Model, params: Params, tokenizer: Tokenizer, text: str | list[str], top_k: int = 5
+) -> list[list[masks.Guess]] | list[list[list[masks.Guess]]]:
+    """For each mask of the text its `top_k` likeliest tokens, as (text, id, probability); of a list of texts a list of such lists.
+
+    A mask is written [MASK], <mask>, or as the tokenizer spells it. For a model that was trained on masked text (bert).
+    """
+    found = masks.fill(model, params, tokenizer, [text] if isinstance(text, str) else text, top_k)
+    return found[0] if isinstance(text, str) else found

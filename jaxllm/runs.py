@@ -1,7 +1,9 @@
-"""A run directory opened for use: its config, tokenizer, model and the weights of one checkpoint."""
+"""A model opened for use: its config, tokenizer and weights, out of a run directory, a directory of transformers or a GGUF file."""
 
 import difflib
+import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +17,24 @@ from jaxllm.data import tokenize
 from jaxllm.engine import canonical
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.workdir import Workdir
+from jaxllm.interop import directory as hf
+from jaxllm.interop import gguf, weights
+from jaxllm.interop.imported import Imported
 from jaxllm.transforms import tree
 from jaxllm.types import Model, Params, Tokenizer
+
+GGUF = ".gguf"
+# In a run directory: the files of the model that it was converted from.
+CARRIED = "hf"
 
 
 @dataclass(frozen=True)
 class Run:
-    """params: averaged weights where the run keeps them, on one device. step: updates that they have seen."""
+    """params: averaged weights where the run keeps them, on one device. step: updates that they have seen.
+
+    classes: names of the classes of a head that classifies, by number. imported: None for a run of this package; of other models
+    `workdir` is their path, and nothing is written there.
+    """
 
     workdir: Workdir
     config: ConfigDict
@@ -29,15 +42,20 @@ class Run:
     model: Model
     params: Params
     step: int
+    classes: tuple[str, ...] = ()
+    imported: Imported | None = None
 
 
 def load(directory: str | Path, step: int | None = None, *, for_decoding: bool = False) -> Run:
-    """The run in `directory` at checkpoint `step` (None: the newest), whatever mesh it was trained on.
+    """The run in `directory` at checkpoint `step` (None: the newest), whatever mesh it was trained on; or the model in a directory
+    of transformers (config.json and safetensors) or in a GGUF file, in float32.
 
     for_decoding: on a CPU, layers are unrolled and compute in float32 whatever the run did, which decodes faster there than a scan
     and than bfloat16. Else everything is as it was trained.
-    ValueError for what is no run, a run without a checkpoint, and a step that is not kept, with the steps that are.
+    ValueError for what is none of these, a run without a checkpoint, and a step that is not kept, with the steps that are.
     """
+    if is_foreign(directory):
+        return _load_imported(read_imported(directory, step))
     workdir = _workdir(directory)
     config = schema.load(workdir.config)
     if for_decoding and jax.default_backend() == "cpu":
@@ -49,7 +67,60 @@ def load(directory: str | Path, step: int | None = None, *, for_decoding: bool =
     restored = Checkpoints(workdir.checkpoints).load_params(canonical.abstract(template), step)
     # Cut into layers on the host: on the device that is a program to compile, which takes longer than all the rest.
     params = jax.device_put(tree.unstack_like(jax.device_get(restored.tree), template))
-    return Run(workdir, config, tokenizer, model, params, restored.step)
+    return Run(workdir, config, tokenizer, model, params, restored.step, _classes(workdir, config))
+
+
+def carried(workdir: Workdir) -> dict[str, bytes]:
+    """The files of the model that a converted run comes from, name -> bytes; none for another run."""
+    return {file.name: file.read_bytes() for file in sorted((workdir.path / CARRIED).glob("*"))}
+
+
+def _classes(workdir: Workdir, config: ConfigDict) -> tuple[str, ...]:
+    if workdir.provenance.is_file():
+        return tuple(json.loads(workdir.provenance.read_bytes()).get("labels", ()))
+    return _imported_classes(carried(workdir), config)
+
+
+def _imported_classes(files: Mapping[str, bytes], config: ConfigDict) -> tuple[str, ...]:
+    """Of a head that classifies: some files have labels for every model."""
+    return hf.classes_of(files) if config.model.head in ("classify", "tag") else ()
+
+
+def is_foreign(path: str | Path) -> bool:
+    """Whether the path is a file, or a directory whose config.json is not one of a run: what `read_imported` is for."""
+    path = Path(path).expanduser()
+    return path.is_file() or path.suffix == GGUF or (bool(str(path)) and hf.is_one(path))
+
+
+def read_imported(path: str | Path, step: int | None = None) -> Imported:
+    """The model of another tool at `path`, its weights still on disk; ValueError for anything else, and for a `step`."""
+    path = Path(path).expanduser()
+    if step is not None:
+        raise ValueError(
+            f"step {step} of '{path}', which is no run of this package.\n  Accepted: no step, as it holds one model.\n"
+            "  Leave out the step."
+        )
+    return hf.read(path) if path.is_dir() else gguf.read(path)
+
+
+def no_tokenizer(imported: Imported) -> str:
+    """The error text for a model without one."""
+    return (
+        f"'{imported.path}' has no tokenizer.\n  Accepted: {', '.join(hf.tokenizer_files.DEFINITIONS)} beside its config.json.\n"
+        "  Fetch the tokenizer files of the model."
+    )
+
+
+def _load_imported(imported: Imported) -> Run:
+    if imported.tokenizer is None:
+        raise ValueError(no_tokenizer(imported))
+    for note in imported.notes:
+        logging.info("%s: %s", imported.path, note)
+    loaded = weights.load(imported)
+    if loaded.unused:
+        logging.info("%s: tensors that are not used: %s", imported.path, ", ".join(loaded.unused))
+    config, classes = imported.config, _imported_classes(imported.files, imported.config)
+    return Run(Workdir(imported.path), config, imported.tokenizer, models.build(config), loaded.params, 0, classes, imported)
 
 
 def _suit_cpu(config: ConfigDict) -> None:
@@ -84,6 +155,7 @@ def _no_run(directory: str | Path, path: Path) -> str:
     hint = f" Did you mean '{near[0]}'?" if near else ""
     listed = f", such as {', '.join(nearby[:8])}" if nearby else ""
     return (
-        f"{what}.{hint}\n  Accepted: the --workdir of a training run{listed}.\n"
+        f"{what}.{hint}\n  Accepted: the --workdir of a training run{listed}; a directory with config.json and model.safetensors; a .gguf"
+        " file.\n"
         f"  Correct the path (a relative one starts at '{os.getcwd()}'), or train first."
     )

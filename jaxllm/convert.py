@@ -1,0 +1,283 @@
+"""Converts a model between a run directory, a directory of transformers (safetensors) and, as a source, a GGUF file.
+
+  python -m jaxllm.convert --from SRC --to DST [--format hf|jaxllm] [--dtype float32|bfloat16|float16] [--step N]
+                           [--max_shard_size 5GB] [--check]
+
+SRC is a run directory (its newest checkpoint, or that of --step), a directory with config.json and safetensors, or a .gguf file.
+A run becomes a directory that transformers and other tools load (hf); anything else becomes a run directory (jaxllm), which
+generate, evaluate and jaxllm.load open. Nothing but DST is written, and DST appears when it is complete.
+"""
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from jaxllm import command, models, runs
+from jaxllm import config as schema
+from jaxllm.engine.checkpoint import Checkpoints
+from jaxllm.engine.workdir import Workdir, sync_directory, write_text
+from jaxllm.interop import directory, weights
+from jaxllm.types import Params, Tokenizer
+
+HF, RUN = "hf", "jaxllm"
+UNIT_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+CHECK_SHAPE = (2, 64)
+# Largest accepted difference of logits, as a share of the largest one, from those of the source's weights rounded as they are
+# written. Then both compute with the same numbers, only stacked layers may add them up in another order; and a model that rounding
+# changes much is told from one that was written wrong.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to convert. dtype: of its files. unused: tensors that were not read. carried: name -> bytes of what travels along."""
+
+    title: str
+    config: ConfigDict
+    tokenizer: Tokenizer | None
+    params: Params
+    dtype: str
+    unused: tuple[str, ...]
+    carried: Mapping[str, bytes]
+    classes: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("from", "", "run directory, directory with config.json and safetensors, or .gguf file")
+    flags.DEFINE_string("to", "", "directory to write; it must not exist, or be empty")
+    flags.DEFINE_string("format", "", "hf (for transformers) or jaxllm (a run directory); default: hf for a run, else jaxllm")
+    flags.DEFINE_enum("dtype", None, directory.DTYPES, "of the tensors of format hf; default: that of the source's files")
+    flags.DEFINE_integer("step", None, "checkpoint of a run to use; default: the newest")
+    flags.DEFINE_string("max_shard_size", "5GB", "bytes of a safetensors file, at most; KB, MB, GB, KiB, MiB, GiB")
+    flags.DEFINE_bool(
+        "check", False, "reload what was written and compare its logits with the source's; exit code 2 if they differ"
+    )
+
+
+def main(arguments: list[str]) -> int:
+    del arguments
+    given = flags.FLAGS
+    path, target = _paths(str(given["from"].value), given.to)
+    options = {"step": given.step, "max_shard_bytes": parse_size(given.max_shard_size), "checked": given.check}
+    return convert(path, target, given.format, given.dtype, Console(soft_wrap=True), **options)
+
+
+def convert(
+    path: Path,
+    target: Path,
+    wanted: str,
+    dtype: str | None,
+    console: Console,
+    *,
+    step: int | None = None,
+    max_shard_bytes: int = directory.MAX_SHARD_BYTES,
+    checked: bool = False,
+) -> int:
+    """Writes the model at `path` to `target` and prints what was done; the exit code, which only `checked` makes other than 0.
+
+    wanted: the format, "" for the default. ValueError for what cannot be read or converted; then `target` is as it was.
+    """
+    wanted = _format(wanted, path, dtype)
+    _check_free(target)
+    source = open_source(path, step, wanted)
+    dtype = "float32" if wanted == RUN else dtype or source.dtype
+    # Beside DST, so that a rename completes it.
+    partial = target.absolute().with_name(f".{target.absolute().name}.converting")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        rows = _write_hf(partial, source, dtype, max_shard_bytes) if wanted == HF else _write_run(partial, target, source)
+        if target.is_dir():
+            target.rmdir()
+        partial.rename(target)
+        sync_directory(target.absolute().parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    show({"from": source.title, "to": f"{target} ({wanted})", **rows, "tensors not used": _listing(source.unused)}, console)
+    for note in source.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    return check(source, target, dtype, console) if checked else 0
+
+
+def _paths(source: str, target: str) -> tuple[Path, Path]:
+    if not source or not target:
+        raise ValueError(
+            f"--{'to' if source else 'from'} is not given.\n  Accepted: --from SRC --to DST, SRC a run directory, a directory with"
+            " config.json and safetensors, or a .gguf file.\n  Give both."
+        )
+    return Path(source).expanduser(), Path(target).expanduser()
+
+
+def _format(given: str, path: Path, dtype: str | None) -> str:
+    """hf or jaxllm; ValueError for another word, with a reason for gguf."""
+    wanted = given or (RUN if runs.is_foreign(path) else HF)
+    if wanted not in (HF, RUN):
+        gguf = wanted == "gguf"
+        raise ValueError(
+            f"--format {wanted}: {'GGUF files are read, not written' if gguf else 'there is no such format'}.\n"
+            f"  Accepted: {HF}, {RUN}.\n  "
+            + (f"Write --format {HF} and run llama.cpp's convert_hf_to_gguf.py on it." if gguf else "Use one of these, or none.")
+        )
+    if wanted == RUN and dtype not in (None, "float32"):
+        raise ValueError(
+            f"--dtype {dtype} with --format {RUN}, whose checkpoints hold float32.\n  Accepted: float32, or --format {HF}.\n"
+            "  Leave out --dtype."
+        )
+    return wanted
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB"; ValueError for what is no size."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not found or found[2].upper() not in UNIT_BYTES or not (size := int(float(found[1]) * UNIT_BYTES[found[2].upper()])):
+        raise ValueError(
+            f"--max_shard_size {text} is no size.\n  Accepted: a number above 0 and KB, MB, GB, KiB, MiB or GiB, such as 5GB.\n"
+            "  Correct the flag."
+        )
+    return size
+
+
+def _check_free(target: Path) -> None:
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(
+            f"--to {target} is there already.\n  Accepted: a directory that does not exist, or an empty one.\n"
+            "  Give another directory, or delete this one."
+        )
+
+
+def open_source(path: Path, step: int | None, wanted: str) -> Source:
+    """The model at `path`, loaded; in the form in which it is written without a second copy."""
+    if not runs.is_foreign(path):
+        run = runs.load(path, step)
+        carried = runs.carried(run.workdir)
+        dtype = directory.dtype_of(carried)
+        return Source(f"{path}, step {run.step}", run.config, run.tokenizer, run.params, dtype, (), carried, run.classes, ())
+    imported = runs.read_imported(path, step)
+    if wanted == RUN and imported.tokenizer is None:
+        raise ValueError(runs.no_tokenizer(imported))
+    # Checkpoints hold stacked layers.
+    imported.config.model.layers_as = "scan" if wanted == RUN else "unrolled"
+    loaded = weights.load(imported)
+    largest = max(imported.tensors.shapes, key=lambda name: int(np.prod(imported.tensors.shapes[name])))
+    dtype = imported.tensors.dtypes[largest]
+    return Source(
+        f"{path} ({imported.architecture})",
+        imported.config,
+        imported.tokenizer,
+        loaded.params,
+        dtype if dtype in directory.DTYPES else "float32",
+        loaded.unused,
+        imported.files,
+        directory.classes_of(imported.files),
+        imported.notes,
+    )
+
+
+def _write_hf(partial: Path, source: Source, dtype: str, max_shard_bytes: int) -> dict[str, str]:
+    """Writes the directory and returns what there is to say about it."""
+    arch = models.build(source.config).config
+    written = directory.write(
+        partial,
+        source.params,
+        arch,
+        source.tokenizer,
+        source.carried,
+        classes=source.classes,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+    )
+    carried = [name for name in written.files if name in source.carried and name != directory.CONFIG]
+    return {
+        "architecture": written.architecture,
+        "parameters": f"{sum(int(np.prod(shape)) for shape in written.shapes.values()):,}",
+        "tensors": f"{len(written.shapes)} in {sum(name.endswith('.safetensors') for name in written.files)} file(s), {dtype}",
+        "files as they were": _listing(carried),
+        "files made": _listing([name for name in written.files if name not in carried and not name.endswith(".safetensors")]),
+        "notes": _listing(written.notes),
+    }
+
+
+def _write_run(partial: Path, target: Path, source: Source) -> dict[str, str]:
+    """Writes the run directory and returns what there is to say about it."""
+    config = source.config.copy_and_resolve_references()
+    config.model.layers_as = "unrolled"
+    config.tokenizer.kind, config.tokenizer.path = "file", str(target.absolute() / "tokenizer")
+    workdir = Workdir(partial)
+    write_text(workdir.config, schema.to_json(config))
+    if source.tokenizer is not None:
+        source.tokenizer.save(str(workdir.tokenizer))
+    (partial / runs.CARRIED).mkdir()
+    for name, data in source.carried.items():
+        (partial / runs.CARRIED / name).write_bytes(data)
+    checkpoints = Checkpoints(workdir.checkpoints)
+    checkpoints.save(0, {"params": source.params})
+    checkpoints.close()
+    leaves = jax.tree.leaves(source.params)
+    return {
+        "model": f"{config.model.name}, {config.model.layers} layers, width {config.model.width}",
+        "parameters": f"{sum(leaf.size for leaf in leaves):,}",
+        "checkpoint": "step 0, float32",
+        "files as they were": _listing([f"{runs.CARRIED}/{name}" for name in source.carried]),
+    }
+
+
+def check(source: Source, target: Path, dtype: str, console: Console) -> int:
+    """Prints the largest difference between the logits of the source and of what was written; 0, or 2 if it is too large."""
+    shape = (CHECK_SHAPE[0], min(CHECK_SHAPE[1], source.config.model.context_tokens))
+    rng = np.random.default_rng(0)
+    tokens_BT, inputs_BS = rng.integers(0, source.config.model.vocab_size, (2, *shape), dtype=np.int32)
+
+    def logits(config: ConfigDict, params: Params) -> np.ndarray:
+        model = models.build(config)
+        beside: dict[str, Any] = {"inputs": inputs_BS} if model.encode is not None else {}
+        return np.asarray(jax.jit(model.apply)(params, tokens_BT, **beside))
+
+    exact = rounded = logits(source.config, source.params)
+    if dtype != "float32":
+        rounded = logits(source.config, jax.tree.map(lambda leaf: leaf.astype(dtype).astype(leaf.dtype), source.params))
+    if runs.is_foreign(target):
+        imported = runs.read_imported(target)
+        imported.config.model.layers_as = source.config.model.layers_as
+        imported.config.precision = source.config.precision
+        found = logits(imported.config, weights.load(imported).params)
+    else:
+        run = runs.load(target)
+        found = logits(run.config, run.params)
+    largest, difference, error = (float(np.abs(array).max()) for array in (exact, found - exact, found - rounded))
+    good = error <= TOLERANCE * largest
+    console.print(
+        f"check: largest difference of logits {difference:.3g}, {error:.3g} from those of weights rounded to {dtype}; the largest"
+        f" logit is {largest:.3g}: {'ok' if good else f'TOO LARGE, up to {TOLERANCE * largest:.3g} is accepted'}",
+        highlight=False,
+    )
+    return 0 if good else command.FAILED
+
+
+def _listing(names: Any) -> str:
+    names = list(names)
+    return ", ".join(names[:8]) + (f", and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def show(rows: Mapping[str, str], console: Console) -> None:
+    """Prints what was converted; rows without content are left out."""
+    table = Table(show_header=False)
+    for name, text in rows.items():
+        if text:
+            table.add_row(name, text)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.run(main)

@@ -1,0 +1,214 @@
+"""Directories as transformers writes them: config.json, tensors, and files that travel along. Read into our terms, and written."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from jaxllm import config as schema
+from jaxllm.data import tokenize
+from jaxllm.data.tokenizers import file as tokenizer_file
+from jaxllm.interop import families, safetensors, tokenizer_files, weights
+from jaxllm.interop.family import Settings
+from jaxllm.interop.imported import Imported
+from jaxllm.models.architecture import Architecture
+from jaxllm.types import Params, Tokenizer
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+# What travels along, byte for byte.
+CARRIED = (*tokenizer_files.NAMES, GENERATION)
+# Keys of config.json that no computation here reads; they travel along as well.
+CARRIED_KEYS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "sep_token_id",
+    "decoder_start_token_id",
+    "problem_type",
+    "task_specific_params",
+)
+OBJECTIVES = {"classify": "sequence_classification", "tag": "token_classification", "none": "masked_lm"}
+LM_OBJECTIVES = {"bert": "masked_lm", "t5": "span_corruption"}
+# Tokens a row of an evaluation, at most: a context of a hundred thousand needs more memory than most machines have.
+ROW_TOKENS = 1024
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+def is_one(path: Path) -> bool:
+    """Whether the path is a directory whose config.json is not one of a run, which has sections."""
+    try:
+        values = json.loads((path / CONFIG).read_bytes())
+    except OSError:
+        return False
+    except ValueError:
+        return any(path.glob("*.safetensors"))
+    return isinstance(values, dict) and not isinstance(values.get("model"), dict)
+
+
+def read(path: str | Path) -> Imported:
+    """The model in a directory, its tensors still on disk.
+
+    ValueError for a directory without config.json or tensors, an architecture that is not known, a value in config.json that has no
+    counterpart here, damaged files, and a tokenizer with more tokens than the embedding has rows.
+    """
+    path = Path(path).expanduser()
+    values = _config(path / CONFIG)
+    given = Settings(values, str(path / CONFIG))
+    architecture = families.identify(values, given.where)
+    given.only("quantization_config", None)
+    family = families.find(architecture)
+    fields, head = family.read(given, architecture), family.classes[architecture]
+    _check_range(fields, given.where)
+    config = schema.base()
+    config.model.update(fields | {"head": head, "classes": given.classes() if head in ("classify", "tag") else 0})
+    config.model.init_std = given.number("initializer_range", 0.0)
+    config.train.objective = OBJECTIVES.get(head) or LM_OBJECTIVES.get(config.model.name, "causal_lm")
+    config.data.row_tokens = min(config.model.context_tokens, ROW_TOKENS)
+    tensors = safetensors.Files(safetensors.find(path))
+    files = {name: (path / name).read_bytes() for name in (CONFIG, *CARRIED) if (path / name).is_file()}
+    tokenizer = _tokenizer(path, config)
+    return Imported(path, architecture, config, tokenizer, tensors, files, tuple(given.notes))
+
+
+def _check_range(fields: Mapping[str, Any], where: str) -> None:
+    """ValueError for a value that config.model does not accept; an epsilon of 0 there means another one."""
+    for name, value in fields.items():
+        accept = schema.SCHEMA[f"model.{name}"].accept
+        if not accept.test(value) or (name == "norm_eps" and value == 0):
+            words = "above 0" if name == "norm_eps" else accept.words
+            raise ValueError(
+                f"{where}: model.{name} would be {value!r} ({schema.SCHEMA[f'model.{name}'].meaning}).\n  Accepted: {words}.\n"
+                "  Correct the file if it is wrong; else take another model."
+            )
+
+
+def classes_of(carried: Mapping[str, bytes]) -> tuple[str, ...]:
+    """The labels in the config.json among the carried files, by number; none if it has none."""
+    labels = json.loads(carried.get(CONFIG, b"{}")).get("id2label") or {}
+    return tuple(labels[key] for key in sorted(labels, key=int))
+
+
+def dtype_of(carried: Mapping[str, bytes]) -> str:
+    """What the config.json among the carried files says, float32 if that is not one of DTYPES or not there."""
+    values = json.loads(carried.get(CONFIG, b"{}"))
+    dtype = values.get("dtype") or values.get("torch_dtype")
+    return dtype if dtype in DTYPES else DTYPES[0]
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        what = "does not exist" if not path.parent.is_dir() else f"has no {CONFIG}"
+        raise ValueError(
+            f"'{path.parent}' {what}.\n  Accepted: a directory with {CONFIG} and model.safetensors, as transformers writes them.\n"
+            "  Fetch the file, or correct the path."
+        )
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not JSON: {error}.\n  Accepted: the file as it was published.\n  Fetch it again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"'{path}' holds a {type(values).__name__}.\n  Accepted: a JSON object.\n  Fetch it again.")
+    return values
+
+
+def _tokenizer(path: Path, config: ConfigDict) -> Tokenizer | None:
+    """The tokenizer of the directory, if it has one; fills in the config's tokenizer section."""
+    if not tokenizer_file.has_one(path):
+        return None
+    config.tokenizer.kind, config.tokenizer.path = "file", str(path.absolute())
+    tokenizer = tokenizer_file.load(config, lambda: ())
+    check_vocabulary(path, tokenizer, config.model.vocab_size)
+    return tokenizer
+
+
+def check_vocabulary(path: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """ValueError if the tokenizer has ids for which the embedding has no row. Rows without a token are common, and fine."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its embedding {vocab_size} rows (vocab_size).\n"
+            f"  Accepted: a tokenizer of up to {vocab_size} tokens.\n  Fetch the tokenizer files that belong to this model."
+        )
+
+
+class Written(NamedTuple):
+    """architecture: the class it was written as. shapes: of the tensors. files: names of all files. notes: lines for the user."""
+
+    architecture: str
+    shapes: Mapping[str, tuple[int, ...]]
+    files: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def write(
+    directory: Path,
+    params: Params,
+    arch: Architecture,
+    tokenizer: Tokenizer | None,
+    carried: Mapping[str, bytes],
+    *,
+    classes: Sequence[str] = (),
+    dtype: str = "float32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Written:
+    """Writes what transformers (4 and 5) and this package read; ValueError if no class there can express `arch`.
+
+    carried: files of the model that this one comes from, name -> bytes: its tokenizer is written as it was, and of its config.json
+    what no computation here reads. Without tokenizer files among them, they are made from `tokenizer`. classes: names of the classes
+    of a head that classifies; numbered ones if there are none.
+    """
+    architecture = families.choose(arch)
+    export = weights.export(params, architecture, arch)
+    made = tokenizer_files.NOTHING
+    if tokenizer is not None and not any(name in carried for name in tokenizer_files.DEFINITIONS):
+        made = tokenizer_files.make(tokenizer, arch.context_tokens)
+    values = {"architectures": [architecture], **families.find(architecture).write(arch, architecture)}
+    values |= _labels(arch, classes) | (_carried_keys(carried) if CONFIG in carried else _ids(arch, tokenizer))
+    # Both spellings: the first is that of transformers 4.
+    notes = made.notes
+    if arch.bidirectional_prompt:
+        notes += ("transformers attends causally to a prompt, whose tokens see each other in prefix_lm",)
+    values |= {"torch_dtype": dtype, "dtype": dtype}
+    texts = {CONFIG: _json(values), GENERATION: _json(_generation(values))}
+    contents = {**texts, **made.files, **{name: data for name, data in carried.items() if name in CARRIED}}
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, data in contents.items():
+        (directory / name).write_bytes(data)
+    paths = safetensors.write(directory, export.shapes, export.make, dtype, max_shard_bytes)
+    names = [*(file.name for file in paths), *([safetensors.INDEX] if len(paths) > 1 else []), *contents]
+    return Written(architecture, export.shapes, tuple(names), notes)
+
+
+def _labels(arch: Architecture, classes: Sequence[str]) -> dict[str, Any]:
+    if arch.head not in ("classify", "tag"):
+        return {}
+    names = classes if len(classes) == arch.classes else [f"LABEL_{index}" for index in range(arch.classes)]
+    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+
+
+def _ids(arch: Architecture, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Special ids; none rather than those that transformers takes for granted."""
+    if tokenizer is None:
+        return {}
+    pad_id = tokenizer.pad_id if tokenizer.pad_id in tokenize.special_ids(tokenizer) else None
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad_id}
+    if arch.family.kind == "encoder_decoder":
+        ids["decoder_start_token_id"] = tokenize.start_id(tokenizer)
+    return ids
+
+
+def _carried_keys(carried: Mapping[str, bytes]) -> dict[str, Any]:
+    """Of the config.json that was read."""
+    values = json.loads(carried[CONFIG])
+    return {key: values[key] for key in CARRIED_KEYS if key in values}
+
+
+def _generation(values: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    return {name: values[name] for name in names if values.get(name) is not None}
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()

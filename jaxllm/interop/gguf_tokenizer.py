@@ -1,0 +1,270 @@
+"""The tokenizer that a GGUF file describes in its metadata, as the files that other tools read it from.
+
+Two kinds exist for LLaMA-family models: "gpt2", byte-level byte-pair encoding, which becomes a tokenizer.json; and "llama",
+SentencePiece, which becomes a tokenizer.model. A GGUF file names its pre-tokenizer (`tokenizer.ggml.pre`), it does not hold it.
+"""
+
+import difflib
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from absl import logging
+
+from jaxllm.data.tokenizers import chat_template, files, huggingface, sentencepiece
+from jaxllm.interop import gguf_file
+from jaxllm.types import Tokenizer
+
+# tokenizer.ggml.token_type, which has the numbers of SentencePiece.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# As in GPT-4's tokenizer: contractions in any case, digits in groups, newlines apart from other space.
+GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+DIGIT = r"\p{N}"
+
+
+class Rules(NamedTuple):
+    """What `tokenizer.ggml.pre` stands for. splits: regular expressions that cut a text one after another; both what they match
+    and what lies between stays. whole_tokens: a piece that is a token is not put together by merges. bos: added by default."""
+
+    splits: tuple[str, ...]
+    whole_tokens: bool = False
+    bos: bool = False
+    nfc: bool = False
+
+
+_LLAMA3 = Rules((GPT4 % r"\p{N}{1,3}",), whole_tokens=True, bos=True)
+PRE = {
+    "default": Rules((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    "gpt-2": Rules((GPT2,)),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": Rules((GPT4 % DIGIT,), nfc=True),
+    "smollm": Rules((DIGIT, GPT2)),
+}
+KINDS = ("gpt2", "llama")
+
+
+class Described(NamedTuple):
+    """tokenizer, and the files that carry it to other tools: name -> bytes."""
+
+    tokenizer: Tokenizer
+    files: dict[str, bytes]
+
+
+def read(file: gguf_file.File) -> Described | None:
+    """The tokenizer of the file, with its chat template; None if the file has none. ValueError for a kind or rules not known here.
+
+    bos_id is None where the file says that no bos is added (`add_bos_token`): then none is in front of a prompt either.
+    """
+    kind = file.get("tokenizer.ggml.model", str, None)
+    if kind is None or kind == "none":
+        return None
+    if kind not in KINDS:
+        raise ValueError(_unknown(file, "tokenizer.ggml.model", kind, KINDS))
+    tokens = file.get("tokenizer.ggml.tokens", list)
+    kinds = file.get("tokenizer.ggml.token_type", list, None) or [NORMAL] * len(tokens)
+    if len(kinds) != len(tokens):
+        raise ValueError(_lengths(file, "tokenizer.ggml.token_type", len(kinds), len(tokens)))
+    make = _byte_level if kind == "gpt2" else _sentencepiece
+    return make(file, tokens, kinds)
+
+
+def _byte_level(file: gguf_file.File, tokens: list[str], kinds: list[int]) -> Described:
+    name = file.get("tokenizer.ggml.pre", str, None)
+    if name is None:
+        logging.warning("%s does not say tokenizer.ggml.pre: text is split by the 'default' rules, as llama.cpp does", file.path)
+        name = "default"
+    if name not in PRE:
+        raise ValueError(_unknown(file, "tokenizer.ggml.pre", name, tuple(PRE)))
+    definition = _definition(file, tokens, kinds, PRE[name])
+    special = _special(file, tokens, add_bos=PRE[name].bos)
+    template = _template(file, special.names)
+    try:
+        tokenizer = huggingface.HuggingFaceTokenizer(
+            definition, bos_id=special.bos_id, eos_id=special.eos_id, pad_id=special.pad_id, template=template
+        )
+    except files.NotATokenizer as error:
+        raise ValueError(_damaged(file, error)) from error
+    return Described(tokenizer, {huggingface.FILE: definition, **_settings(special, template, "PreTrainedTokenizerFast")})
+
+
+def _definition(file: gguf_file.File, tokens: list[str], kinds: list[int], rules: Rules) -> bytes:
+    """A tokenizer.json with these tokens, merges and rules."""
+    merges = [merge.split(" ", 1) for merge in file.get("tokenizer.ggml.merges", list)]
+    splits = [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False} for regex in rules.splits]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    added = [
+        {
+            "id": index,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kind != USER_DEFINED,
+        }
+        for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+        if kind in (CONTROL, USER_DEFINED, UNKNOWN)
+    ]
+    definition = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "NFC"} if rules.nfc else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": rules.whole_tokens,
+            "vocab": {token: index for index, token in enumerate(tokens)},
+            "merges": merges,
+        },
+    }
+    return json.dumps(definition, ensure_ascii=False).encode()
+
+
+def _sentencepiece(file: gguf_file.File, tokens: list[str], kinds: list[int]) -> Described:
+    scores = file.get("tokenizer.ggml.scores", list)
+    if len(scores) != len(tokens):
+        raise ValueError(_lengths(file, "tokenizer.ggml.scores", len(scores), len(tokens)))
+    special = _special(file, tokens, add_bos=True)
+    model = b"".join(_pieces(tokens, scores, kinds)) + _trainer(special, kinds, len(tokens)) + _normalizer(file)
+    template = _template(file, special.names)
+    try:
+        tokenizer = sentencepiece.SentencePieceTokenizer(
+            model, bos_id=special.bos_id, eos_id=special.eos_id, pad_id=special.pad_id, exact=False, template=template
+        )
+    except files.NotATokenizer as error:
+        raise ValueError(_damaged(file, error)) from error
+    return Described(tokenizer, {sentencepiece.FILE: model, **_settings(special, template, "LlamaTokenizer")})
+
+
+def _pieces(tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> Iterator[bytes]:
+    """ModelProto.pieces (field 1): piece, score, type. Field numbers are those of sentencepiece_model.proto."""
+    for token, score, kind in zip(tokens, scores, kinds, strict=True):
+        yield _message(1, _bytes(1, token.encode()) + _tag(2, 5) + struct.pack("<f", score) + _number(3, kind))
+
+
+def _trainer(special: "Special", kinds: Sequence[int], size: int) -> bytes:
+    """ModelProto.trainer_spec (field 2): byte-pair encoding, which falls back to bytes if there are any."""
+    ids = [(40, kinds.index(UNKNOWN) if UNKNOWN in kinds else None), (41, special.given["bos"]), (42, special.given["eos"])]
+    fields = [(3, 2), (4, size), (35, int(BYTE in kinds)), *ids, (43, special.given["pad"])]
+    return _message(2, b"".join(_number(number, -1 if value is None else value) for number, value in fields))
+
+
+def _normalizer(file: gguf_file.File) -> bytes:
+    """ModelProto.normalizer_spec (field 3): no change of characters; a space before the text unless the file says otherwise."""
+    prefix = file.get("tokenizer.ggml.add_space_prefix", bool, True)
+    squeeze = file.get("tokenizer.ggml.remove_extra_whitespaces", bool, False)
+    return _message(3, _bytes(1, b"identity") + _number(3, int(prefix)) + _number(4, int(squeeze)) + _number(5, 1))
+
+
+def _tag(number: int, wire: int) -> bytes:
+    return _varint(number << 3 | wire)
+
+
+def _varint(value: int) -> bytes:
+    value &= (1 << 64) - 1
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _number(number: int, value: int) -> bytes:
+    return _tag(number, 0) + _varint(value)
+
+
+def _bytes(number: int, value: bytes) -> bytes:
+    return _tag(number, 2) + _varint(len(value)) + value
+
+
+_message = _bytes
+
+
+class Special(NamedTuple):
+    """given: ids as the file names them. names: {"bos_token": "<s>", ...}. bos_id: None where no bos is added to a text."""
+
+    given: dict[str, int | None]
+    names: dict[str, str]
+    adds_bos: bool
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.given["bos"] if self.adds_bos else None
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.given["eos"]
+
+    @property
+    def pad_id(self) -> int:
+        return self.given["pad"] or 0
+
+
+def _special(file: gguf_file.File, tokens: Sequence[str], add_bos: bool) -> Special:
+    keys = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
+    given = {name: file.get(f"tokenizer.ggml.{key}", int, None) for name, key in keys.items()}
+    for name, index in given.items():
+        if index is not None and not 0 <= index < len(tokens):
+            raise ValueError(
+                f"'{file.path}' says tokenizer.ggml.{keys[name]} = {index}.\n  Accepted: 0 to {len(tokens) - 1}, as it has"
+                f" {len(tokens)} tokens.\n  Take another file of the model."
+            )
+    names = {f"{name}_token": tokens[index] for name, index in given.items() if index is not None}
+    return Special(given, names, file.get("tokenizer.ggml.add_bos_token", bool, add_bos))
+
+
+def _template(file: gguf_file.File, names: dict[str, str]) -> chat_template.ChatTemplate | None:
+    text = file.get("tokenizer.chat_template", str, None)
+    return None if text is None else chat_template.ChatTemplate(text, names)
+
+
+def _settings(special: Special, template: chat_template.ChatTemplate | None, class_name: str) -> dict[str, bytes]:
+    """tokenizer_config.json, generation_config.json and chat_template.jinja, as a Hugging Face directory has them."""
+    settings: dict[str, Any] = {"tokenizer_class": class_name, "add_bos_token": special.adds_bos, "add_eos_token": False}
+    settings |= {"clean_up_tokenization_spaces": False, **special.names}
+    ids = {f"{name}_token_id": special.given[name] for name in ("bos", "eos", "pad") if special.given[name] is not None}
+    out = {"tokenizer_config.json": _json(settings), "generation_config.json": _json(ids)}
+    if template is not None:
+        out["chat_template.jinja"] = template.text.encode()
+    return out
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _unknown(file: gguf_file.File, key: str, name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did the converter mean '{near[0]}'?" if near else ""
+    return (
+        f"'{file.path}' says {key} = '{name}', whose rules are not known here.{hint}\n  Accepted: {', '.join(known)}.\n"
+        "  Take the Hugging Face directory of the model, which holds its tokenizer.json."
+    )
+
+
+def _lengths(file: gguf_file.File, key: str, count: int, tokens: int) -> str:
+    return (
+        f"'{file.path}' has {count} entries in {key} for {tokens} tokens.\n  Accepted: one for each token.\n"
+        "  The file is damaged: fetch it again."
+    )
+
+
+def _damaged(file: gguf_file.File, error: Exception) -> str:
+    return (
+        f"the tokenizer in '{file.path}' cannot be used: {error}.\n  Accepted: tokens that differ, with the merges or the scores that"
+        " belong to them.\n  Take another file of the model, or its Hugging Face directory."
+    )

@@ -1,0 +1,180 @@
+"""Parameters from foreign tensors and back: the one walk over a name table, in either direction, one tensor at a time."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxllm import models
+from jaxllm.interop import families
+from jaxllm.interop.family import Family
+from jaxllm.interop.imported import Imported, Tensors
+from jaxllm.interop.rules import Rule, stored_shape, to_ours, to_theirs
+from jaxllm.models.architecture import Architecture
+from jaxllm.transforms.tree import path_name
+from jaxllm.types import Params
+
+# So many names of each kind are listed in an error.
+LISTED = 20
+
+
+class Slot(NamedTuple):
+    """One tensor of a parameter: the whole of it, or that of one layer of a stack."""
+
+    rule: Rule
+    layer: int | None
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return self.rule.name.format(layer=self.layer)
+
+
+class Loaded(NamedTuple):
+    """params: float32, in the form of config.model.layers_as. unused: names of tensors that no computation needs."""
+
+    params: Params
+    unused: tuple[str, ...]
+
+
+def load(imported: Imported) -> Loaded:
+    """The parameters; ValueError that lists every missing, unexpected and mis-shaped tensor, before anything is read.
+
+    Beside the result one tensor is held, or one parameter of all layers where config.model.layers_as is "scan".
+    """
+    family = families.find(imported.architecture)
+    model = models.build(imported.config)
+    template = jax.eval_shape(model.init, jax.random.key(0))
+    rules = family.rules(imported.architecture, model.config)
+    slots = _slots(template, rules)
+    stored, unused = _check(imported, family, _expected(slots, rules))
+
+    def place(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> jax.Array:
+        parts = slots[jax.tree_util.keystr(path)]
+        if len(parts) == 1:
+            host = _read(imported.tensors, stored, parts[0]).reshape(like.shape)
+        else:
+            host = np.empty(like.shape, np.float32)
+            for index, slot in enumerate(parts):
+                host[index] = _read(imported.tensors, stored, slot)
+        # Waits for the copy to the device, or copies of many tensors would be in memory at once.
+        return jax.device_put(host).block_until_ready()
+
+    return Loaded(jax.tree.map_with_path(place, template), unused)
+
+
+def _read(tensors: Tensors, stored: Mapping[str, str], slot: Slot) -> np.ndarray:
+    return to_ours(slot.rule, tensors.read(stored[slot.name]), slot.shape).astype(np.float32, order="C")
+
+
+def _slots(template: Params, rules: Sequence[Rule]) -> dict[str, list[Slot]]:
+    """Key path of every parameter -> the tensors that it is in; ValueError, with their names, for parameters without a rule."""
+    table = {rule.path: rule for rule in rules}
+    slots: dict[str, list[Slot]] = {}
+    unknown = []
+    for path, leaf in jax.tree.leaves_with_path(template):
+        name = path_name(path)
+        indices = [key.idx for key in path if isinstance(key, jax.tree_util.SequenceKey)]
+        if name not in table:
+            unknown.append(name)
+        elif indices or "layers" not in name.split("/"):
+            slots[jax.tree_util.keystr(path)] = [Slot(table[name], indices[0] if indices else None, leaf.shape)]
+        else:
+            slots[jax.tree_util.keystr(path)] = [Slot(table[name], layer, leaf.shape[1:]) for layer in range(leaf.shape[0])]
+    if unknown:
+        raise ValueError(
+            f"parameters without a counterpart in transformers: {_listing(unknown)}.\n  Accepted: those of {', '.join(table)}.\n"
+            "  Change config.model."
+        )
+    return slots
+
+
+def _expected(slots: Mapping[str, list[Slot]], rules: Sequence[Rule]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor, layer by layer, in the order of the table."""
+    order = {rule: index for index, rule in enumerate(rules)}
+    every = [slot for parts in slots.values() for slot in parts]
+    every.sort(key=lambda slot: (-1 if slot.layer is None else slot.layer, order[slot.rule]))
+    return {slot.name: stored_shape(slot.rule, slot.shape) for slot in every}
+
+
+def _check(imported: Imported, family: Family, expected: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """({name in the table: name in the files}, names of unused tensors); ValueError if anything does not fit."""
+    shapes = imported.tensors.shapes
+    found: dict[str, str] = {}
+    repeated = []
+    for name in shapes:
+        if found.setdefault(family.canonical(name), name) != name:
+            repeated.append(name)
+    stored = {name: found[name] for name in expected if name in found}
+    # A tensor that stands in two places may be stored under either name, or under both.
+    copies = {copy: name for copy, name in family.copies.items() if copy in found and copy not in expected}
+    stored |= {name: found[copy] for copy, name in copies.items() if name in expected and name not in found}
+    stored |= {
+        copy: found[name] for copy, name in family.stand_ins.items() if copy in expected and copy not in found and name in found
+    }
+    spare = {found[copy]: found[name] for copy, name in copies.items() if name in found}
+    ignored = [name for theirs, name in found.items() if theirs not in expected and re.fullmatch(family.unused, theirs)]
+    missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in stored]
+    known = {*stored.values(), *spare, *ignored}
+    unexpected = [f"{name} {list(shape)}" for name, shape in shapes.items() if name not in known or name in repeated]
+    wrong = [
+        f"{stored[name]} {list(shapes[stored[name]])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in stored and shapes[stored[name]] != shape
+    ]
+    differing = [f"{copy} is not {name}" for copy, name in spare.items() if not _equal(imported.tensors, copy, name)]
+    if missing or unexpected or wrong or differing:
+        kinds = {"missing": missing, "unexpected": unexpected, "of another shape": wrong, "copies that differ": differing}
+        raise ValueError(_mismatch(imported, family, kinds))
+    return stored, (*spare, *ignored)
+
+
+def _equal(tensors: Tensors, one: str, other: str) -> bool:
+    return tensors.shapes[one] == tensors.shapes[other] and np.array_equal(tensors.read(one), tensors.read(other))
+
+
+def _mismatch(imported: Imported, family: Family, kinds: Mapping[str, list[str]]) -> str:
+    lines = [f"{imported.path}: its tensors are not those of {imported.architecture} by its config; nothing was loaded."]
+    lines += [f"  {kind} ({len(names)}): {_listing(names)}" for kind, names in kinds.items() if names]
+    keys = family.write(models.build(imported.config).config, imported.architecture)
+    sizes = ", ".join(f"{key} {keys[key]}" for key in family.sizes if key in keys)
+    lines.append(f"  Accepted: the tensors of one {imported.architecture} with {sizes}.")
+    lines.append("  Fetch config and tensors of the same model, or correct architectures or the sizes in config.json.")
+    return "\n".join(lines)
+
+
+def _listing(names: Sequence[str]) -> str:
+    more = f", and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+class Exported(NamedTuple):
+    """shapes: name -> shape of every tensor to write, in order. make(name) -> the tensor, in the dtype of the parameters."""
+
+    shapes: dict[str, tuple[int, ...]]
+    make: Callable[[str], np.ndarray]
+
+
+def export(params: Params, architecture: str, arch: Architecture) -> Exported:
+    """The tensors of the class `architecture` that these parameters of `arch` are, made one at a time when they are asked for."""
+    rules = families.find(architecture).rules(architecture, arch)
+    slots = _slots(params, rules)
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    parts: dict[str, list[tuple[Slot, str]]] = {}
+    for key, found in slots.items():
+        for slot in found:
+            parts.setdefault(slot.name, []).append((slot, key))
+
+    def make(name: str) -> np.ndarray:
+        chosen = sorted(parts[name], key=lambda part: part[0].rule.part)
+        ours = [_piece(leaves[key], slot) for slot, key in chosen]
+        return to_theirs(chosen[0][0].rule, ours)
+
+    return Exported(_expected(slots, rules), make)
+
+
+def _piece(leaf: jax.Array, slot: Slot) -> np.ndarray:
+    """The parameter, or one layer of it where the layers are stacked."""
+    return np.asarray(leaf if leaf.shape == slot.shape else leaf[slot.layer])

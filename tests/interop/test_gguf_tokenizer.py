@@ -1,0 +1,244 @@
+"""Tokenizers in GGUF files: the ids of the tokenizer that the file was made from, on any text."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import tiny_gguf
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from jaxllm.data import tokenize
+from jaxllm.data.tokenizers import file as tokenizer_file
+from jaxllm.interop import gguf_file, gguf_tokenizer
+from jaxllm.types import Tokenizer
+
+TEXTS = [
+    "",
+    " ",
+    "  two  spaces ",
+    "Grüße, 日本語 🙂\r\n\ttabs",
+    "a\0b",
+    "1234567 ½ ²",
+    "don't WE'LL",
+    "e\u0301",
+    "<|end|>",
+    "\u2581x",
+]
+CORPUS = ["the cat sat on the mat", "the dog, 12 years old, sat on 3 logs", "Grüße aus Köln", "naïve café 2024"] * 30
+
+
+def described(values: dict[str, Any]) -> gguf_tokenizer.Described:
+    found = gguf_tokenizer.read(gguf_file.File(Path("tiny.gguf"), values, {}))
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained() -> tokenizers.Tokenizer:
+    """Byte-level BPE as GPT-2 has it, by the library's own trainer."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=340, initial_alphabet=alphabet, special_tokens=["<|text|>"], show_progress=False
+    )
+    made.train_from_iterator(CORPUS, trainer)
+    made.encode_special_tokens = True
+    return made
+
+
+def written(made: tokenizers.Tokenizer, **changes: Any) -> dict[str, Any]:
+    """What the converter writes for a tokenizer of transformers."""
+    definition = json.loads(made.to_str())
+    tokens = [made.id_to_token(index) for index in range(made.get_vocab_size())]
+    merges = [" ".join(merge) for merge in definition["model"]["merges"]]
+    special = {token["id"] for token in definition["added_tokens"]}
+    kinds = [3 if index in special else 1 for index in range(len(tokens))]
+    return tiny_gguf.tokenizer_values(**{"ggml.tokens": tokens, "ggml.merges": merges, "ggml.token_type": kinds}, **changes)
+
+
+@pytest.fixture(scope="module")
+def byte_level(trained: tokenizers.Tokenizer) -> dict[str, Tokenizer]:
+    return {pre: described(written(trained, **{"ggml.pre": pre})).tokenizer for pre in gguf_tokenizer.PRE}
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(max_size=60) | st.sampled_from(TEXTS))
+def test_byte_level_ids(trained: tokenizers.Tokenizer, byte_level: dict[str, Tokenizer], text: str) -> None:
+    """Those of the tokenizer that was trained; with other rules the text comes back all the same (normalized by qwen2)."""
+    assert byte_level["gpt-2"].encode(text) == trained.encode(text, add_special_tokens=False).ids
+    nfc = tokenizers.normalizers.NFC().normalize_str(text)
+    for pre, tokenizer in byte_level.items():
+        assert tokenizer.decode(tokenizer.encode(text)) == (nfc if pre == "qwen2" else text), pre
+
+
+# By hand from the regular expressions in llama.cpp's src/llama-vocab.cpp, which keep what lies between two matches.
+WORDS = "I'm  hello123 4567!?\n\n x"
+LLAMA3 = ["I", "'m", " ", " hello", "123", " ", "456", "7", "!?\n\n", " x"]
+SPLITS = {
+    "gpt-2": ["I", "'m", " ", " hello", "123", " 4567", "!?", "\n\n", " x"],
+    "smollm": ["I", "'m", " ", " hello", "1", "2", "3", " ", "4", "5", "6", "7", "!?", "\n\n", " x"],
+    "llama-bpe": LLAMA3,
+    "llama3": LLAMA3,
+    "llama-v3": LLAMA3,
+    "qwen2": ["I", "'m", " ", " hello", "1", "2", "3", " ", "4", "5", "6", "7", "!?\n\n", " x"],
+    "default": ["I", "'", "m", " ", " hello", "123", " ", "456", "7", "!?", "\n\n", " x"],
+}
+
+
+@pytest.mark.parametrize("pre", gguf_tokenizer.PRE)
+def test_rules_of_each_name(byte_level: dict[str, Any], pre: str) -> None:
+    pieces = byte_level[pre].tokenizer.pre_tokenizer.pre_tokenize_str(WORDS)
+    assert [WORDS[start:end] for _, (start, end) in pieces] == SPLITS[pre]
+
+
+def test_contractions_in_capitals_are_llama3s(byte_level: dict[str, Any]) -> None:
+    for pre, expected in (("llama3", ["WE", "'LL"]), ("gpt-2", ["WE", "'", "LL"])):
+        assert [part for part, _ in byte_level[pre].tokenizer.pre_tokenizer.pre_tokenize_str("WE'LL")] == expected
+
+
+def test_whole_tokens_need_no_merges_with_llama3() -> None:
+    """Llama 3 looks a piece up before it merges: "hex" has no merge, yet is a token."""
+    tokens = [*tiny_gguf.TOKENS, "hex"]
+    for pre, ids in (("llama-bpe", [len(tokens) - 1]), ("gpt-2", [tokens.index("he"), tokens.index("x")])):
+        changes = {"ggml.tokens": tokens, "ggml.token_type": [1] * len(tokens), "ggml.pre": pre}
+        assert described(tiny_gguf.tokenizer_values(**changes)).tokenizer.encode("hex") == ids
+
+
+def test_special_tokens_are_single_ids_only_where_they_are_meant() -> None:
+    tokenizer: Any = described(tiny_gguf.tokenizer_values()).tokenizer
+    text = "<|start|>user\nhello<|end|>"
+    assert tokenizer.special_tokens == {"<|text|>": 0, "<|start|>": 1, "<|end|>": 2}
+    ids = tokenizer.encode_with_specials(text)
+    assert (ids[0], ids[-1], len(ids)) == (1, 2, 1 + len(tokenizer.encode("user\nhello")) + 1)
+    assert not {0, 1, 2} & set(tokenizer.encode(text)), "also after special tokens were parsed"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(ids) == "user\nhello"
+
+
+@pytest.mark.parametrize(
+    ("changes", "bos_id"),
+    [
+        ({}, None),
+        ({"ggml.add_bos_token": True}, 1),
+        ({"ggml.add_bos_token": None}, None),
+        ({"ggml.add_bos_token": None, "ggml.pre": "llama-bpe"}, 1),
+        ({"ggml.add_bos_token": True, "ggml.bos_token_id": None}, None),
+    ],
+)
+def test_bos_only_where_the_file_adds_one(changes: dict[str, Any], bos_id: int | None) -> None:
+    tokenizer = described(tiny_gguf.tokenizer_values(**changes)).tokenizer
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (bos_id, 2, 0)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_files_and_the_saved_tokenizer_are_the_same_one(tmp_path: Path, kind: str) -> None:
+    """Through a Hugging Face directory and through a run: equal ids, special tokens and template."""
+    found = described(tiny_gguf.tokenizer_values() if kind == "gpt2" else spm_values(spm_model())[0])
+    for name, data in found.files.items():
+        (tmp_path / name).write_bytes(data)
+    config = ConfigDict({"tokenizer": {"path": str(tmp_path)}})
+    found.tokenizer.save(str(tmp_path / "saved"))
+    for other in (tokenizer_file.load(config, list), tokenize.load(tmp_path / "saved")):
+        for text in TEXTS:
+            assert other.encode(text) == found.tokenizer.encode(text)
+        for name in ("bos_id", "eos_id", "pad_id", "vocab_size", "special_tokens"):
+            assert getattr(other, name) == getattr(found.tokenizer, name), name
+        template = other.template  # type: ignore[attr-defined]
+        assert template.text == tiny_gguf.TEMPLATE
+        expected = "<|end|>" if kind == "gpt2" else "</s>"
+        assert template.names["eos_token"] == expected
+    generation = json.loads(found.files["generation_config.json"])
+    assert generation["eos_token_id"] == found.tokenizer.eos_id
+
+
+def spm_model(**options: Any) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=340,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        control_symbols=["<|start|>", "<|end|>"],
+        minloglevel=2,
+        **options,
+    )
+    return model.getvalue()
+
+
+def spm_values(model: bytes, **changes: Any) -> tuple[dict[str, Any], sentencepiece.SentencePieceProcessor]:
+    """What the converter writes for a SentencePiece model, and the library's own processor."""
+    library = sentencepiece.SentencePieceProcessor(model_proto=model)
+    ids = range(library.vocab_size())
+    kinds = [2 if library.is_unknown(i) else 3 if library.is_control(i) else 6 if library.is_byte(i) else 1 for i in ids]
+    values = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [library.id_to_piece(i) for i in ids],
+        "tokenizer.ggml.scores": [library.get_score(i) for i in ids],
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.bos_token_id": library.bos_id(),
+        "tokenizer.ggml.eos_token_id": library.eos_id(),
+        "tokenizer.ggml.unknown_token_id": library.unk_id(),
+        "tokenizer.chat_template": tiny_gguf.TEMPLATE,
+    }
+    return values | {f"tokenizer.{key}": value for key, value in changes.items()}, library
+
+
+PREFIXED, PLAIN = spm_values(spm_model()), spm_values(spm_model(add_dummy_prefix=False), **{"ggml.add_space_prefix": False})
+PAIRS = [(described(values).tokenizer, library) for values, library in (PREFIXED, PLAIN)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(max_size=60) | st.sampled_from(TEXTS))
+def test_sentencepiece_ids(text: str) -> None:
+    """Those of the model that the metadata came from, with and without a space in front of a text."""
+    for tokenizer, library in PAIRS:
+        ids = library.encode(text)
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == library.decode(ids)
+    assert (PAIRS[0][0].bos_id, PAIRS[0][0].eos_id) == (1, 2)
+
+
+def test_special_tokens_of_sentencepiece() -> None:
+    tokenizer: Any
+    tokenizer, library = PAIRS[0]
+    start, end = (library.piece_to_id(piece) for piece in ("<|start|>", "<|end|>"))
+    ids = tokenizer.encode_with_specials("<|start|>the cat<|end|>")
+    assert ids == [start, *library.encode("the cat"), end]
+    assert not {start, end} & set(tokenizer.encode("<|start|>the cat<|end|>"))
+    assert set(tokenizer.special_tokens) == {"<s>", "</s>", "<|start|>", "<|end|>"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"ggml.pre": "deepseek-llm"},
+            r"tokenizer.ggml.pre = 'deepseek-llm', whose rules are not known here.\n  Accepted: default, gpt-2",
+        ),
+        ({"ggml.pre": "llama"}, "Did the converter mean 'llama3'"),
+        ({"ggml.model": "t5"}, r"tokenizer.ggml.model = 't5'[\s\S]*Accepted: gpt2, llama"),
+        ({"ggml.eos_token_id": 5000}, r"eos_token_id = 5000.\n  Accepted: 0 to 271"),
+        ({"ggml.token_type": [1, 1]}, "has 2 entries in tokenizer.ggml.token_type for 272 tokens"),
+        ({"ggml.merges": None}, "does not say 'tokenizer.ggml.merges'"),
+    ],
+)
+def test_what_cannot_be_read_is_named(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        described(tiny_gguf.tokenizer_values(**changes))
+
+
+def test_a_file_that_does_not_name_its_rules_has_the_default_ones() -> None:
+    tokenizer: Any = described(tiny_gguf.tokenizer_values(**{"ggml.pre": None})).tokenizer
+    assert [part for part, _ in tokenizer.tokenizer.pre_tokenizer.pre_tokenize_str("12345")] == ["123", "45"]
+    assert gguf_tokenizer.read(gguf_file.File(Path("tiny.gguf"), {}, {})) is None
