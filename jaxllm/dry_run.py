@@ -8,7 +8,7 @@ from rich.table import Table
 
 from jaxllm import config as schema
 from jaxllm.data import folder, tokenize
-from jaxllm.engine.session import Session, build_session, bytes_by_category, count
+from jaxllm.engine.session import UNKNOWN_CLASSES, Session, build_session, bytes_by_category, count
 from jaxllm.parallel import plan
 
 # Characters in ordinary Western text, for a tokenizer that does not exist before the data is read.
@@ -21,6 +21,7 @@ def show(config: ConfigDict, data: Path, console: Console) -> None:
     if not config.model.vocab_size:
         size, vocabulary = expected_vocabulary(config, data)
         config = schema.with_vocabulary(config, size)
+    config = schema.with_classes(config, config.model.classes or len(folder.read_record(data).get("labels", ())) or UNKNOWN_CLASSES)
     session = build_session(config, plan.make_abstract(config))
     console.print(schema.to_json(config), end="", markup=False)
     console.print(_facts(session, vocabulary))
@@ -32,9 +33,10 @@ def expected_vocabulary(config: ConfigDict, data: Path) -> tuple[int, str]:
     record = folder.read_record(data)
     if "tokenizer" in record:
         return record["tokenizer"]["vocab_size"], f"of the data prepared in {data}"
-    kind = config.tokenizer.kind
+    kind, added = config.tokenizer.kind, tokenize.needed(config)
     if kind in ("bpe", "unigram"):
-        return config.tokenizer.vocab_size, "tokenizer.vocab_size"
+        more = added.mask + added.sentinels
+        return config.tokenizer.vocab_size + more, "tokenizer.vocab_size" + (f" + {more} special" if more else "")
     if kind == "char":
         return ASSUMED_CHARACTERS, "assumed: counted when the data is prepared"
     return tokenize.make(config, lambda: ()).vocab_size, f"of the tokenizer '{kind}'"
@@ -51,7 +53,7 @@ def _facts(session: Session, vocabulary: str) -> Table:
         "vocabulary": f"{config.model.vocab_size:,}" + (f" ({vocabulary})" if vocabulary else ""),
         "mesh": mesh,
         "steps": f"{train.steps:,}",
-        "tokens a step": f"{session.positions_a_step:,} ({train.batch_seqs:,} rows of {session.row_tokens:,})",
+        "tokens a step": f"{session.positions_a_step:,} ({train.batch_seqs:,} rows of {session.positions_a_step // train.batch_seqs:,})",
         "tokens in all": f"{train.steps * session.positions_a_step:,}",
         "tokens a parameter": f"{train.steps * session.positions_a_step / count(session.abstract.params):.1f}",
     }

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,11 +19,11 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from jaxllm import command, dry_run, models
-from jaxllm.config import with_vocabulary
+from jaxllm import command, dry_run
+from jaxllm.config import with_classes, with_vocabulary
 from jaxllm.data import loader
 from jaxllm.data.prepare import Prepared, place, prepare
-from jaxllm.decode import text
+from jaxllm.decode import samples
 from jaxllm.engine import compilation, hooks, trackers
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.environment import Record
@@ -34,8 +35,7 @@ from jaxllm.engine.signals import Interrupts
 from jaxllm.engine.state import TrainState, eval_params
 from jaxllm.engine.step import Compiled
 from jaxllm.engine.workdir import Workdir, check_space, open_workdir, write_json
-from jaxllm.evals import perplexity
-from jaxllm.ops import sampling
+from jaxllm.evals import baseline, perplexity
 from jaxllm.parallel import plan
 from jaxllm.report.training import write_report
 from jaxllm.transforms import tree
@@ -65,7 +65,7 @@ def run(config: ConfigDict, workdir: Workdir, console: Console) -> int:
     mesh_plan = plan.make(config)
     check(config, mesh_plan)  # before hours may go into the preparation of data
     prepared = prepare(config, place(config, workdir.path), rows=_rows(checkpoints), log=say)
-    config = with_vocabulary(config, prepared.tokenizer.vocab_size)
+    config = with_classes(with_vocabulary(config, prepared.tokenizer.vocab_size), len(prepared.labels))
     workdir.adopt_config(config, resuming=resuming)
     shutil.copytree(prepared.directory / "tokenizer", workdir.tokenizer, dirs_exist_ok=True)
     write_json(workdir.provenance, prepared.record)
@@ -79,23 +79,32 @@ def run(config: ConfigDict, workdir: Workdir, console: Console) -> int:
         say(f"this run is at step {start} of {config.train.steps} already. Raise train.steps to go on. Writing its report again.")
         say(f"report: {write_report(workdir.path)}")
         return 0
-    if config.sample.tokens:
-        text.check_prompts(session.model, prepared.tokenizer, config.sample.prompts)
+    sampler = samples.make(config, prepared.tokenizer, say)
     begin = f"resuming at step {start}" if resuming else "starting"
     say(f"{begin}: {config.model.name}, {count(session.abstract.params):,} trainable parameters")
     say(f"{session.positions_a_step:,} tokens a step, {config.train.steps:,} steps; compiling ...")
     compiled = session.compile()
     record = Record(workdir.environment, session, compiled, start)
     with Interrupts() as interrupts:
-        step, state, reason = _train(session, compiled, state, prepared, checkpoints, workdir, console, interrupts)
+        step, state, reason = _train(session, compiled, state, prepared, sampler, checkpoints, workdir, console, interrupts)
     record.end(step, reason)
     say(f"report: {write_report(workdir.path)}")
     if interrupts.received is not None and step < config.train.steps:
         say(f"{reason} at step {step}: everything is saved. To go on, run the same command again:\n  {_same_command()}")
         return 128 + interrupts.received
-    prompt = config.sample.prompts[0] if config.sample.prompts else ""
-    say(f"done. Try: python -m jaxllm.generate --run {shlex.quote(str(workdir.path))} --prompt {shlex.quote(prompt)}")
+    say(f"done. Try: {_next_command(config, workdir)}")
     return 0
+
+
+def _next_command(config: ConfigDict, workdir: Workdir) -> str:
+    """What to do with the trained model."""
+    run = f"--run {shlex.quote(str(workdir.path))}"
+    if config.model.head != "lm":
+        return f"python -m jaxllm.evaluate {run}"
+    if config.train.objective == "masked_lm":
+        return f'python -m jaxllm.fill_mask {run} --text "The [MASK]."'
+    prompt = config.sample.prompts[0] if config.sample.prompts else ""
+    return f"python -m jaxllm.generate {run} --prompt {shlex.quote(prompt)}"
 
 
 def _bytes_to_come(session: Session, checkpoints: Checkpoints) -> int:
@@ -119,6 +128,7 @@ def _train(
     compiled: Compiled,
     state: TrainState,
     prepared: Prepared,
+    sampler: samples.Sampler | None,
     checkpoints: Checkpoints,
     workdir: Workdir,
     console: Console,
@@ -133,7 +143,11 @@ def _train(
         stack.callback(tracker.close)
         source = stack.enter_context(
             loader.make(
-                prepared.train, batch_seqs=config.train.batch_seqs, seed=config.seed, sharding=session.plan.batch_sharding()
+                prepared.train,
+                prepared.make_batch(config),
+                batch_seqs=config.train.batch_seqs,
+                seed=config.seed,
+                sharding=session.plan.batch_sharding(),
             )
         )
 
@@ -156,10 +170,10 @@ def _train(
             checkpoints.save(step, state, loss=validation.loss(step), meta={"rows": prepared.train.fingerprint})
 
         beside = [Hook(validation.run, config.eval.every_steps)]
-        if config.sample.tokens and config.sample.prompts:
+        if sampler is not None:
             keep = hooks.samples(
-                _make_sampler(session, prepared),
-                config.sample.prompts,
+                partial(_sample, sampler),
+                sampler.prompts,
                 lambda step, said: tracker.text(step, "samples", said),
                 progress.message,
             )
@@ -172,32 +186,24 @@ def _train(
 
 
 def _make_evaluation(session: Session, prepared: Prepared) -> Any:
-    """evaluate(state) -> the row of a validation."""
+    """evaluate(state) -> the row of a validation, with what a guess that reads nothing would get."""
     config, shards = session.config, prepared.validation
     measure = perplexity.make_eval(session.model, config)
-    batch_seqs = config.train.batch_seqs // config.train.microbatches
+    make_batch, batch_seqs = prepared.make_batch(config), config.train.batch_seqs // config.train.microbatches
+
+    outcomes = config.model.vocab_size if config.model.head == "lm" else config.model.classes
+    guess = baseline.measure(prepared.train, shards, make_batch, outcomes, config.eval.max_seqs)
 
     def evaluate(state: TrainState) -> Mapping[str, Any]:
-        batches = loader.sweep(shards, batch_seqs, session.plan.batch_sharding(), config.eval.max_seqs)
-        return measure(eval_params(state), batches, shards.bytes_per_token)
+        batches = loader.sweep(shards, make_batch, batch_seqs, session.plan.batch_sharding(), config.eval.max_seqs)
+        row = measure(eval_params(state), batches, shards.bytes_per_token)
+        return row | {"baseline_loss": guess.loss, "baseline_accuracy": guess.accuracy}
 
     return evaluate
 
 
-def _make_sampler(session: Session, prepared: Prepared) -> Any:
-    """generate(state, step) -> one continuation a prompt, drawn with the seed of the run and the step."""
-    sample = session.config.sample
-    # Without the plan's layout of activations: a few prompts do not divide over the mesh, so the compiler follows the weights.
-    model = models.build(session.config)
-    settings = sampling.Settings(temperature=sample.temperature)
-
-    def generate(state: TrainState, step: int) -> list[str]:
-        seed = (session.config.seed + step) % 2**32
-        return text.complete(
-            model, eval_params(state), prepared.tokenizer, sample.prompts, settings, max_new_tokens=sample.tokens, seed=seed
-        )
-
-    return generate
+def _sample(sampler: samples.Sampler, state: TrainState, step: int) -> list[str]:
+    return sampler.generate(eval_params(state), step)
 
 
 def _same_command() -> str:

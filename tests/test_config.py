@@ -19,7 +19,7 @@ def test_base_passes_and_survives_json() -> None:
         ("model.layers", 0, "model.layers = 0 .*\n  Accepted: 1 or more"),
         ("model.heads", 3, "model.heads = 3 does not divide model.width = 256"),
         ("model.kv_heads", 3, "model.kv_heads = 3 does not divide model.heads = 4.\n  Accepted: 1, 2, 4"),
-        ("model.name", "lama", "Accepted: gpt, llama"),
+        ("model.name", "lama", "Accepted: bert, gpt, llama"),
         ("model.dropout_frac", 1.0, "Accepted: from 0 to 0.9"),
         ("train.microbatches", 3, "train.microbatches = 3 does not divide train.batch_seqs = 16"),
         ("data.row_tokens", 512, "data.row_tokens = 512 is more than model.context_tokens = 256"),

@@ -9,13 +9,15 @@ import optax
 from ml_collections import ConfigDict
 
 from jaxllm import models, registry
-from jaxllm.config import with_vocabulary
+from jaxllm.config import with_classes, with_vocabulary
+from jaxllm.data import examples
 from jaxllm.engine import state, step
 from jaxllm.optim import build, schedules
 from jaxllm.parallel.plan import Plan, shard_bytes
 from jaxllm.types import Model
 
-ROW_ARRAYS = 5  # tokens, targets, segments, positions, weights: 4 bytes a token each
+# Stands for a number of classes that only the data will tell.
+UNKNOWN_CLASSES = 2
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,12 @@ class Session:
 
     @property
     def row_tokens(self) -> int:
-        return self.config.data.row_tokens or self.config.model.context_tokens
+        return examples.row_tokens(self.config)
 
     @property
     def positions_a_step(self) -> int:
-        """Token positions in one batch, padding included."""
-        return self.config.train.batch_seqs * self.row_tokens
+        """Token positions in one batch, those of an encoder and padding included."""
+        return self.config.train.batch_seqs * examples.make(self.config).tokens_a_row
 
 
 def build_session(config: ConfigDict, plan: Plan) -> Session:
@@ -58,7 +60,8 @@ def build_session(config: ConfigDict, plan: Plan) -> Session:
 
 def check(config: ConfigDict, plan: Plan) -> None:
     """ValueError for what cannot run on this mesh, in a moment and without data. An open vocabulary counts as one that divides."""
-    build_session(with_vocabulary(config, plan.mesh.size), plan)
+    config = with_vocabulary(config, plan.mesh.size)
+    build_session(with_classes(config, config.model.classes or UNKNOWN_CLASSES), plan)
 
 
 def count(tree: Any) -> int:
@@ -78,5 +81,5 @@ def bytes_by_category(session: Session) -> Mapping[str, int]:
         "gradients": size(abstract.params),
         "optimizer": size(abstract.opt_state),
         "average": size(abstract.ema),
-        "batch": 4 * ROW_ARRAYS * session.positions_a_step // session.plan.batch_parts,
+        "batch": size(step.abstract_batch(session.config, session.plan)),
     }

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxllm.data import examples
 from jaxllm.engine.state import LossScale, TrainState, random_key
 from jaxllm.transforms import tree
 from jaxllm.types import Batch, Mean, Metrics, Objective, Params
@@ -184,6 +185,8 @@ def compile(step: Step, state: TrainState, batch: Any) -> Compiled:
 
 def abstract_batch(config: Any, plan: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """The training batch of a config as ShapeDtypeStructs with the plan's sharding."""
-    shape = (config.train.batch_seqs, config.data.row_tokens or config.model.context_tokens)
-    dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "segments": jnp.int32, "positions": jnp.int32, "weights": jnp.float32}
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=plan.batch_sharding()) for name, dtype in dtypes.items()}
+    rows, sharding = config.train.batch_seqs, plan.batch_sharding()
+    return {
+        name: jax.ShapeDtypeStruct((rows, array.width), array.dtype, sharding=sharding)
+        for name, array in examples.make(config).arrays.items()
+    }

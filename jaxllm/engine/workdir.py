@@ -109,9 +109,10 @@ def open_workdir(path: str | Path) -> Workdir:
 def check_continues(stored: ConfigDict, given: ConfigDict, where: Path) -> None:
     """ValueError that lists every field with its old and new value, if a run of `stored` cannot go on as `given`."""
     old, new = schema.flatten(stored), schema.flatten(given)
-    # 0 stands for the tokenizer's size, which may be filled in on either side.
-    if 0 in (old["model.vocab_size"], new["model.vocab_size"]):
-        old["model.vocab_size"] = new["model.vocab_size"]
+    # 0 stands for what the data has, which may be filled in on either side.
+    for key in ("model.vocab_size", "model.classes"):
+        if 0 in (old[key], new[key]):
+            old[key] = new[key]
     changed = [key for key in schema.SCHEMA if old[key] != new[key] and not may_change(key)]
     if not changed:
         return
