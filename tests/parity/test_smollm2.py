@@ -52,7 +52,7 @@ def their_tokenizer() -> Any:
 def test_logits(run: runs.Run, theirs: Any) -> None:
     tokens = np.asarray(jax.random.randint(jax.random.key(0), (2, 200), 0, run.model.config.vocab_size))
     with torch.no_grad():
-        expected = theirs(torch.from_numpy(tokens).long()).logits.numpy()
+        expected = theirs(torch.tensor(tokens.tolist())).logits.numpy()
     found = np.asarray(jax.jit(run.model.apply)(run.params, tokens))
     largest = float(np.abs(found - expected).max())
     print(f"largest logit {np.abs(expected).max():.2f}, largest difference {largest:.2e}")
