@@ -121,10 +121,8 @@ def _full(windows: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[np.ndarr
 
 def _batch(tokenizer: "Tokenizer", sizes: Sizes) -> MakeBatch:
     sentinels = np.array(tokenizer.sentinel_ids[: sizes.spans], np.int32)
-    start_id, eos_id = (
-        tokenize.start_id(tokenizer),
-        np.array(tokenizer.eos_id, np.int32),
-    )  # there is one: `tokenize.make` has seen to it
+    start_id = tokenize.start_id(tokenizer)
+    eos_id = np.array(tokenizer.eos_id, np.int32)  # there is one: `tokenize.make` has seen to it
 
     def make_batch(stored: Mapping[str, np.ndarray], rows: np.ndarray, seed: int, step: int) -> dict[str, np.ndarray]:
         number = _cut(sizes, seed, step, rows)
