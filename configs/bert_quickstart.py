@@ -1,4 +1,4 @@
-"""A small BERT on Python's own documentation: masked language modelling, about four minutes on two CPU cores, nothing to download."""
+"""A small BERT on Python's own documentation: masked language modelling, four to five minutes on two CPU cores, nothing to download."""
 
 from ml_collections import ConfigDict
 
