@@ -25,7 +25,7 @@ def made(name: str = "bert", vocab_size: int = 272, **changes: Any) -> tuple[Mod
         {"name": name, "layers": 2, "width": 32, "heads": 4, "context_tokens": 40, "vocab_size": vocab_size, **changes}
     )
     model = models.build(settings)
-    return model, jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(1)))
+    return model, jax.tree.map(lambda x: 2 * x, model.init(jax.random.key(1)))
 
 
 def encoded(text: str) -> list[int]:
@@ -36,8 +36,8 @@ def encoded(text: str) -> list[int]:
 
 
 def test_guesses_are_the_softmax_of_the_full_forward_pass() -> None:
-    """Of a text alone, without padding; in the batch there are longer texts and texts with more masks. Logits of size 20 in float32 are
-    exact to 1e-5 or so."""
+    """Of a text alone, without padding; in the batch there are longer texts and texts with more masks. Logits up to 14 behind scores
+    up to 48 are exact to 3e-5 in float32, on either side."""
     model, params = made()
     found = masks.fill(model, params, TOKENIZER, TEXTS, 5)
     for text, guesses in zip(TEXTS, found, strict=True):
