@@ -81,7 +81,9 @@ def test_tensors_are_those_of_llama_cpps_converter(
         np.testing.assert_array_equal(np.asarray(found[name].data).reshape(-1).view(np.uint8), wanted.reshape(-1).view(np.uint8))
     values = values_of(tmp_path / "tiny.gguf")
     assert values["general.architecture"] == architecture
-    assert values["general.file_type"] == gguf.LlamaFileType[f"{'ALL' if dtype == 'float32' else 'MOSTLY'}_{gguf_write.KINDS[dtype]}"]
+    assert (
+        values["general.file_type"] == gguf.LlamaFileType[f"{'ALL' if dtype == 'float32' else 'MOSTLY'}_{gguf_write.KINDS[dtype]}"]
+    )
 
 
 def test_metadata_say_the_whole_model(tmp_path: Path) -> None:
@@ -197,7 +199,10 @@ def test_one_tensor_is_in_memory(tmp_path: Path, dtype: str) -> None:
         ({"activation": "geglu"}, ("model.activation = geglu; GGUF has swiglu",)),
         ({"head": "classify", "classes": 3}, ("model.head = classify; GGUF has lm",)),
         ({"rope_scaling": "dynamic", "rope_factor": 2.0}, ("model.rope_scaling = dynamic; GGUF has none, linear, yarn, llama3",)),
-        ({"name": "bert", "positions": "auto"}, ("model.name = bert; GGUF has gpt, llama", "model.norm_order = post; GGUF has pre")),
+        (
+            {"name": "bert", "positions": "auto"},
+            ("model.name = bert; GGUF has gpt, llama", "model.norm_order = post; GGUF has pre"),
+        ),
         ({"bias": "mlp", "window_tokens": 8}, ("model.bias = mlp; GGUF has off, qkv",)),
     ],
 )
