@@ -28,6 +28,7 @@ from jaxllm import config as schema
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.workdir import Workdir, sync_directory, write_text
 from jaxllm.interop import directory, gguf_export, gguf_write, weights
+from jaxllm.interop.imported import Tensors
 from jaxllm.types import Params, Tokenizer
 
 HF, RUN, GGUF = "hf", "jaxllm", "gguf"
@@ -205,19 +206,25 @@ def open_source(path: Path, step: int | None, wanted: str) -> Source:
     # Checkpoints hold stacked layers.
     imported.config.model.layers_as = "scan" if wanted == RUN else "unrolled"
     loaded = weights.load(imported)
-    largest = max(imported.tensors.shapes, key=lambda name: int(np.prod(imported.tensors.shapes[name])))
-    dtype = imported.tensors.dtypes[largest].lower()
     return Source(
         f"{path} ({imported.architecture})",
         imported.config,
         imported.tokenizer,
         loaded.params,
-        dtype if dtype in DTYPES[wanted] else "float32",
+        _dtype(imported.tensors, wanted),
         loaded.unused,
         imported.files,
         directory.classes_of(imported.files),
         imported.notes,
     )
+
+
+def _dtype(tensors: Tensors, wanted: str) -> str:
+    """That of the largest tensor, if the format has it and no other matrix is quantized in another way; else float32."""
+    dtypes = {name: tensors.dtypes[name].lower() for name, shape in tensors.shapes.items() if len(shape) > 1}
+    largest = dtypes[max(dtypes, key=lambda name: int(np.prod(tensors.shapes[name])))]
+    known = DTYPES[wanted]
+    return largest if largest in known and all(dtype in known for dtype in dtypes.values()) else "float32"
 
 
 def _write_hf(partial: Path, source: Source, dtype: str, max_shard_bytes: int) -> dict[str, str]:
