@@ -16,6 +16,8 @@ from jaxllm.models.architecture import Architecture
 from jaxllm.types import Params, Tokenizer
 
 THEIRS = {name: theirs for theirs, name in gguf.NAMES.items()}
+# Where a name (general.name) has one of these, llama.cpp treats the tokenizer as that of Phi-3, and fails if it is another one.
+RESERVED = ("phi-3", "phi3")
 # Version of ggml's quantized types.
 QUANTIZATION_VERSION = 2
 
@@ -131,7 +133,7 @@ def _values(arch: Architecture, architecture: str, dtype: str, name: str) -> dic
     return {
         "general.architecture": architecture,
         "general.type": "model",
-        "general.name": name,
+        **({} if any(word in name.lower() for word in RESERVED) else {"general.name": name}),
         "general.file_type": gguf_write.LAYOUTS[gguf_write.KINDS[dtype]][1],
         "general.quantization_version": QUANTIZATION_VERSION,
         "general.alignment": gguf_write.ALIGNMENT,

@@ -118,6 +118,14 @@ def test_metadata_say_the_whole_model(tmp_path: Path) -> None:
     assert any("passes over the sliding window" in note and "up to 16 tokens" in note for note in plan.notes)
 
 
+def test_names_that_llama_cpp_takes_for_another_model_are_left_out() -> None:
+    config = make_config()
+    arch, params = models.build(config).config, models.build(config).init(jax.random.key(0))
+    for name, said in (("my-model", True), ("My-Phi-3-mini", False)):
+        plan = gguf_export.plan(params, arch, ByteTokenizer(), {}, dtype="float32", name=name)
+        assert (gguf_write.entry("general.name", name) in plan.entries) is said
+
+
 SWITCHES: dict[str, dict[str, Any]] = {
     "multi_query": {"kv_heads": 1, "tied_head": "off"},
     "all_biases": {"bias": "on"},

@@ -18,7 +18,7 @@ import jaxllm
 from jaxllm import convert, models
 from jaxllm.data.tokenizers.added import Added
 from jaxllm.data.tokenizers.byte import ByteTokenizer
-from jaxllm.interop import gguf_export, gguf_write
+from jaxllm.interop import gguf_export, gguf_file, gguf_write
 from jaxllm.types import Params, Tokenizer
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "interop"))
@@ -86,6 +86,25 @@ def test_types(tmp_path: Path, dtype: str) -> None:
     found = difference(path, config, gguf_export.as_stored(config, params, dtype), TOKENS)
     print(f"{dtype}: {found:.2e}")
     assert found < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "number"), [("float16", llama_cpp.LLAMA_FTYPE_MOSTLY_F16), ("q8_0", llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0)]
+)
+def test_bytes(tmp_path: Path, dtype: str, number: int) -> None:
+    """llama.cpp's own program makes the same file of our float32."""
+    config = make_config(bias="qkv", tied_head="off", rope_scaling="llama3", rope_factor=4.0)
+    params = random_params(config, 0)
+    exact, ours = (write(tmp_path / f"{kind}.gguf", config, params, ByteTokenizer(), kind) for kind in ("float32", dtype))
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.pure = number, True
+    theirs = tmp_path / "theirs.gguf"
+    assert llama_cpp.llama_model_quantize(str(exact).encode(), str(theirs).encode(), options) == 0
+    found, expected = (gguf_file.read(path).tensors for path in (ours, theirs))
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert tensor[:2] == expected[name][:2]
+        np.testing.assert_array_equal(tensor.data, expected[name].data)
 
 
 def tokenizers_to_compare() -> Iterator[tuple[str, Tokenizer]]:
