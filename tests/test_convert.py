@@ -17,7 +17,7 @@ from rich.console import Console
 import jaxllm
 from jaxllm import convert, evaluate, runs
 from jaxllm.engine.workdir import Workdir
-from jaxllm.interop import directory, weights
+from jaxllm.interop import directory, gguf_export, gguf_file, gguf_write, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -103,8 +103,18 @@ def test_check_finds_a_difference(exported: Path, tmp_path: Path, monkeypatch: p
         right = export(*args)
         return right._replace(make=lambda name: right.make(name) * (-1 if name == "model.norm.weight" else 1))
 
-    monkeypatch.setattr(weights, "export", wrong)
-    code, text = call(exported, tmp_path / "half", "hf", "bfloat16", checked=True)
+    plan = gguf_export.plan
+
+    def wrong_plan(*args: Any, **options: Any) -> gguf_export.Plan:
+        right = plan(*args, **options)
+        return right._replace(make=lambda name: right.make(name) * (-1 if name == "output_norm.weight" else 1))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "export", wrong)
+        code, text = call(exported, tmp_path / "half", "hf", "bfloat16", checked=True)
+        assert code == 2 and ": TOO LARGE, up to " in text
+    monkeypatch.setattr(gguf_export, "plan", wrong_plan)
+    code, text = call(exported, tmp_path / "half.gguf", "", "q8_0", checked=True)
     assert code == 2 and ": TOO LARGE, up to " in text
 
 
@@ -117,6 +127,60 @@ def test_gguf_becomes_a_run(tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     assert tokenizer.encode("hello world") == jaxllm.load(tmp_path / "run")[2].encode("hello world")
     assert call(tmp_path / "tiny.gguf", tmp_path / "hf", "hf", checked=True)[0] == 0
+
+
+def test_a_run_goes_out_as_gguf_and_comes_back(run: Path, tmp_path: Path) -> None:
+    """As it was: parameters, greedy text, tokenizer; and out again from there to the same bytes, with and without a run between."""
+    target = tmp_path / "new" / "tiny.gguf"
+    code, text = call(run, target, checked=True)
+    assert code == 0 and f"{target} (gguf)" in text and "check: largest difference of logits 0, 0 from" in text
+    assert [path.name for path in target.parent.iterdir()] == ["tiny.gguf"]
+    (model, params, tokenizer), (ours, exact, own) = jaxllm.load(target), jaxllm.load(run)
+    jax.tree.map(np.testing.assert_array_equal, params, exact)
+    greedy = {"max_new_tokens": 12, "temperature": 0}
+    assert jaxllm.generate(model, params, tokenizer, "The", **greedy) == jaxllm.generate(ours, exact, own, "The", **greedy)
+    assert call(target, tmp_path / "back")[0] == 0
+    for source in (target, tmp_path / "back"):
+        again = tmp_path / f"from_{source.name}" / "tiny.gguf"
+        assert call(source, again)[0] == 0
+        assert again.read_bytes() == target.read_bytes()
+    # A Hugging Face directory between keeps all but the file that only GGUF has.
+    call(target, tmp_path / "hf", "hf")
+    assert "vocabulary.gguf" not in contents(tmp_path / "hf")
+    call(tmp_path / "hf", tmp_path / "from_hf" / "tiny.gguf")
+    assert gguf_file.read(tmp_path / "from_hf" / "tiny.gguf").values == gguf_file.read(target).values
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "q8_0"])
+def test_types_of_gguf(run: Path, tmp_path: Path, dtype: str) -> None:
+    """What is read in a type is written in it again, with the same bytes."""
+    code, text = call(run, tmp_path / "tiny.gguf", "gguf", dtype, checked=True)
+    assert code == 0 and f"matrices in {dtype}" in text and f", 0 from those of weights rounded to {dtype}" in text
+    assert "check: largest difference of logits 0," not in text
+    (tmp_path / "again").mkdir()
+    call(tmp_path / "tiny.gguf", tmp_path / "again" / "tiny.gguf")
+    assert (tmp_path / "again" / "tiny.gguf").read_bytes() == (tmp_path / "tiny.gguf").read_bytes()
+
+
+def test_the_tokenizer_of_a_gguf_file_is_kept(tmp_path: Path) -> None:
+    """Directly and through a run, with what is not read here."""
+    values = tiny_gguf.tokenizer_values(
+        **{"ggml.eot_token_id": 2, "ggml.token_type": [3, 3, 5, *[1] * (len(tiny_gguf.TOKENS) - 3)]}
+    )
+    tensors = tiny_gguf.stored(tiny_gguf.tensors(np.random.default_rng(0)))
+    tiny_gguf.write(tmp_path / "tiny.gguf", tensors, tiny_gguf.model_values() | values)
+    call(tmp_path / "tiny.gguf", tmp_path / "run")
+    for source in ("tiny.gguf", "run"):
+        call(tmp_path / source, tmp_path / "new" / f"{source}.gguf", checked=True)
+        found = gguf_file.read(tmp_path / "new" / f"{source}.gguf")
+        lists = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")  # llama.cpp wants a token for each of the 300 rows
+        assert {key: value for key, value in found.values.items() if key in values and key not in lists} == {
+            key: value for key, value in values.items() if key not in lists
+        }
+        for key in lists:
+            assert found.values[key][: len(tiny_gguf.TOKENS)] == values[key] and len(found.values[key]) == tiny_gguf.VOCAB
+        for name, array in tensors.items():
+            np.testing.assert_array_equal(found.tensors[name].load(), array)
 
 
 def test_foreign_models_are_opened_directly(exported: Path, run: Path, tmp_path: Path) -> None:
@@ -155,12 +219,17 @@ def test_classes_of_a_run_become_labels(tmp_path: Path) -> None:
 def test_what_is_refused(run: Path, exported: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"--to {exported} is there already.\n  Accepted: a directory that does not exist"):
         call(run, exported)
-    with pytest.raises(
-        ValueError, match=r"--format gguf: GGUF files are read, not written.\n  Accepted: hf, jaxllm.\n  Write --format hf"
-    ):
-        call(run, tmp_path / "x", "gguf")
-    with pytest.raises(ValueError, match=r"--format guf: there is no such format.\n  Accepted: hf, jaxllm."):
+    with pytest.raises(ValueError, match=r"--format guf: there is no such format.\n  Accepted: hf, jaxllm, gguf."):
         call(run, tmp_path / "x", "guf")
+    for target, wanted in (("x", "gguf"), ("x.gguf", "hf"), ("x.gguf", "jaxllm")):
+        with pytest.raises(ValueError, match=rf"--format {wanted} with --to .*{target}.\n  Accepted: a file that ends in .gguf"):
+            call(run, tmp_path / target, wanted)
+    with pytest.raises(
+        ValueError, match=r"--dtype q8_0 with --format hf.\n  Accepted: float32, bfloat16, float16, or --format gguf"
+    ):
+        call(run, tmp_path / "x", "hf", "q8_0")
+    with pytest.raises(ValueError, match=r"--max_shard_size with --format gguf, which is not cut into shards.\n  Accepted: "):
+        call(run, tmp_path / "x.gguf", max_shard_bytes=1000)
     with pytest.raises(ValueError, match=r"--dtype bfloat16 with --format jaxllm, whose checkpoints hold float32"):
         call(exported, tmp_path / "x", "", "bfloat16")
     with pytest.raises(ValueError, match=r"no run in '.*nothing': it does not exist[\s\S]*model.safetensors; a .gguf file"):
@@ -173,9 +242,15 @@ def test_a_conversion_that_fails_leaves_nothing(run: Path, tmp_path: Path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(directory.safetensors, "_write_tensor", fail)
-    with pytest.raises(OSError, match="No space left"):
-        call(run, tmp_path / "hf")
+    monkeypatch.setattr(gguf_write, "_write_tensor", fail)
+    for target in ("hf", "x.gguf"):
+        with pytest.raises(OSError, match="No space left"):
+            call(run, tmp_path / target)
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "x.gguf").write_text("mine")
+    with pytest.raises(ValueError, match=r"x.gguf is there already.\n  Accepted: a file that does not exist"):
+        call(run, tmp_path / "x.gguf")
+    assert (tmp_path / "x.gguf").read_text() == "mine"
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MiB", 3 << 19), ("700", 700), ("2kb", 2000)])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm import config as schema
-from jaxllm.interop import directory, gguf_file, gguf_rope, gguf_tokenizer
+from jaxllm.interop import directory, gguf_file, gguf_rope, gguf_tokenizer, gguf_vocabulary, gguf_write
 from jaxllm.interop.gguf_file import File, Stored, listed
 from jaxllm.interop.imported import Imported
 
@@ -88,7 +88,7 @@ def read(path: str | Path) -> Imported:
         config=config,
         tokenizer=None if described is None else described.tokenizer,
         tensors=Tensors(stored, pairs),
-        files={} if described is None else described.files,
+        files={} if described is None else described.files | {gguf_vocabulary.FILE: gguf_write.vocabulary(file)},
         notes=(f"weights stored as {', '.join(kinds)} are read as float32",) if kinds else (),
     )
 

@@ -9,6 +9,7 @@ import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -44,11 +45,12 @@ class Stored(NamedTuple):
 
 
 class File(NamedTuple):
-    """An open file. values: metadata by its key."""
+    """An open file. values: metadata by its key. entries: their bytes, as `gguf_write` writes them: key, type and value."""
 
     path: Path
     values: Mapping[str, Any]
     tensors: Mapping[str, Stored]
+    entries: Mapping[str, memoryview] = MappingProxyType({})
 
     def get(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
         """The value of `key`; ValueError if it is of another kind, or not there and without a default."""
@@ -74,7 +76,7 @@ def read(path: str | Path) -> File:
     try:
         cursor = _Cursor(data.data, 8)
         tensor_count, value_count = cursor.number("<u8"), cursor.number("<u8")
-        values = {cursor.text(): cursor.value(cursor.number("<u4")) for _ in range(value_count)}
+        values, entries = _metadata(cursor, value_count)
         infos = {cursor.text(): _Info.read(cursor) for _ in range(tensor_count)}
         alignment = values.get("general.alignment", 32)
         start = -(-cursor.at // alignment) * alignment
@@ -85,7 +87,23 @@ def read(path: str | Path) -> File:
             f"'{path}' is part {values.get('split.no', 0) + 1} of {values['split.count']}.\n  Accepted: a model in one GGUF file.\n"
             "  Join the parts: llama-gguf-split --merge FIRST_PART JOINED"
         )
-    return File(path, values, _tensors(path, data, start, infos))
+    return File(path, values, _tensors(path, data, start, infos), entries)
+
+
+def metadata(data: bytes) -> tuple[dict[str, Any], dict[str, memoryview]]:
+    """`File.values` and `File.entries` of a file's bytes, without its tensors."""
+    cursor = _Cursor(memoryview(data), 16)
+    return _metadata(cursor, cursor.number("<u8"))
+
+
+def _metadata(cursor: "_Cursor", count: int) -> tuple[dict[str, Any], dict[str, memoryview]]:
+    """`File.values` and `File.entries`."""
+    values, entries = {}, {}
+    for _ in range(count):
+        begin, key = cursor.at, cursor.text()
+        values[key] = cursor.value(cursor.number("<u4"))
+        entries[key] = cursor.data[begin : cursor.at]
+    return values, entries
 
 
 class _Cursor:

@@ -212,15 +212,16 @@ def _write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], make: Callabl
 def _write_tensor(file: BinaryIO, name: str, tensor: np.ndarray, shape: tuple[int, ...], dtype: str) -> None:
     if tensor.shape != shape:
         raise RuntimeError(f"tensor '{name}' has shape {tensor.shape} instead of {shape}")
-    file.write(np.ascontiguousarray(_cast(name, tensor, dtype)).reshape(-1).view(np.uint8).data)
+    file.write(np.ascontiguousarray(cast(name, tensor, dtype)).reshape(-1).view(np.uint8).data)
 
 
-def _cast(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
+def cast(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
+    """The tensor in `dtype`, a name of NAMES; ValueError for a finite number that float16 cannot hold."""
     with np.errstate(over="ignore"):
-        cast = tensor.astype(TYPES[NAMES[dtype]], copy=False)
-    if dtype == "float16" and not np.isfinite(cast).all() and np.isfinite(tensor).all():
+        out = tensor.astype(TYPES[NAMES[dtype]], copy=False)
+    if dtype == "float16" and not np.isfinite(out).all() and np.isfinite(tensor).all():
         raise ValueError(
             f"tensor '{name}' has numbers up to {np.abs(tensor).max():.3g}, which float16 cannot hold.\n"
             "  Accepted: --dtype bfloat16 or float32.\n  Use one of these."
         )
-    return cast
+    return out

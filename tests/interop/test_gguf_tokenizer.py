@@ -167,11 +167,10 @@ def spm_model(**options: Any) -> bytes:
         model_type="bpe",
         vocab_size=340,
         byte_fallback=True,
-        normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         control_symbols=["<|start|>", "<|end|>"],
         minloglevel=2,
-        **options,
+        **{"normalization_rule_name": "identity", **options},
     )
     return model.getvalue()
 

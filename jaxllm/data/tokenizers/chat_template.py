@@ -40,8 +40,12 @@ def find(directory: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
         text = {entry["name"]: entry["template"] for entry in text}.get("default")
     if not isinstance(text, str):
         return None
-    names = {name: _content(token) for name, token in settings.items() if name.endswith("_token") and _content(token)}
-    return ChatTemplate(text, names)
+    return ChatTemplate(text, names(settings))
+
+
+def names(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens in a tokenizer_config.json: {"bos_token": "<s>", ...}."""
+    return {name: _content(token) for name, token in settings.items() if name.endswith("_token") and _content(token)}
 
 
 def _content(token: Any) -> str:
