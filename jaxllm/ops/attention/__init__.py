@@ -65,7 +65,7 @@ def attend(
     if reason is not None:
         explain(implementation, "blocked", reason)
         backend = blocked.BACKEND
-    run = partial(backend.attend, scale=scale, dropout_frac=dropout_frac, block_tokens=block_tokens)
+    run: Callable[..., jax.Array] = partial(backend.attend, scale=scale, dropout_frac=dropout_frac, block_tokens=block_tokens)
     if backend.per_device:
         return _attend_on_each_device(run, constrain, q_BTHK, k_BSGK, v_BSGK, mask, bias_XHTS, rng)
     return run(q_BTHK, k_BSGK, v_BSGK, mask, bias_XHTS=bias_XHTS, rng=rng)

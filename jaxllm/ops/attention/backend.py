@@ -9,7 +9,7 @@ from jaxllm.ops.attention.mask import Mask
 
 
 class Backend(NamedTuple):
-    """An implementation of attention, as the registry names it.
+    """An implementation of attention, as the registry names it. Called, it attends.
 
     attend: a function with the signature of `plain.attend`.
     refuse: why it cannot do what it is asked for, here and on arrays of these shapes, or None. rng is None without dropout.
@@ -19,3 +19,6 @@ class Backend(NamedTuple):
     attend: Callable[..., jax.Array]
     refuse: Callable[[jax.Array, jax.Array, Mask, jax.Array | None, Any], str | None] = lambda *_: None
     per_device: bool = False
+
+    def __call__(self, *arrays: Any, **options: Any) -> jax.Array:
+        return self.attend(*arrays, **options)

@@ -33,7 +33,7 @@ CASES = {
 }
 SPLASH = ("causal", "packed_window", "window_padding", "cross")
 BACKENDS = [name for name in registry.names("attention") if name != "splash"]
-KERNELS = {name: registry.resolve("attention", name).attend for name in BACKENDS}
+KERNELS = {name: registry.resolve("attention", name) for name in BACKENDS}
 KERNELS["splash"] = partial(splash.attend, interpret=True)  # `attention.attend` would leave the work to `blocked` on this machine
 
 
