@@ -87,7 +87,7 @@ class Plan:
         return _OnMesh(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _OnMesh:
     """`types.Constrain` by the table of a plan."""
 
