@@ -36,11 +36,11 @@ TABLE: dict[str, dict[str, str]] = {
         "token_classification": "jaxllm.data.examples.token_classification:make",
     },
     "attention": {
-        "blocked": "jaxllm.ops.attention.blocked:attend",
-        "dot_product": "jaxllm.ops.attention.dot_product:attend",
-        "flash": "jaxllm.ops.attention.flash:attend",
-        "plain": "jaxllm.ops.attention.plain:attend",
-        "splash": "jaxllm.ops.attention.splash:attend",
+        "blocked": "jaxllm.ops.attention.blocked:BACKEND",
+        "dot_product": "jaxllm.ops.attention.dot_product:BACKEND",
+        "flash": "jaxllm.ops.attention.flash:BACKEND",
+        "plain": "jaxllm.ops.attention.plain:BACKEND",
+        "splash": "jaxllm.ops.attention.splash:BACKEND",
     },
     "optimizer": {
         "adamw": "jaxllm.optim.build:adamw",

@@ -32,6 +32,8 @@ Batch = Mapping[str, jax.Array]
 
 # Logical axis names of one parameter, one a dimension, e.g. ("embed", "heads", "head_dim"); see parallel/rules.py.
 Axes = tuple[str, ...]
+# The same of any array; None is a dimension that is not shared.
+PartAxes = tuple[str | None, ...]
 
 
 class Mean(NamedTuple):
@@ -49,15 +51,43 @@ Objective = Callable[[Params, Batch, jax.Array | None], tuple[Mean, Metrics]]
 
 
 class Constrain(Protocol):
-    """Tells the compiler how an activation is laid out on the mesh. Models call it and do not know any mesh."""
+    """How the arrays of a model lie on the mesh, by their logical axes. Models call it and do not know any mesh."""
 
-    def __call__(self, array: jax.Array, axes: tuple[str | None, ...], /) -> jax.Array: ...
+    def __call__(self, array: jax.Array, axes: PartAxes, /) -> jax.Array:
+        """`array`; the compiler is told how it lies."""
+        ...
+
+    def refuse(self) -> str | None:
+        """Why `per_device` cannot be used here, or None."""
+        ...
+
+    def per_device(self, function: Callable[..., jax.Array], /, *parts: tuple[Any, PartAxes]) -> jax.Array:
+        """function(a, b, ...), an array that lies as a does, from `parts` (a, axes of a), (b, axes of b), ...
+
+        Each device calls it on what it holds of them: for a kernel that the compiler cannot share out. A part may be a tree, or
+        None; the axes are those of each array in it.
+        """
+        ...
 
 
-def unconstrained(array: jax.Array, axes: tuple[str | None, ...], /) -> jax.Array:
-    """The `Constrain` of a single device."""
-    del axes
-    return array
+@dataclass(frozen=True)
+class Unconstrained:
+    """The `Constrain` of a single device; with `reason`, of several on which the compiler alone decides how arrays lie."""
+
+    reason: str | None = None
+
+    def __call__(self, array: jax.Array, axes: PartAxes, /) -> jax.Array:
+        del axes
+        return array
+
+    def refuse(self) -> str | None:
+        return self.reason
+
+    def per_device(self, function: Callable[..., jax.Array], /, *parts: tuple[Any, PartAxes]) -> jax.Array:
+        return function(*(arrays for arrays, _ in parts))
+
+
+unconstrained = Unconstrained()
 
 
 class Head(NamedTuple):

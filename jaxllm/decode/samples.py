@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from jaxllm import models
 from jaxllm.decode import masks, text
 from jaxllm.ops import sampling
-from jaxllm.types import Model, Params, Tokenizer
+from jaxllm.types import Model, Params, Tokenizer, Unconstrained
 
 
 class Sampler(NamedTuple):
@@ -27,7 +27,7 @@ def make(config: ConfigDict, tokenizer: Tokenizer, say: Callable[[str], None]) -
     if not sample.tokens or not sample.prompts or config.model.head != "lm":
         return None
     # Without the plan's layout of activations: a few prompts do not divide over the mesh, so the compiler follows the weights.
-    model = models.build(config)
+    model = models.build(config, Unconstrained("the compiler alone decides where the arrays of a sample lie"))
     try:
         return (_make_filler if model.decode is None else _make_writer)(config, model, tokenizer, say)
     except ValueError as error:

@@ -255,6 +255,7 @@ class Attention(nn.Module):
             rng=self.make_rng("dropout") if drop else None,
             dropout_frac=arch.dropout_frac,
             block_tokens=arch.attention_block_tokens,
+            constrain=self.constrain,
         )
 
 

@@ -4,7 +4,7 @@ Axes are Auto (the compiler places what nobody placed), and every placement that
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from jaxllm.parallel import rules
 from jaxllm.transforms import tree
+from jaxllm.types import Constrain, PartAxes
 
 SIZES = ("data", "fsdp", "tensor")
 
@@ -26,7 +27,7 @@ class Plan:
     mesh: Mesh | AbstractMesh
     rules: rules.Rules
 
-    def sharding(self, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str) -> NamedSharding:
+    def sharding(self, axes: PartAxes, shape: tuple[int, ...], name: str) -> NamedSharding:
         """Where the array `name` lies; ValueError if its shape and axes do not fit the mesh."""
         return NamedSharding(self.mesh, rules.spec(self.rules, self.mesh.shape, axes, shape, name))
 
@@ -74,13 +75,45 @@ class Plan:
     @property
     def batch_parts(self) -> int:
         """In how many parts the mesh cuts a batch; its rows must be a multiple."""
-        return math.prod(self.mesh.shape[axis] for axis in self.rules["batch"])
+        return self.parts("batch")
 
-    def constrain(self, array: jax.Array, axes: tuple[str | None, ...], /) -> jax.Array:
-        """`array`, laid out as its logical axes say (types.Constrain)."""
-        if self.mesh.size == 1:
+    def parts(self, axis: str) -> int:
+        """In how many parts the mesh cuts a logical axis."""
+        return math.prod(self.mesh.shape[mesh_axis] for mesh_axis in self.rules[axis])
+
+    @property
+    def constrain(self) -> Constrain:
+        """What a model is built with, to lie on this mesh."""
+        return _OnMesh(self)
+
+
+@dataclass(frozen=True, eq=False)
+class _OnMesh:
+    """`types.Constrain` by the table of a plan."""
+
+    plan: Plan
+
+    def __call__(self, array: jax.Array, axes: PartAxes, /) -> jax.Array:
+        if self.plan.mesh.size == 1:
             return array
-        return jax.lax.with_sharding_constraint(array, self.sharding(axes, array.shape, f"an activation {axes}"))
+        return jax.lax.with_sharding_constraint(array, self.plan.sharding(axes, array.shape, f"an activation {axes}"))
+
+    def refuse(self) -> str | None:
+        parts = self.plan.parts("length")
+        return f"it needs whole rows, and the mesh cuts them into {parts} parts" if parts > 1 else None
+
+    def per_device(self, function: Callable[..., jax.Array], /, *parts: tuple[Any, PartAxes]) -> jax.Array:
+        arguments = tuple(arrays for arrays, _ in parts)
+        if self.plan.mesh.size == 1:
+            return function(*arguments)
+
+        def specs(arrays: Any, axes: PartAxes) -> Any:
+            return jax.tree.map(lambda array: self.plan.sharding(axes, array.shape, f"an activation {axes}").spec, arrays)
+
+        in_specs = tuple(specs(*part) for part in parts)
+        # Kernels do not say over which axes their results vary, so that cannot be checked.
+        each = jax.shard_map(function, mesh=self.plan.mesh, in_specs=in_specs, out_specs=in_specs[0], check_vma=False)
+        return each(*arguments)
 
 
 def make(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Plan:

@@ -3,13 +3,15 @@
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from jaxllm import config, models
 from jaxllm.data.tokenizers.added import Added
 from jaxllm.data.tokenizers.byte import ByteTokenizer
 from jaxllm.decode import masks, samples, text
-from jaxllm.ops import sampling
+from jaxllm.ops import attention, sampling
+from jaxllm.ops.attention import splash
 
 TOKENIZER = ByteTokenizer(Added(mask=True))
 
@@ -47,6 +49,20 @@ def test_an_encoder_fills_the_prompts_that_have_a_mask() -> None:
     params = model.init(jax.random.key(0))
     assert sampler.generate(params, 0) == [" -> " + masks.complete(model, params, TOKENIZER, ["a [MASK] b"])[0]]
     assert samples.make(settings_of(model__name="bert", sample__prompts=("a",)), TOKENIZER, said.append) is None
+
+
+def test_samples_ask_no_kernel_to_run_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler lays out their arrays, so nobody knows what a device holds."""
+    said: list[tuple[str, ...]] = []
+    monkeypatch.setattr(attention, "explain", lambda *words: said.append(words))
+    monkeypatch.setattr(splash, "BACKEND", splash.BACKEND._replace(refuse=lambda *_: None))
+    monkeypatch.setattr(masks, "complete", lambda model, params, *_: [str(model.apply(params, np.zeros((1, 4), np.int32)).shape)])
+    settings = settings_of(model__name="bert", model__attention="splash")
+    sampler = samples.make(settings, TOKENIZER, print)
+    assert sampler is not None
+    params = jax.eval_shape(models.build(settings).init, jax.random.key(0))
+    jax.eval_shape(lambda params: jax.tree.leaves((sampler.generate(params, 0), params))[1:], params)
+    assert said == [("splash", "blocked", "the compiler alone decides where the arrays of a sample lie")]
 
 
 def test_there_are_runs_without_samples() -> None:

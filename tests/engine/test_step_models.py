@@ -1,6 +1,7 @@
 """The train step on small language models: accumulation, meshes, both forms of the stack, precisions, and its compilation."""
 
 import re
+from functools import partial
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import tiny_training as tiny
 
 from jaxllm.engine import state as states
 from jaxllm.engine import step as steps
+from jaxllm.ops.attention import splash
 from jaxllm.transforms import tree
 
 MESH = {"parallel__data": 2, "parallel__fsdp": 2, "parallel__tensor": 2}
@@ -53,14 +55,19 @@ def test_accumulation_is_exact_for_unequal_rows(one_step):
     assert_trees_close(moments(parts), moments(whole), 2e-6)
 
 
-def test_eight_devices_equal_one(one_step):
-    """data 2 x fsdp 2 x tensor 2, with two micro-batches, against one device with none."""
+@pytest.mark.parametrize(
+    "options", [{"train__microbatches": 2}, {"model__attention": "splash", "model__layers_as": "scan", "model__remat": "full"}]
+)
+def test_eight_devices_equal_one(one_step, options, monkeypatch):
+    """data 2 x fsdp 2 x tensor 2, with two micro-batches, or with a kernel (interpreted) that only runs on each device alone."""
+    interpreted = splash.BACKEND._replace(attend=partial(splash.attend, interpret=True), refuse=lambda *_: None)
+    monkeypatch.setattr(splash, "BACKEND", interpreted)
     _, one, (expected,) = one_step
-    _, eight, (found,) = trained([tiny.batch()], train__microbatches=2, **MESH)
+    _, eight, (found,) = trained([tiny.batch()], **options, **MESH)
     for name in ("loss", "grad_norm", "weight", "accuracy"):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, err_msg=name)
     assert_trees_close(moments(eight), moments(one), 1e-5)
-    for a, b in zip(jax.tree.leaves(eight.params), jax.tree.leaves(one.params), strict=True):
+    for a, b in zip(jax.tree.leaves(tree.stack_layers(eight.params)), jax.tree.leaves(tree.stack_layers(one.params)), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 

@@ -165,10 +165,11 @@ def test_collectives_of_a_forward_pass() -> None:
 
 def test_activation_constraints_speak_of_activations() -> None:
     made = plan.make(tiny(2, 2, 2))
-    with pytest.raises(
-        ValueError, match=r"parallel.data x parallel.fsdp = 4 does not divide dimension 0 \('batch'\) of 'an activation"
-    ):
-        jax.eval_shape(lambda x: made.constrain(x, ("batch", "length")), jnp.zeros((3, 8)))
+    axes = ("batch", "length")
+    words = r"parallel.data x parallel.fsdp = 4 does not divide dimension 0 \('batch'\) of 'an activation"
+    for use in (lambda x: made.constrain(x, axes), lambda x: made.constrain.per_device(jnp.sin, (x, axes))):
+        with pytest.raises(ValueError, match=words):
+            jax.eval_shape(use, jnp.zeros((3, 8)))
 
 
 def test_llama_70b_on_256_devices() -> None:

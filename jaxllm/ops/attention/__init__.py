@@ -3,8 +3,9 @@
 Letters: B batch, T query length, S key length, H query heads, G key/value heads, R = H/G query heads a key/value head,
 K head width. Query head h reads key/value head h // R.
 
-Every implementation is a module with a function `attend` of one signature, registered under "attention"; all agree on the
-numbers: scores and softmax in float32, result in q's dtype. `plain` is the one to read.
+Every implementation is a module with a `Backend`, registered under "attention": a function `attend` of one signature, when it
+refuses, and whether the compiler shares it out over devices. All agree on the numbers: scores and softmax in float32, result in
+q's dtype. `plain` is the one to read.
 
 One forward and backward pass, causal, H 4, K 32, float32: time, compiler's temporary memory, compile time. Measured on 2 CPU
 cores that others used too, the fastest of 25 and of 5 runs; 2026-11-22.
@@ -16,14 +17,21 @@ cores that others used too, the fastest of 25 and of 5 runs; 2026-11-22.
     dot_product  13.0 ms   13 MiB   2 s       2258 ms   770 MiB    2 s
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from jaxllm import registry
+from jaxllm.ops.attention import blocked
+from jaxllm.ops.attention.backend import Backend as Backend
 from jaxllm.ops.attention.cached import cached as cached
+from jaxllm.ops.attention.fallback import explain
 from jaxllm.ops.attention.mask import HIDDEN as HIDDEN
 from jaxllm.ops.attention.mask import Mask as Mask
+from jaxllm.ops.attention.mask import check
+from jaxllm.types import Constrain, unconstrained
 
 
 def attend(
@@ -38,23 +46,68 @@ def attend(
     rng: jax.Array | None = None,
     dropout_frac: float = 0.0,
     block_tokens: int = 128,
+    constrain: Constrain = unconstrained,
 ) -> jax.Array:
     """softmax(scale q k + bias) v over the keys that `mask` shows, [B, T, H, K] in q's dtype, by the named implementation.
 
     bias_XHTS: added to the scores; X is 1 or B. scale: 1/sqrt(K) unless given. rng: drops a `dropout_frac` of the
     probabilities (inverted dropout); which ones differs between implementations. block_tokens: of `blocked` and `flash`.
+    constrain: how the arrays lie, for a kernel that the compiler does not share out. What the implementation refuses, `blocked`
+    does, and the log says why.
     Rows that see no key give exactly 0 and no gradient; what is hidden from a row changes no bit of it. ValueError for an
     unknown name and for shapes that do not fit each other, with the accepted ones.
     """
-    attend_by: Any = registry.resolve("attention", implementation)
-    return attend_by(
-        q_BTHK,
-        k_BSGK,
-        v_BSGK,
-        mask,
-        bias_XHTS=bias_XHTS,
-        scale=scale,
-        rng=rng,
-        dropout_frac=dropout_frac,
-        block_tokens=block_tokens,
+    backend: Backend = registry.resolve("attention", implementation)
+    rng = rng if dropout_frac > 0 else None
+    reason = backend.refuse(q_BTHK, k_BSGK, mask, bias_XHTS, rng)
+    if reason is None and backend.per_device:
+        reason = constrain.refuse()
+    if reason is not None:
+        explain(implementation, "blocked", reason)
+        backend = blocked.BACKEND
+    run: Callable[..., jax.Array] = partial(backend.attend, scale=scale, dropout_frac=dropout_frac, block_tokens=block_tokens)
+    if backend.per_device:
+        return _attend_on_each_device(run, constrain, q_BTHK, k_BSGK, v_BSGK, mask, bias_XHTS, rng)
+    return run(q_BTHK, k_BSGK, v_BSGK, mask, bias_XHTS=bias_XHTS, rng=rng)
+
+
+def _attend_on_each_device(
+    run: Callable[..., jax.Array],
+    constrain: Constrain,
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    mask: Mask,
+    bias_XHTS: jax.Array | None,
+    rng: jax.Array | None,
+) -> jax.Array:
+    """`run` on the rows and heads of each device."""
+    check(q_BTHK, k_BSGK, v_BSGK, mask, bias_XHTS)
+    q_axes, k_axes = (("batch", "length", heads, "head_dim") for heads in ("heads", "kv_heads"))
+    bias_axes = (None if bias_XHTS is None or bias_XHTS.shape[0] == 1 else "batch", "heads", None, None)
+
+    def attend_own(
+        q_BTHK: jax.Array,
+        k_BSGK: jax.Array,
+        v_BSGK: jax.Array,
+        mask: Mask,
+        bias_XHTS: jax.Array | None,
+        rng: jax.Array | None,
+        row_B: jax.Array,
+        head_H: jax.Array,
+    ) -> jax.Array:
+        if rng is not None:  # each device drops others
+            rng = jax.random.fold_in(jax.random.fold_in(rng, row_B[0]), head_H[0])
+        return run(q_BTHK, k_BSGK, v_BSGK, mask, bias_XHTS=bias_XHTS, rng=rng)
+
+    return constrain.per_device(
+        attend_own,
+        (q_BTHK, q_axes),
+        (k_BSGK, k_axes),
+        (v_BSGK, k_axes),
+        (mask, ("batch", "length")),
+        (bias_XHTS, bias_axes),
+        (rng, ()),
+        (jnp.arange(q_BTHK.shape[0]), ("batch",)),
+        (jnp.arange(q_BTHK.shape[2]), ("heads",)),
     )

@@ -8,6 +8,7 @@ blocks are unrolled, so the compile time grows with the length; for long sequenc
 import jax
 import jax.numpy as jnp
 
+from jaxllm.ops.attention.backend import Backend
 from jaxllm.ops.attention.mask import HIDDEN, Mask, check
 from jaxllm.ops.attention.plain import drop
 
@@ -94,3 +95,6 @@ def attend_folded(
     if visible_BTS is not None and may_be_blind:
         out_BGRTK = jnp.where(visible_BTS.any(-1)[:, None, None, :, None], out_BGRTK, 0)
     return out_BGRTK
+
+
+BACKEND = Backend(attend)

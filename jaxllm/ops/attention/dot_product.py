@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxllm.ops.attention import blocked
+from jaxllm.ops.attention.backend import Backend
 from jaxllm.ops.attention.fallback import explain
 from jaxllm.ops.attention.mask import Mask, check
 
@@ -27,20 +27,8 @@ def attend(
     dropout_frac: float = 0.0,
     block_tokens: int = 128,
 ) -> jax.Array:
-    """As `plain`, [B, T, H, K]. For arguments and errors see `jaxllm.ops.attention.attend`."""
-    if rng is not None and dropout_frac > 0:
-        explain("dot_product", "blocked", "it has no dropout")
-        return blocked.attend(
-            q_BTHK,
-            k_BSGK,
-            v_BSGK,
-            mask,
-            bias_XHTS=bias_XHTS,
-            scale=scale,
-            rng=rng,
-            dropout_frac=dropout_frac,
-            block_tokens=block_tokens,
-        )
+    """As `plain`, [B, T, H, K], of what is not refused. For arguments and errors see `jaxllm.ops.attention.attend`."""
+    del rng, dropout_frac, block_tokens
     check(q_BTHK, k_BSGK, v_BSGK, mask, bias_XHTS)
     query_tokens, key_tokens = q_BTHK.shape[1], k_BSGK.shape[1]
     # jax counts the slots of queries and keys from their first ones, and a prefix is an exception to both conditions.
@@ -64,6 +52,12 @@ def attend(
     return out_BTHK.astype(q_BTHK.dtype)
 
 
+def refuse(q_BTHK: jax.Array, k_BSGK: jax.Array, mask: Mask, bias_XHTS: jax.Array | None, rng: jax.Array | None) -> str | None:
+    """`Backend.refuse`."""
+    del q_BTHK, k_BSGK, mask, bias_XHTS
+    return None if rng is None else "it has no dropout"
+
+
 def _choose(q_BTHK: jax.Array, k_BSGK: jax.Array, biased: bool) -> Literal["cudnn", "xla"]:
     """What jax is to run. On a GPU that is no use to cuDNN the log says why; elsewhere there is no choice."""
     if jax.default_backend() != "gpu":
@@ -79,3 +73,6 @@ def _choose(q_BTHK: jax.Array, k_BSGK: jax.Array, biased: bool) -> Literal["cudn
         return "cudnn"
     explain("dot_product by cuDNN", "XLA", reason)
     return "xla"
+
+
+BACKEND = Backend(attend, refuse)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.ops.attention.backend import Backend
 from jaxllm.ops.attention.blocked import fold, unfold
 from jaxllm.ops.attention.mask import HIDDEN, Mask, check
 from jaxllm.ops.attention.plain import drop
@@ -223,3 +224,6 @@ def _differentiate(blocks: _Blocks, how: _How, saved: tuple, m: Any, n: Any, gra
 
 
 _flash.defvjp(_forward, _backward)
+
+
+BACKEND = Backend(attend)

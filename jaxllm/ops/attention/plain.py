@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jaxllm.ops.attention.backend import Backend
 from jaxllm.ops.attention.mask import HIDDEN, Mask, check
 
 
@@ -52,3 +53,6 @@ def drop(x: jax.Array, rng: jax.Array, frac: float) -> jax.Array:
     # apart, so that each device draws its own.
     kept = jax.random.bernoulli(rng, 1 - frac, (*x.shape[:2], math.prod(x.shape[2:]))).reshape(x.shape)
     return jnp.where(kept, x / (1 - frac), 0)
+
+
+BACKEND = Backend(attend)

@@ -1,7 +1,7 @@
 """Attention by the Pallas kernel "splash" on a TPU: blockwise as `flash`, and blocks that nothing sees are not computed.
 
-The kernel knows causality, a window and documents, has no bias, prefix or dropout, and runs on one device. Lengths and head
-widths are padded to what it takes. Where it cannot run, `blocked` does, and the log says why.
+The kernel knows causality, a window and documents, and has no bias, prefix or dropout. Lengths and head widths are padded to
+what it takes. The compiler cannot share it out: on a mesh each device runs it on its own rows and heads.
 """
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from jaxllm.ops.attention import blocked
-from jaxllm.ops.attention.fallback import explain
+from jaxllm.ops.attention.backend import Backend
 from jaxllm.ops.attention.mask import Mask, check
 
 LANES = 128  # lengths are multiples of this
@@ -27,53 +27,10 @@ def attend(
     rng: jax.Array | None = None,
     dropout_frac: float = 0.0,
     block_tokens: int = 128,
-) -> jax.Array:
-    """As `plain`, [B, T, H, K]. For arguments and errors see `jaxllm.ops.attention.attend`."""
-    dropped = rng is not None and dropout_frac > 0
-    reason = _refusal(q_BTHK.shape[1], k_BSGK.shape[1], mask, bias_XHTS is not None, dropped)
-    if reason is None:
-        return run(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale)
-    explain("splash", "blocked", reason)
-    return blocked.attend(
-        q_BTHK,
-        k_BSGK,
-        v_BSGK,
-        mask,
-        bias_XHTS=bias_XHTS,
-        scale=scale,
-        rng=rng,
-        dropout_frac=dropout_frac,
-        block_tokens=block_tokens,
-    )
-
-
-def _refusal(query_tokens: int, key_tokens: int, mask: Mask, biased: bool, dropped: bool) -> str | None:
-    """Why the kernel cannot run this, or None."""
-    if jax.default_backend() != "tpu":
-        return f"it needs a TPU and this is a {jax.default_backend()}"
-    if jax.device_count() > 1:
-        return f"a Pallas kernel is not spread over devices, and there are {jax.device_count()}"
-    if dropped:
-        return "it has no dropout"
-    if biased:
-        return "it has no bias"
-    if mask.prefix_BS is not None:
-        return "it has no prefix"
-    if mask.window_tokens and query_tokens != key_tokens:
-        return f"it has no window over {query_tokens} queries and {key_tokens} keys"
-    return None
-
-
-def run(
-    q_BTHK: jax.Array,
-    k_BSGK: jax.Array,
-    v_BSGK: jax.Array,
-    mask: Mask,
-    *,
-    scale: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """The kernel itself, [B, T, H, K]: no prefix, and no window where T and S differ. `interpret` runs it on any device, slowly."""
+    """As `plain`, [B, T, H, K], of what is not refused. `interpret` runs it on any device, slowly."""
+    del bias_XHTS, rng, dropout_frac, block_tokens
     group, query_tokens, width = check(q_BTHK, k_BSGK, v_BSGK, mask, None), q_BTHK.shape[1], q_BTHK.shape[-1]
     key_tokens, lane = k_BSGK.shape[1], LANES // 2 if width <= LANES // 2 else LANES
     # The kernel does not scale, and padded widths would mislead it if it did.
@@ -92,6 +49,22 @@ def run(
     out_BTHK = blocked.unfold(out, q_BTHK.dtype)
     seen_BTS = mask.visible_whole(query_tokens, key_tokens) if mask.may_be_blind else None
     return out_BTHK if seen_BTS is None else jnp.where(seen_BTS.any(-1)[:, :, None, None], out_BTHK, 0)
+
+
+def refuse(q_BTHK: jax.Array, k_BSGK: jax.Array, mask: Mask, bias_XHTS: jax.Array | None, rng: jax.Array | None) -> str | None:
+    """`Backend.refuse`."""
+    query_tokens, key_tokens = q_BTHK.shape[1], k_BSGK.shape[1]
+    if jax.default_backend() != "tpu":
+        return f"it needs a TPU and this is a {jax.default_backend()}"
+    if rng is not None:
+        return "it has no dropout"
+    if bias_XHTS is not None:
+        return "it has no bias"
+    if mask.prefix_BS is not None:
+        return "it has no prefix"
+    if mask.window_tokens and query_tokens != key_tokens:
+        return f"it has no window over {query_tokens} queries and {key_tokens} keys"
+    return None
 
 
 def _pad(x: jax.Array, axis: int, multiple: int, value: int = 0) -> jax.Array:
@@ -130,3 +103,6 @@ def _block_sizes(rows: int, columns: int) -> splash_attention.BlockSizes:
         block_q_dq=row,
         block_kv_dq=column,
     )
+
+
+BACKEND = Backend(attend, refuse, per_device=True)

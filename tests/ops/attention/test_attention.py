@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxllm import registry
 from jaxllm.ops import attention
@@ -35,12 +34,7 @@ CASES = {
 SPLASH = ("causal", "packed_window", "window_padding", "cross")
 BACKENDS = [name for name in registry.names("attention") if name != "splash"]
 KERNELS = {name: registry.resolve("attention", name) for name in BACKENDS}
-
-
-def kernel(q, k, v, mask, *, bias_XHTS=None, block_tokens=None, **options):
-    """Splash itself, interpreted: `attend` would leave the work to `blocked` on this machine."""
-    assert bias_XHTS is None and block_tokens
-    return splash.run(q, k, v, mask, interpret=True, **options)
+KERNELS["splash"] = partial(splash.attend, interpret=True)  # `attention.attend` would leave the work to `blocked` on this machine
 
 
 MATRIX = [(name, case) for case in CASES for name in BACKENDS] + [("splash", case) for case in SPLASH]
@@ -102,7 +96,7 @@ def oracle(q, k, v, dout, bias, seen, scale=None, kept=None):
 def make_run(name, case, **options):
     """run(arrays) -> (out, gradients), compiled once. The mask is an argument: its switches must stay static."""
     mask, _, _, _, _, scale = CASES[case]
-    backend = KERNELS.get(name, kernel)
+    backend = KERNELS[name]
 
     @jax.jit
     def run(mask, q, k, v, dout, bias):
@@ -233,7 +227,7 @@ def test_flash_differentiates_the_dropout_that_it_drew():
 def test_splash_is_accepted_by_the_compiler_for_tpus(width):
     # Interpreted, a kernel may do what a TPU cannot; lowering for one checks shapes and blocks, without a TPU.
     def vjp(q, k, v, segments):
-        return jax.vjp(lambda q, k, v: splash.run(q, k, v, Mask(causal=True, segments_BT=segments)), q, k, v)[1](q)
+        return jax.vjp(lambda q, k, v: splash.attend(q, k, v, Mask(causal=True, segments_BT=segments)), q, k, v)[1](q)
 
     shapes = [jax.ShapeDtypeStruct((1, 300, heads, width), jnp.bfloat16) for heads in (4, 2, 2)]
     lowered = jax.jit(vjp).trace(*shapes, jax.ShapeDtypeStruct((1, 300), jnp.int32)).lower(lowering_platforms=("tpu",))
@@ -281,8 +275,6 @@ def test_what_a_backend_cannot_do_is_done_by_blocked_and_logged_once(lines, monk
     both("dot_product", Mask(), **dropout)
     both("splash", Mask())
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    both("splash", Mask())
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
     both("splash", Mask(), bias_XHTS=bias)
     both("splash", Mask(), **dropout)
     both("splash", Mask(causal=True, prefix_BS=PREFIX))
@@ -291,7 +283,6 @@ def test_what_a_backend_cannot_do_is_done_by_blocked_and_logged_once(lines, monk
     assert lines == [
         "attention: blocked runs instead of dot_product: it has no dropout.",
         "attention: blocked runs instead of splash: it needs a TPU and this is a cpu.",
-        "attention: blocked runs instead of splash: a Pallas kernel is not spread over devices, and there are 8.",
         "attention: blocked runs instead of splash: it has no bias.",
         "attention: blocked runs instead of splash: it has no dropout.",
         "attention: blocked runs instead of splash: it has no prefix.",
@@ -313,24 +304,6 @@ def test_a_gpu_whose_kernel_cannot_take_the_arrays_says_why(lines, monkeypatch):
         "attention: XLA runs instead of dot_product by cuDNN: cuDNN takes even lengths with a mask or bias, not 21 and 21.",
         "attention: XLA runs instead of dot_product by cuDNN: cuDNN takes head widths up to 128 that are multiples of 8, not 7.",
     ]
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-def test_devices_with_rows_and_heads_of_their_own_need_not_talk(name):
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    layout = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-
-    def run(q, k, v, dout, segments):
-        def attend(q, k, v):
-            return KERNELS[name](q, k, v, Mask(causal=True, segments_BT=segments), block_tokens=BLOCK)
-
-        return jax.vjp(attend, q, k, v)[1](dout)
-
-    *arrays, _ = make_arrays("packed_window")
-    compiled = jax.jit(run, in_shardings=(layout,) * 4 + (rows,), out_shardings=layout).lower(*arrays, PACKED).compile()
-    for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
-        assert f" {collective}(" not in compiled.as_text()
 
 
 def test_shapes_and_names_that_do_not_fit_are_named():
