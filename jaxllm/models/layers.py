@@ -112,21 +112,25 @@ class Embedding(nn.Module):
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT: jax.Array | None = None) -> jax.Array:
         arch, init = self.arch, normal(self.arch.init_std)
         table_VD = parameter(self, "tokens", (arch.vocab_size, arch.width), ("vocab", "embed"), init)
-        # Whole rows before the look-up: the partitioner cannot move `embed` from the table's devices to the batch's behind it.
-        table_VD = jax.tree.map(lambda array: self.constrain(array, ("vocab", "embed_act")), table_VD)
-        x_BTD = leaf.take(table_VD, tokens_BT, arch.dtype)
+        x_BTD = self._rows(table_VD, "vocab", tokens_BT)
         if arch.family.embed_scale:
             x_BTD = x_BTD * arch.width**0.5
         if arch.positions == "learned":
             places_TD = parameter(self, "positions", (arch.context_tokens, arch.width), ("length", "embed"), init)
-            x_BTD = x_BTD + leaf.take(places_TD, positions_BT, arch.dtype)
+            x_BTD = x_BTD + self._rows(places_TD, "length", positions_BT)
         elif arch.positions == "sinusoid":
             x_BTD = x_BTD + positions.sinusoid(positions_BT, arch.width).astype(arch.dtype)
         if arch.family.kind == "encoder":
             kinds_YD = parameter(self, "token_types", (arch.token_types, arch.width), ("token_types", "embed"), init)
             types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
-            x_BTD = Norm(arch, name="norm")(x_BTD + leaf.take(kinds_YD, types_BT, arch.dtype))
+            x_BTD = Norm(arch, name="norm")(x_BTD + self._rows(kinds_YD, "token_types", types_BT))
         return self.constrain(dropout(self, x_BTD, arch.dropout_frac), HIDDEN)
+
+    def _rows(self, table: Any, axis: str, ids: jax.Array) -> jax.Array:
+        """Those rows of a parameter with the logical axes (axis, embed), in the compute dtype."""
+        # Whole rows before the look-up: the partitioner cannot move `embed` from the table's devices to the batch's behind it.
+        whole = jax.tree.map(lambda array: self.constrain(array, (axis, "embed_act")), table)
+        return leaf.take(whole, ids, self.arch.dtype)
 
 
 class Relative(nn.Module):

@@ -1,5 +1,6 @@
 """What must hold of every architecture: one tree of parameters, two forms of the stack, cached decoding, isolation, sharding."""
 
+import re
 from typing import Any
 
 import jax
@@ -206,6 +207,12 @@ def test_a_mesh_gives_the_logits_and_gradients_of_one_device(family: str) -> Non
         np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.abs(other).max()) + 1e-6, err_msg=name)
     split = [name for name, leaf in tree.named_leaves(placed) if not leaf.sharding.is_fully_replicated]
     assert {"embed/tokens"} < set(split) and any(name.endswith("o/kernel") for name in split)
+    # Rows of tables travel before a look-up; what was looked up, [2, LENGTH, width] on a device, never does.
+    more = {key: shared[key] for key in more}
+    text = jax.jit(meshed.hidden).lower(placed, shared["tokens"], **more).compile().as_text()
+    gathered = re.findall(r"= \S+?\[([\d,]*)\]\S* all-gather\(", text)
+    assert str(config.model.width) in ",".join(gathered)
+    assert f"{ROWS // 4},{shared['tokens'].shape[1]},{config.model.width}" not in gathered
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama"])
