@@ -99,7 +99,7 @@ class SentencePieceTokenizer:
         return [list(chain.from_iterable(islice(rest, len(mine)))) for mine in parts]
 
     def decode(self, ids: list[int]) -> str:
-        return added.spell(files.valid(ids, self.vocab_size), self.sentinel_ids, self._decode)
+        return added.spell(files.valid(ids, self.vocab_size), added.names(self.sentinel_ids), self._decode)
 
     def _decode(self, ids: list[int], first: bool) -> str:
         own = [index for index in ids if index < self.pieces and index != self.mask_id]

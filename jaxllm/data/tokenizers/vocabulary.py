@@ -11,6 +11,7 @@ BYTE_LEVEL, MERGES, WORDS = "vocab.json", "merges.txt", "vocab.txt"
 ADDED = "added_tokens.json"
 # Classes in transformers that split text as it is done here.
 BYTE_LEVEL_CLASSES, WORD_CLASSES = ("GPT2Tokenizer",), ("BertTokenizer",)
+END = "<|endoftext|>"
 WORD_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -35,7 +36,16 @@ def definition(path: Path, settings: Mapping[str, Any]) -> bytes:
         raise files.NotATokenizer(f"{type(error).__name__}: {error}") from error
     if wrong:
         raise files.NotATokenizer(f"{ADDED} has ids that do not follow those of {path.name}: {', '.join(wrong[:4])}")
-    return tokenizer.to_str().encode()
+    before, after = _frame(words, settings)
+    ids = ({token: index for token in part if (index := tokenizer.token_to_id(token)) is not None} for part in (before, after))
+    return huggingface.framed(tokenizer.to_str().encode(), *ids)
+
+
+def _frame(words: bool, settings: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The tokens before and after a text: BERT's always, GPT-2's bos if the settings say so."""
+    if words:
+        return (_text(settings.get("cls_token")) or "[CLS]",), (_text(settings.get("sep_token")) or "[SEP]",)
+    return ((_text(settings.get("bos_token")) or END,), ()) if settings.get("add_bos_token") else ((), ())
 
 
 def _byte_level(path: Path, settings: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
@@ -47,7 +57,7 @@ def _byte_level(path: Path, settings: Mapping[str, Any]) -> tuple[Any, tuple[str
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.get("add_prefix_space", False)))
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    return tokenizer, ("<|endoftext|>", *_named(settings))
+    return tokenizer, (END, *_named(settings))
 
 
 def _words(path: Path, settings: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
