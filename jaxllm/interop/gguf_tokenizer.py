@@ -4,10 +4,10 @@ Two kinds exist for LLaMA-family models: "gpt2", byte-level byte-pair encoding, 
 SentencePiece, which becomes a tokenizer.model. A GGUF file names its pre-tokenizer (`tokenizer.ggml.pre`), it does not hold it.
 """
 
-import difflib
 import json
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -137,6 +137,9 @@ def _byte_level(file: gguf_file.File, tokens: list[str], kinds: list[int]) -> De
 
 def _definition(file: gguf_file.File, tokens: list[str], kinds: list[int], rules: Rules) -> bytes:
     """A tokenizer.json with these tokens, merges and rules."""
+    twice = next((token for token, count in Counter(tokens).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(_damaged(file, f"token '{twice}' is there twice"))
     merges = [merge.split(" ", 1) for merge in file.get("tokenizer.ggml.merges", list)]
     splits = [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False} for regex in rules.splits]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -300,10 +303,8 @@ def _json(value: Any) -> bytes:
 
 
 def _unknown(file: gguf_file.File, key: str, name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did the converter mean '{near[0]}'?" if near else ""
     return (
-        f"'{file.path}' says {key} = '{name}', whose rules are not known here.{hint}\n  Accepted: {', '.join(known)}.\n"
+        f"'{file.path}' says {key} = '{name}', whose rules are not known here.\n  Accepted: {', '.join(known)}.\n"
         "  Take the Hugging Face directory of the model, which holds its tokenizer.json."
     )
 
@@ -315,7 +316,7 @@ def _lengths(file: gguf_file.File, key: str, count: int, tokens: int) -> str:
     )
 
 
-def _damaged(file: gguf_file.File, error: Exception) -> str:
+def _damaged(file: gguf_file.File, error: object) -> str:
     return (
         f"the tokenizer in '{file.path}' cannot be used: {error}.\n  Accepted: tokens that differ, with the merges or the scores that"
         " belong to them.\n  Take another file of the model, or its Hugging Face directory."

@@ -32,7 +32,12 @@ SPECIAL = {
 }
 # Without texts of their own.
 BARE = {"aquila": (None, 0, 0, 100008), "baichuan": (1, 2, 0, 64000), "gpt-neox": (None, 0, 0, 50432)}
-REFUSED = {"bert-bge": "model = 'bert'", "gemma-4": "model = 'gemma4'", "nomic-bert-moe": "model = 't5'", "qwen35": "pre = 'qwen35'"}
+REFUSED = {
+    "bert-bge": "model = 'bert'",
+    "gemma-4": "model = 'gemma4'",
+    "nomic-bert-moe": "model = 't5'",
+    "qwen35": "pre = 'qwen35'",
+}
 MORE = ["", " ", "Grüße aus Köln, naïve café: ½ ÷ ø \u2581 \x00", "日本語 🙂 and\r\n\t\u00a0tabs", "x" * 3000 + " " * 300]
 
 
@@ -71,7 +76,9 @@ def test_ids(name: str, tmp_path: Path) -> None:
             assert tokenizer.encode(text) == ids, text
             assert tokenizer.decode(ids) == text
         for text in MORE:
-            assert tokenizer.decode(tokenizer.encode(text)) == (text.replace("\u2581", " ") if name in ("llama-spm", "phi-3") else text)
+            assert tokenizer.decode(tokenizer.encode(text)) == (
+                text.replace("\u2581", " ") if name in ("llama-spm", "phi-3") else text
+            )
         assert special(tokenizer) == SPECIAL[name]
 
 
