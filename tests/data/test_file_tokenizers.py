@@ -62,3 +62,13 @@ def test_settings_that_are_no_object(tmp_path: Path) -> None:
             ValueError, match=r"tokenizer_config.json' is no JSON object[\s\S]*\n  Accepted: the tokenizer_config.json"
         ):
             load(tmp_path, foreign_tokenizers.tokenizer_json() | {"tokenizer_config.json": text})
+
+
+@pytest.mark.parametrize("name", ["added_tokens.json", "tokenizer_config.json"])
+def test_tokens_that_a_sentencepiece_model_lacks_are_named(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = '{"<|im_end|>": 32000}' if name == "added_tokens.json" else '{"added_tokens_decoder": {"7": {"content": "<|im_end|>"}}}'
+    load(tmp_path, foreign_tokenizers.CASES["Llama 2"].files | {name: text.encode()})
+    assert "lacks ['<|im_end|>'], which were added to it" in caplog.text
+    caplog.clear()
+    load(tmp_path, {name: text.replace("<|im_end|>", "<s>").encode()})
+    assert "lacks" not in caplog.text

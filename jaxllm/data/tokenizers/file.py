@@ -87,6 +87,8 @@ def _sentencepiece(data: bytes, settings: dict[str, Any], template: chat_templat
         index = processor.piece_to_id(piece)
         return index if processor.id_to_piece(index) == piece else None
 
+    if lost := [token for token in _added(settings) if find(token) is None and not token.startswith("<extra_id_")]:
+        logging.warning("the SentencePiece model lacks %s, which were added to it: text here; a tokenizer.json has them", lost)
     own = {name: _customary(name, find) for name in CUSTOMARY}
     given = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id()}
     own.update({name: index for name, index in given.items() if index >= 0})
@@ -131,9 +133,16 @@ def _customary(name: str, find: Callable[[str], int | None]) -> int | None:
 
 
 def _settings(directory: Path) -> dict[str, Any]:
-    """tokenizer_config.json, if there is one. As in transformers, special_tokens_map.json goes before one without added tokens."""
+    """tokenizer_config.json, if there is one. Without added tokens in it older files count, as in transformers."""
     settings = _read(directory / SETTINGS)
-    return settings if "added_tokens_decoder" in settings else settings | _read(directory / OLDER_SETTINGS)
+    if "added_tokens_decoder" in settings:
+        return settings
+    added = {index: {"content": token} for token, index in _read(directory / vocabulary.ADDED).items()}
+    return settings | _read(directory / OLDER_SETTINGS) | {"added_tokens_decoder": added}
+
+
+def _added(settings: dict[str, Any]) -> list[str]:
+    return [token["content"] for token in settings["added_tokens_decoder"].values()]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -46,6 +46,11 @@ class HuggingFaceTokenizer:
         tokens = self.tokenizer.get_added_tokens_decoder()
         return {token.content: index for index, token in tokens.items() if token.special}
 
+    @cached_property
+    def added_tokens(self) -> dict[str, int]:
+        """Tokens that no merges make, and their ids: special ones, and others, which are one token wherever a text spells them."""
+        return {token.content: index for index, token in self.tokenizer.get_added_tokens_decoder().items()}
+
     def encode_with_specials(self, text: str) -> list[int]:
         """As `encode`, but what spells a special token is that token. For text of which every such token is meant."""
         files.utf8(text)

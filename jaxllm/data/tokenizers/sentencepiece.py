@@ -73,6 +73,11 @@ class SentencePieceTokenizer:
         ids = filter(self.processor.is_control, range(self.pieces))
         return {self.processor.id_to_piece(index): index for index in ids}
 
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """The same: what else a text spells as one token, the library does not tell."""
+        return self.special_tokens
+
     def encode_with_specials(self, text: str) -> list[int]:
         """As `encode`, but what spells a special token is that token. For text of which every such token is meant.
 

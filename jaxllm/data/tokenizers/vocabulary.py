@@ -30,7 +30,8 @@ def definition(path: Path, settings: Mapping[str, Any]) -> bytes:
         tokenizer.add_special_tokens([token for token in specials if tokenizer.token_to_id(token) is not None])
         added = path.with_name(ADDED)
         tokens = json.loads(added.read_bytes()) if added.is_file() else {}
-        tokenizer.add_special_tokens(sorted(tokens, key=tokens.__getitem__))
+        for token in sorted(tokens, key=tokens.__getitem__):
+            (tokenizer.add_special_tokens if token in specials else tokenizer.add_tokens)([token])
         wrong = [token for token, index in tokens.items() if tokenizer.token_to_id(token) != index]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise files.NotATokenizer(f"{type(error).__name__}: {error}") from error
@@ -64,7 +65,7 @@ def _words(path: Path, settings: Mapping[str, Any]) -> tuple[Any, tuple[str, ...
     """WordPiece: words and, marked with ##, what may follow inside of a word; a token a line (Devlin et al. 2018, arXiv:1810.04805)."""
     tokenizers = huggingface.library()
     tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    vocabulary = {token.rstrip("\r"): index for index, token in enumerate(tokens)}
+    vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token=_text(settings.get("unk_token")) or "[UNK]"))
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(
         clean_text=True,
@@ -79,7 +80,9 @@ def _words(path: Path, settings: Mapping[str, Any]) -> tuple[Any, tuple[str, ...
 
 def _named(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """The special tokens that the settings name."""
-    return tuple(text for name in settings if name.endswith("_token") and (text := _text(settings[name])))
+    more = settings.get("additional_special_tokens") or []
+    named = (settings[name] for name in settings if name.endswith("_token"))
+    return tuple(text for token in (*named, *more) if (text := _text(token)))
 
 
 def _text(token: Any) -> str:
