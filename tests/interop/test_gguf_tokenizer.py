@@ -285,7 +285,8 @@ def test_special_tokens_of_sentencepiece() -> None:
     ids = tokenizer.encode_with_specials("<|start|>the cat<|end|>")
     assert ids == [start, *library.encode("the cat"), end]
     assert not {start, end} & set(tokenizer.encode("<|start|>the cat<|end|>"))
-    assert set(tokenizer.special_tokens) == {"<s>", "</s>", "<|start|>", "<|end|>"}
+    assert set(tokenizer.special_tokens) == {"<unk>", "<s>", "</s>", "<|start|>", "<|end|>"}
+    assert tokenizer.encode_with_specials("<unk>") == [library.unk_id()]
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,8 @@ REFUSED = {
     "nomic-bert-moe": "model = 't5'",
     "qwen35": "pre = 'qwen35'",
 }
+# Of SentencePiece: it reads its own mark of a space as one, and writes U+2047 for what it does not know.
+SPACED = ("llama-spm", "phi-3", "baichuan")
 MORE = ["", " ", "Grüße aus Köln, naïve café: ½ ÷ ø \u2581 \x00", "日本語 🙂 and\r\n\t\u00a0tabs", "x" * 3000 + " " * 300]
 
 
@@ -79,9 +81,7 @@ def test_ids(name: str, tmp_path: Path) -> None:
             assert tokenizer.encode(text) == ids, text
             assert tokenizer.decode(ids) == text
         for text in MORE:
-            assert tokenizer.decode(tokenizer.encode(text)) == (
-                text.replace("\u2581", " ") if name in ("llama-spm", "phi-3") else text
-            )
+            assert tokenizer.decode(tokenizer.encode(text)) == (text.replace("\u2581", " ") if name in SPACED else text)
         assert special(tokenizer) == SPECIAL[name]
 
 
@@ -95,7 +95,7 @@ def test_special_tokens(name: str) -> None:
         ids = tokenizer.encode_with_specials(f"the{token}cat")
         assert ids == [*tokenizer.encode("the"), index, *tokenizer.encode("cat")], token
         assert index not in tokenizer.encode(f"the{token}cat")
-        assert tokenizer.decode(ids).replace(" ", "") == "thecat"
+        assert tokenizer.decode(ids).replace(" ", "") == ("the\u2047cat" if token == "<unk>" and name in SPACED else "thecat")
 
 
 @pytest.mark.parametrize("name", BARE)

@@ -69,9 +69,10 @@ class SentencePieceTokenizer:
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
-        """Special tokens and their ids."""
-        ids = filter(self.processor.is_control, range(self.pieces))
-        return {self.processor.id_to_piece(index): index for index in ids}
+        """Special tokens and their ids: control pieces and the unknown one."""
+        made = self.processor
+        ids = (index for index in range(self.pieces) if made.is_control(index) or made.is_unknown(index))
+        return {made.id_to_piece(index): index for index in ids}
 
     @property
     def added_tokens(self) -> dict[str, int]:
