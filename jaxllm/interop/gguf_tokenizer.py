@@ -4,9 +4,10 @@ Two kinds exist for LLaMA-family models: "gpt2", byte-level byte-pair encoding, 
 SentencePiece, which becomes a tokenizer.model. A GGUF file names its pre-tokenizer (`tokenizer.ggml.pre`), it does not hold it.
 """
 
-import difflib
 import json
+import re
 import struct
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,10 +19,36 @@ from jaxllm.types import Tokenizer
 
 # tokenizer.ggml.token_type, which has the numbers of SentencePiece.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+DIGIT, DIGITS, THREE_DIGITS = r"\p{N}", r"\p{N}+", r"\p{N}{1,3}"
+SPACE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+# Radford et al. 2019, section 2.2: a word, a number or signs, each with the space before it.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# As in GPT-4's tokenizer: contractions in any case, digits in groups, newlines apart from other space.
-GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-DIGIT = r"\p{N}"
+# As in GPT-4's tokenizer: contractions in any case, newlines apart from other space. %s: a number.
+CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+GPT4 = rf"{CONTRACTION}|{WORD}|%s| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACE}"
+SEED_CODER = rf"{CONTRACTION}|{WORD}|{DIGIT}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{SPACE}"
+# As in GPT-4o's: a word also ends before a capital letter. %s: what may follow a word, twice, and a number.
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+LEAD = r"[^\r\n\p{L}\p{N}]?"
+GPT4O = rf"{LEAD}{UPPER}*{LOWER}+%s|{LEAD}{UPPER}+{LOWER}*%s|%s| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACE}"
+DEEPSEEK = r"[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|" + SPACE
+# Letters with two cases, as far as an older Unicode has them: hexadecimal code points, one or first-last.
+CASED = """
+    41-5A 61-7A B5 C0-D6 D8-F6 F8-1BA 1BC-1BF 1C4-293 295-2AF 370-373 376 377 37B-37D 37F 386 388-38A 38C 38E-3A1 3A3-3F5 3F7-481
+    48A-52F 531-556 10A0-10C5 13A0-13F5 13F8-13FD 1C90-1CBA 1CBD-1CBF 1D00-1D2B 1D6B-1D77 1D79-1D9A 1E00-1F15 1F18-1F1D 1F20-1F45
+    1F48-1F4D 1F50-1F57 1F59 1F5B 1F5D 1F5F-1F7D 1F80-1FB4 1FB6-1FBC 1FBE 1FC2-1FC4 1FC6-1FCC 1FD0-1FD3 1FD6-1FDB 1FE0-1FEC
+    1FF2-1FF4 1FF6-1FFC 2102 2107 210A-2113 2115 2119-211D 2124 2126 2128 212A-212D 212F-2134 2139 213C-213F 2145-2149 214E
+    2183 2184 2C00-2C7B 2C7E-2CE4 2CEB-2CEE 2CF2 2CF3 A640-A66D A680-A69B A722-A76F A771-A787 A78B-A78E AB70-ABBF FB00-FB06
+    FB13-FB17 FF21-FF3A FF41-FF5A 10400-1044F 104B0-104D3 104D8-104FB 10C80-10CB2 10CC0-10CF2 118A0-118DF 1E900-1E943"""
+SIGNS = "21-2F 3A-7E FF01-FF0F FF1A-FF5E 2018-201F 3000-3002"
+ASIAN, HAN_KANA = "4E00-9FA5 800-4E00 AC00-D7FF", "4E00-9FA5 3040-30FF"
+STOPS = "2026 3002 FF0C 3001 964 6D4 60C"
+
+
+def _points(hexadecimal: str) -> str:
+    """These code points and ranges, as they are written between the brackets of a regular expression."""
+    return re.sub("[0-9A-F]+", r"\\x{\g<0>}", hexadecimal).replace(" ", "").replace("\n", "")
 
 
 class Rules(NamedTuple):
@@ -34,16 +61,32 @@ class Rules(NamedTuple):
     nfc: bool = False
 
 
-_LLAMA3 = Rules((GPT4 % r"\p{N}{1,3}",), whole_tokens=True, bos=True)
-PRE = {
-    "default": Rules((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-    "gpt-2": Rules((GPT2,)),
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": Rules((GPT4 % DIGIT,), nfc=True),
-    "smollm": Rules((DIGIT, GPT2)),
+# The names are those of llama.cpp's converter; what they mean is in its src/llama-vocab.cpp, and in the tokenizer.json that each was
+# made from. Where the two differ the latter counts, as the model was trained with it: Qwen2 normalizes (NFC), words of Tekken and
+# GPT-4o end by the Unicode categories of their letters, and \s is all white space.
+_LLAMA3 = (GPT4 % THREE_DIGITS,)
+_QWEN2 = (GPT4 % DIGIT,)
+_NAMED = {
+    "gpt-2 phi-2 mpt olmo jais trillion granite-docling mellum gigachat exaone4 a.x-4.0": Rules((GPT2,)),
+    "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2": Rules((DIGIT, GPT2)),
+    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2": Rules(_LLAMA3, whole_tokens=True, bos=True),
+    "smaug-bpe dbrx": Rules(_LLAMA3),
+    "minicpm5": Rules((THREE_DIGITS, GPT4 % DIGITS), whole_tokens=True),
+    "qwen2 deepseek-r1-qwen": Rules(_QWEN2, nfc=True),
+    "megrez kormo stablelm2 hunyuan solar-open grok-2": Rules(_QWEN2),
+    "seed-coder": Rules((SEED_CODER,)),
+    "tekken": Rules((GPT4O % ("", "", DIGIT),), whole_tokens=True, bos=True),
+    "gpt-4o llama4": Rules((GPT4O % (f"{CONTRACTION}?", f"{CONTRACTION}?", THREE_DIGITS),)),
+    "deepseek-llm": Rules(
+        (r"[\r\n]", rf"\s?[{_points(CASED)}]+", rf"\s?[{_points(SIGNS)}]+", r"\s+$", f"[{_points(ASIAN)}]+", DIGITS)
+    ),
+    "deepseek-coder": Rules((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", f"[{_points(ASIAN)}]+", DIGIT)),
+    "deepseek-v3 hunyuan-dense": Rules((THREE_DIGITS, f"[{_points(HAN_KANA)}]+", DEEPSEEK)),
+    "falcon": Rules((r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]")),
+    "viking": Rules((rf" ?[^(\s|.,!?{_points(STOPS)})]+", DIGIT)),
+    "default": Rules((r"[\p{P}\$\+<=>\^~\|]+", GPT2, DIGITS, r"[0-9][0-9][0-9]")),
 }
+PRE = {name: rules for names, rules in _NAMED.items() for name in names.split()}
 KINDS = ("gpt2", "llama")
 
 
@@ -79,8 +122,9 @@ def _byte_level(file: gguf_file.File, tokens: list[str], kinds: list[int]) -> De
         name = "default"
     if name not in PRE:
         raise ValueError(_unknown(file, "tokenizer.ggml.pre", name, tuple(PRE)))
-    definition = _definition(file, tokens, kinds, PRE[name])
     special = _special(file, tokens, add_bos=PRE[name].bos)
+    before = {} if special.bos_id is None else {special.names["bos_token"]: special.bos_id}
+    definition = huggingface.framed(_definition(file, tokens, kinds, PRE[name]), before, {})
     template = _template(file, special.names)
     try:
         tokenizer = huggingface.HuggingFaceTokenizer(
@@ -93,6 +137,9 @@ def _byte_level(file: gguf_file.File, tokens: list[str], kinds: list[int]) -> De
 
 def _definition(file: gguf_file.File, tokens: list[str], kinds: list[int], rules: Rules) -> bytes:
     """A tokenizer.json with these tokens, merges and rules."""
+    twice = next((token for token, count in Counter(tokens).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(_damaged(file, f"token '{twice}' is there twice"))
     merges = [merge.split(" ", 1) for merge in file.get("tokenizer.ggml.merges", list)]
     splits = [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False} for regex in rules.splits]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -139,6 +186,7 @@ def _sentencepiece(file: gguf_file.File, tokens: list[str], kinds: list[int]) ->
     if len(scores) != len(tokens):
         raise ValueError(_lengths(file, "tokenizer.ggml.scores", len(scores), len(tokens)))
     special = _special(file, tokens, add_bos=True)
+    kinds = _one_unknown(kinds, special.given["unk"])
     model = b"".join(_pieces(tokens, scores, kinds)) + _trainer(special, kinds, len(tokens)) + _normalizer(file)
     template = _template(file, special.names)
     try:
@@ -148,6 +196,13 @@ def _sentencepiece(file: gguf_file.File, tokens: list[str], kinds: list[int]) ->
     except files.NotATokenizer as error:
         raise ValueError(_damaged(file, error)) from error
     return Described(tokenizer, {sentencepiece.FILE: model, **_settings(special, template, "LlamaTokenizer")})
+
+
+def _one_unknown(kinds: Sequence[int], unknown: int | None) -> list[int]:
+    """SentencePiece has a single token for what it does not know; converters also give that type to rows that only fill the table."""
+    if unknown is None and UNKNOWN in kinds:
+        unknown = kinds.index(UNKNOWN)
+    return [UNKNOWN if index == unknown else UNUSED if kind == UNKNOWN else kind for index, kind in enumerate(kinds)]
 
 
 def _pieces(tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> Iterator[bytes]:
@@ -248,10 +303,8 @@ def _json(value: Any) -> bytes:
 
 
 def _unknown(file: gguf_file.File, key: str, name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did the converter mean '{near[0]}'?" if near else ""
     return (
-        f"'{file.path}' says {key} = '{name}', whose rules are not known here.{hint}\n  Accepted: {', '.join(known)}.\n"
+        f"'{file.path}' says {key} = '{name}', whose rules are not known here.\n  Accepted: {', '.join(known)}.\n"
         "  Take the Hugging Face directory of the model, which holds its tokenizer.json."
     )
 
@@ -263,7 +316,7 @@ def _lengths(file: gguf_file.File, key: str, count: int, tokens: int) -> str:
     )
 
 
-def _damaged(file: gguf_file.File, error: Exception) -> str:
+def _damaged(file: gguf_file.File, error: object) -> str:
     return (
         f"the tokenizer in '{file.path}' cannot be used: {error}.\n  Accepted: tokens that differ, with the merges or the scores that"
         " belong to them.\n  Take another file of the model, or its Hugging Face directory."

@@ -69,7 +69,7 @@ def _tokens(tokenizer: Any) -> Described:
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return gguf_definition.describe(tokenizer.definition)
     if isinstance(tokenizer, ByteTokenizer):
-        made = tokenizer_files.make(tokenizer, 0).files["tokenizer.json"]
+        made = tokenizer_files.make(tokenizer, 0, "decoder").files["tokenizer.json"]
         return gguf_definition.describe(made)
     raise refuse(
         "llama.cpp has no tokenizer of characters: it would need the bytes of all others, and a token that ends a text, where it takes"

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxllm.data import tokenize
+from jaxllm.data.tokenizers import added as added_tokens
 from jaxllm.data.tokenizers import huggingface
 from jaxllm.data.tokenizers.byte import ByteTokenizer
 from jaxllm.data.tokenizers.char import CharTokenizer
@@ -31,6 +32,8 @@ NAMES = (
 )
 # Names of the special tokens of tokenizers that have none of their own.
 SPECIALS = {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "mask": "<mask>"}
+# Whether bos stands before a text and eos behind it, by the kind of the model: as it was trained, and as it reads prompts.
+FRAMES = {"decoder": (True, False), "encoder": (True, True), "encoder_decoder": (False, True)}
 # Score of pieces that no text is to be cut into: bytes and special tokens.
 NEVER = -1e6
 
@@ -53,8 +56,11 @@ class Made(NamedTuple):
 NOTHING = Made({})
 
 
-def make(tokenizer: Any, context_tokens: int) -> Made:
-    """The files from which transformers makes an equal tokenizer, or those that come closest and a note."""
+def make(tokenizer: Any, context_tokens: int, kind: str) -> Made:
+    """The files from which transformers makes an equal tokenizer, or those that come closest and a note.
+
+    kind: that of the model (models.architecture.Family.kind), which says what stands around a text.
+    """
     if isinstance(tokenizer, SentencePieceTokenizer) and not tokenizer.exact:
         names = {
             name: tokenizer.processor.id_to_piece(index) for name, index in _ids(tokenizer).items() if index < tokenizer.pieces
@@ -65,11 +71,11 @@ def make(tokenizer: Any, context_tokens: int) -> Made:
         definition = tokenizer.definition
         names = {name: tokenizer.tokenizer.id_to_token(index) for name, index in _ids(tokenizer).items()}
     elif isinstance(tokenizer, SentencePieceTokenizer):
-        definition, names = _finish(tokenizer, *_sentencepiece(tokenizer))
+        definition, names = _finish(tokenizer, kind, *_sentencepiece(tokenizer))
     elif isinstance(tokenizer, ByteTokenizer):
-        definition, names = _finish(tokenizer, *_byte())
+        definition, names = _finish(tokenizer, kind, *_byte())
     elif isinstance(tokenizer, CharTokenizer):
-        definition, names = _finish(tokenizer, *_char(tokenizer))
+        definition, names = _finish(tokenizer, kind, *_char(tokenizer))
     else:
         raise TypeError(f"a tokenizer of class {type(tokenizer).__name__} has no files")
     return Made({"tokenizer.json": definition, SETTINGS: _settings(tokenizer, names, context_tokens)})
@@ -93,20 +99,20 @@ def _settings(tokenizer: Any, names: Mapping[str, str], context_tokens: int) -> 
         **(template.names if template else {}),
         **{f"{name}_token": token for name, token in names.items()},
         **({"chat_template": template.text} if template else {}),
-        **({"add_bos_token": False} if tokenizer.bos_id is None else {}),
+        **({} if fast else {"add_bos_token": tokenizer.bos_id is not None}),
     }
     return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _finish(tokenizer: Any, made: Any, named: Mapping[int, str]) -> tuple[bytes, dict[str, str]]:
+def _finish(tokenizer: Any, kind: str, made: Any, named: Mapping[int, str]) -> tuple[bytes, dict[str, str]]:
     """(tokenizer.json, name of each special token) of the library's tokenizer `made`, after adding the special tokens.
 
     named: id -> spelling of the tokens that already have one.
     """
     tokenizers = huggingface.library()
-    special = {name: named.get(index, SPECIALS[name]) for name, index in _ids(tokenizer).items()}
-    spelled = {index: special[name] for name, index in _ids(tokenizer).items()}
-    spelled |= {index: f"<extra_id_{order}>" for order, index in enumerate(tokenizer.sentinel_ids)}
+    ids = _ids(tokenizer)
+    special = {name: named.get(index, SPECIALS[name]) for name, index in ids.items()}
+    spelled = {index: special[name] for name, index in ids.items()} | added_tokens.names(tokenizer.sentinel_ids)
     added = [tokenizers.AddedToken(spelled[index], special=True, normalized=False) for index in sorted(spelled)]
     # They get the ids above the vocabulary in this order, or those that they have.
     made.add_special_tokens(added)
@@ -116,7 +122,9 @@ def _finish(tokenizer: Any, made: Any, named: Mapping[int, str]) -> tuple[bytes,
             f"the special tokens {wrong} would get other ids.\n  Accepted: special tokens above or inside the vocabulary.\n"
             "  Train the tokenizer again."
         )
-    return made.to_str().encode(), special
+    around = zip(("bos", "eos"), FRAMES[kind], strict=True)
+    before, after = ({special[name]: ids[name]} if wanted and name in ids else {} for name, wanted in around)
+    return huggingface.framed(made.to_str().encode(), before, after), special
 
 
 def _sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Any, dict[int, str]]:

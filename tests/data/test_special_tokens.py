@@ -87,6 +87,7 @@ def wordpiece(folder: Path) -> None:
     library.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     library.decoder = tokenizers.decoders.WordPiece()
     library.add_special_tokens(pieces[:5])
+    library.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     library.save(str(folder / "tokenizer.json"))
 
 

@@ -202,10 +202,10 @@ def test_tokenizer_json_gives_the_text_and_nothing_else(tokenizer_json):
 @pytest.mark.parametrize(
     ("settings", "ids"),
     [
-        (None, (None, 1, 0)),  # only </s> has a customary name; no pad token: 0
+        (None, (0, 1, 0)),  # only </s> has a customary name; no pad token: 0
         ({"bos_token": "<|begin|>", "eos_token": {"content": "</s>"}, "pad_token": "<|fill|>"}, (0, 1, 2)),
-        ({"bos_token": None, "eos_token": "<|fill|>"}, (None, 2, 0)),
-        ({"eos_token": "<|nowhere|>"}, (None, None, 0)),
+        ({"bos_token": None, "eos_token": "<|fill|>"}, (0, 2, 0)),
+        ({"eos_token": "<|nowhere|>"}, (0, None, 0)),
     ],
 )
 def test_special_tokens_are_found(tokenizer_json, settings, ids):
@@ -237,7 +237,7 @@ def test_gpt2_ids(tmp_path):
     library.save(str(tmp_path / "tokenizer.json"))
     tokenizer = made("file", path=str(tmp_path))
     assert tokenizer.encode("Hello world") == [15496, 995]
-    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (50257, 50256, 50256)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (50257, None, 50256)
 
 
 def test_saved_and_loaded_is_the_same(tmp_path, tokenizer_json):

@@ -60,6 +60,7 @@ def tokenizer(template: str | None = tiny_gguf.TEMPLATE, **changes: Any) -> Any:
         ("{{ strftime_now('%%') }}{{ messages[0].content }}", ASK, "%Hi"),
         ("{{ messages[0]['content'] }}\n", ASK, "Hi"),
         ("{{ missing }}{{ missing is defined }}", ASK, "False"),
+        ("{{ tools is none }} {{ documents is none }}", ASK, "True True"),
     ],
 )
 def test_rendering(template: str, messages: list[chat.Message], expected: str) -> None:
@@ -129,6 +130,17 @@ def test_ids_are_those_of_the_text_with_special_tokens_and_nothing_before() -> N
         ]
     talker = tokenizer("{{ bos_token }}" + tiny_gguf.TEMPLATE, **{"ggml.bos_token_id": 0, "ggml.add_bos_token": True})
     assert chat.encode(talker, ASK)[:2] == [0, 1], "one bos"
+
+
+def test_the_end_of_an_answer_need_not_be_a_special_token() -> None:
+    """As in DeepSeek's GGUF files: it ends answers and is refused in messages; another such token is text like any other."""
+    kinds = [3, 4, 4, *[1] * (len(tiny_gguf.TOKENS) - 3)]
+    talker = tokenizer(**{"ggml.token_type": kinds, "ggml.eos_token_id": 0})
+    assert set(talker.special_tokens) == {"<|text|>"}
+    assert chat.stop_ids(talker) == (0, 2)
+    with pytest.raises(ValueError, match=r"contains '<\|end\|>', which would end the message"):
+        chat.encode(talker, [{"role": "user", "content": "x<|end|>y"}])
+    assert chat.encode(talker, [{"role": "user", "content": "<|start|>"}]).count(1) == 3
 
 
 @pytest.mark.parametrize("where", ["role", "content"])

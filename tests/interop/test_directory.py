@@ -11,6 +11,9 @@ import pytest
 from foreign_models import MODELS, llama_tensors, make, write_llama
 from safetensors.numpy import load_file, save_file
 
+from jaxllm.data import tokenize
+from jaxllm.data.tokenizers.added import Added
+from jaxllm.data.tokenizers.byte import ByteTokenizer
 from jaxllm.interop import directory, families, weights
 from jaxllm.interop.family import Settings
 
@@ -315,6 +318,21 @@ def test_a_tokenizer_with_more_tokens_than_rows(tmp_path: Path) -> None:
     imported = directory.read(tmp_path)
     assert imported.tokenizer is not None and imported.tokenizer.mask_id == 2
     assert (imported.config.tokenizer.kind, imported.config.tokenizer.path) == ("file", str(tmp_path))
+
+
+@pytest.mark.parametrize("pads", [True, False])
+def test_what_a_decoder_behind_an_encoder_begins_with(pads: bool, tmp_path: Path) -> None:
+    """T5 begins with its padding, models that were trained here with bos; neither stands before what the encoder reads."""
+    _, model, params = make(MODELS["t5"][1], vocab_size=300)
+    tokenizer = ByteTokenizer(Added(sentinels=2))
+    directory.write(tmp_path, params, model.config, tokenizer, {})
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert values["decoder_start_token_id"] == tokenizer.bos_id
+    if pads:
+        (tmp_path / "config.json").write_text(json.dumps(values | {"decoder_start_token_id": tokenizer.pad_id}))
+    found = directory.read(tmp_path).tokenizer
+    assert found is not None
+    assert (found.bos_id, tokenize.start_id(found)) == ((None, tokenizer.pad_id) if pads else (tokenizer.bos_id, tokenizer.bos_id))
 
 
 def test_loading_holds_a_few_tensors_beside_the_result(tmp_path: Path) -> None:

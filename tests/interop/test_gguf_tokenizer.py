@@ -2,6 +2,7 @@
 
 import io
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,16 @@ def written(made: tokenizers.Tokenizer, **changes: Any) -> dict[str, Any]:
     return tiny_gguf.tokenizer_values(**{"ggml.tokens": tokens, "ggml.merges": merges, "ggml.token_type": kinds}, **changes)
 
 
+# One name for each set of rules, and one tokenizer with them.
+NAMES = list({rules: name for name, rules in reversed(gguf_tokenizer.PRE.items())}.values())
+
+
 @pytest.fixture(scope="module")
 def byte_level(trained: tokenizers.Tokenizer) -> dict[str, Tokenizer]:
-    return {pre: described(written(trained, **{"ggml.pre": pre})).tokenizer for pre in gguf_tokenizer.PRE}
+    return {pre: described(written(trained, **{"ggml.pre": pre})).tokenizer for pre in NAMES}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=60) | st.sampled_from(TEXTS))
 def test_byte_level_ids(trained: tokenizers.Tokenizer, byte_level: dict[str, Tokenizer], text: str) -> None:
     """Those of the tokenizer that was trained; with other rules the text comes back all the same (normalized by qwen2)."""
@@ -79,29 +84,67 @@ def test_byte_level_ids(trained: tokenizers.Tokenizer, byte_level: dict[str, Tok
         assert tokenizer.decode(tokenizer.encode(text)) == (nfc if pre == "qwen2" else text), pre
 
 
-# By hand from the regular expressions in llama.cpp's src/llama-vocab.cpp, which keep what lies between two matches.
-WORDS = "I'm  hello123 4567!?\n\n x"
-LLAMA3 = ["I", "'m", " ", " hello", "123", " ", "456", "7", "!?\n\n", " x"]
+# By hand from the rules in llama.cpp's src/llama-vocab.cpp, which keep what lies between two matches; | is a border, ~ a newline.
+WORDS = "I'm  hello123 4567!?~~ x", "We'LL see iPhones: über+中文か ¼,$x\r~ "
+GPT2 = "I|'m| | hello|123| 4567|!?|~~| x", "We|'|LL| see| iPhones|:| über|+|中文か| ¼|,$|x|\r~ "
+SMOLLM = "I|'m| | hello|1|2|3| |4|5|6|7|!?|~~| x", "We|'|LL| see| iPhones|:| über|+|中文か| |¼|,$|x|\r~ "
+LLAMA3 = "I|'m| | hello|123| |456|7|!?~~| x", "We|'LL| see| iPhones|:| über|+中文か| |¼|,$|x|\r~| "
+QWEN2 = "I|'m| | hello|1|2|3| |4|5|6|7|!?~~| x", LLAMA3[1]
+TEKKEN = QWEN2[0], "We|'LL| see| i|Phones|:| über|+中文か| |¼|,$|x|\r~| "
+GPT4O = "I'm| | hello|123| |456|7|!?~~| x", "We'LL| see| i|Phones|:| über|+中文か| |¼|,$|x|\r~| "
+DEEPSEEK = LLAMA3[0], "We|'LL| see| iPhones|:| über|+|中文か| |¼|,$|x|\r~| "
 SPLITS = {
-    "gpt-2": ["I", "'m", " ", " hello", "123", " 4567", "!?", "\n\n", " x"],
-    "smollm": ["I", "'m", " ", " hello", "1", "2", "3", " ", "4", "5", "6", "7", "!?", "\n\n", " x"],
-    "llama-bpe": LLAMA3,
-    "llama3": LLAMA3,
-    "llama-v3": LLAMA3,
-    "qwen2": ["I", "'m", " ", " hello", "1", "2", "3", " ", "4", "5", "6", "7", "!?\n\n", " x"],
-    "default": ["I", "'", "m", " ", " hello", "123", " ", "456", "7", "!?", "\n\n", " x"],
+    "gpt-2 phi-2 mpt olmo jais trillion granite-docling mellum gigachat exaone4 a.x-4.0": GPT2,
+    "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2": SMOLLM,
+    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 smaug-bpe dbrx minicpm5": LLAMA3,
+    "qwen2 deepseek-r1-qwen megrez kormo stablelm2 hunyuan solar-open grok-2": QWEN2,
+    "seed-coder": ("I|'m| | hello|1|2|3| |4|5|6|7|!?|~~| x", LLAMA3[1]),
+    "tekken": TEKKEN,
+    "gpt-4o llama4": GPT4O,
+    # Its class of signs has the letters a to z, too, so that they are cut from others.
+    "deepseek-llm": (
+        "I|'|m| | hello|123| |4567|!?|~|~| x",
+        "We|'|LL| see| iPhones|:| ü|ber|+|中文か| |¼|,$|x|\r|~| ",
+    ),
+    "deepseek-coder": (
+        "I|'|m| | hello|1|2|3| |4|5|6|7|!?|~|~| x",
+        "We|'|LL| see| iPhones|:| über|+|中文か| |¼|,|$|x|\r|~| ",
+    ),
+    "deepseek-v3 hunyuan-dense": DEEPSEEK,
+    "falcon": ("I|'|m| | hello|123| |456|7|!?|~~| x", "We|'|LL| see| iPhones|:| über|+|中文か| ¼|,$|x|\r~ "),
+    "viking": ("I'm| | hello|1|2|3| |4|5|6|7|!?~~| x", "We'LL| see| iPhones:| über+中文か| |¼|,|$x|\r~ "),
+    "default": ("I|'|m| | hello|123| |456|7|!?|~~| x", "We|'|LL| see| iPhones|:| über|+|中文か| |¼|,$|x|\r~ "),
 }
+EXPECTED = {name: splits for names, splits in SPLITS.items() for name in names.split()}
 
 
-@pytest.mark.parametrize("pre", gguf_tokenizer.PRE)
+@pytest.mark.parametrize("pre", NAMES)
 def test_rules_of_each_name(byte_level: dict[str, Any], pre: str) -> None:
-    pieces = byte_level[pre].tokenizer.pre_tokenizer.pre_tokenize_str(WORDS)
-    assert [WORDS[start:end] for _, (start, end) in pieces] == SPLITS[pre]
+    for words, expected in zip(WORDS, EXPECTED[pre], strict=True):
+        text = words.replace("~", "\n")
+        pieces = byte_level[pre].tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        assert "|".join(text[start:end] for _, (start, end) in pieces).replace("\n", "~") == expected
 
 
-def test_contractions_in_capitals_are_llama3s(byte_level: dict[str, Any]) -> None:
-    for pre, expected in (("llama3", ["WE", "'LL"]), ("gpt-2", ["WE", "'", "LL"])):
-        assert [part for part, _ in byte_level[pre].tokenizer.pre_tokenizer.pre_tokenize_str("WE'LL")] == expected
+def test_names() -> None:
+    """Names of equal rules are together, and what else llama.cpp and the tokenizers themselves do for a name."""
+    assert EXPECTED.keys() == gguf_tokenizer.PRE.keys()
+    for name, rules in gguf_tokenizer.PRE.items():
+        same = next(other for other in NAMES if gguf_tokenizer.PRE[other] == rules)
+        assert EXPECTED[name] == EXPECTED[same], name
+    llama3 = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"}
+    having = {field: {name for name, rules in gguf_tokenizer.PRE.items() if getattr(rules, field)} for field in ("bos", "nfc")}
+    assert having == {"bos": {*llama3, "tekken"}, "nfc": {"qwen2", "deepseek-r1-qwen"}}
+    assert {name for name, rules in gguf_tokenizer.PRE.items() if rules.whole_tokens} == {*llama3, "tekken", "minicpm5"}
+
+
+def test_letters_of_deepseek() -> None:
+    """All Latin, Greek, Cyrillic and large Armenian letters that have a case, and beyond them no others."""
+    ends = ([int(end, 16) for end in part.split("-")] for part in gguf_tokenizer.CASED.split())
+    found = {code for pair in ends for code in range(pair[0], pair[-1] + 1)}
+    cased = {code for code in range(0x20000) if unicodedata.category(chr(code)) in ("Lu", "Ll", "Lt")}
+    assert found < cased
+    assert {code for code in cased - found if code < 0x560} == set()
 
 
 def test_whole_tokens_need_no_merges_with_llama3() -> None:
@@ -138,10 +181,13 @@ def test_bos_only_where_the_file_adds_one(changes: dict[str, Any], bos_id: int |
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (bos_id, 2, 0)
 
 
+@pytest.mark.parametrize("add_bos", [True, False])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_the_files_and_the_saved_tokenizer_are_the_same_one(tmp_path: Path, kind: str) -> None:
-    """Through a Hugging Face directory and through a run: equal ids, special tokens and template."""
-    found = described(tiny_gguf.tokenizer_values() if kind == "gpt2" else spm_values(spm_model())[0])
+def test_the_files_and_the_saved_tokenizer_are_the_same_one(tmp_path: Path, kind: str, add_bos: bool) -> None:
+    """Through a Hugging Face directory and through a run: equal ids, special tokens and template, and the bos that begins a text."""
+    changes = {"ggml.add_bos_token": add_bos}
+    found = described(tiny_gguf.tokenizer_values(**changes) if kind == "gpt2" else spm_values(spm_model(), **changes)[0])
+    assert (found.tokenizer.bos_id == 1) == add_bos
     for name, data in found.files.items():
         (tmp_path / name).write_bytes(data)
     config = ConfigDict({"tokenizer": {"path": str(tmp_path)}})
@@ -208,6 +254,29 @@ def test_sentencepiece_ids(text: str) -> None:
     assert (PAIRS[0][0].bos_id, PAIRS[0][0].eos_id) == (1, 2)
 
 
+def test_sentencepiece_has_a_single_unknown_token() -> None:
+    """Converters give its type to rows without a token, too; and where no token has it, `unknown_token_id` says which one it is."""
+    values, library = PREFIXED
+    tokens, scores, kinds = (values[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
+    more = {"tokens": [*tokens, "[PAD340]"], "scores": [*scores, -1e4], "token_type": [*kinds, 2]}
+    other = {"token_type": [3 if kind == 2 else kind for kind in kinds]}
+    for changes in (more, other):
+        tokenizer = described(values | {f"tokenizer.ggml.{name}": value for name, value in changes.items()}).tokenizer
+        for text in [*TEXTS, "[PAD340]"]:
+            assert tokenizer.encode(text) == library.encode(text)
+
+
+def test_letters_that_are_tokens_come_back() -> None:
+    """DeepSeek's files have the letters of some bytes as tokens of their own: they are those letters, and no bytes."""
+    values = tiny_gguf.tokenizer_values()
+    letter = values["tokenizer.ggml.tokens"].index("ö")
+    values["tokenizer.ggml.token_type"][letter] = 4
+    found = described(values).tokenizer
+    assert letter in found.encode("Köln")
+    for text in ("Köln", "öö", "é ö", "Höhe öl"):
+        assert found.decode(found.encode(text)) == text
+
+
 def test_special_tokens_of_sentencepiece() -> None:
     tokenizer: Any
     tokenizer, library = PAIRS[0]
@@ -215,17 +284,15 @@ def test_special_tokens_of_sentencepiece() -> None:
     ids = tokenizer.encode_with_specials("<|start|>the cat<|end|>")
     assert ids == [start, *library.encode("the cat"), end]
     assert not {start, end} & set(tokenizer.encode("<|start|>the cat<|end|>"))
-    assert set(tokenizer.special_tokens) == {"<s>", "</s>", "<|start|>", "<|end|>"}
+    assert set(tokenizer.special_tokens) == {"<unk>", "<s>", "</s>", "<|start|>", "<|end|>"}
+    assert tokenizer.encode_with_specials("<unk>") == [library.unk_id()]
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (
-            {"ggml.pre": "deepseek-llm"},
-            r"tokenizer.ggml.pre = 'deepseek-llm', whose rules are not known here.\n  Accepted: default, gpt-2",
-        ),
-        ({"ggml.pre": "llama"}, "Did the converter mean 'llama3'"),
+        ({"ggml.pre": "kimi-k2"}, r"tokenizer.ggml.pre = 'kimi-k2', whose rules are not known here.\n  Accepted: gpt-2, phi-2"),
+        ({"ggml.tokens": [*tiny_gguf.TOKENS[:-1], "he"]}, "tokenizer in 'tiny.gguf' cannot be used: token 'he' is there twice"),
         ({"ggml.model": "t5"}, r"tokenizer.ggml.model = 't5'[\s\S]*Accepted: gpt2, llama"),
         ({"ggml.eos_token_id": 5000}, r"eos_token_id = 5000.\n  Accepted: 0 to 271"),
         ({"ggml.token_type": [1, 1]}, "has 2 entries in tokenizer.ggml.token_type for 272 tokens"),

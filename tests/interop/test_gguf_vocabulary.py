@@ -114,6 +114,7 @@ SPELLED: dict[str, tuple[str, dict[str, Any]]] = {
             "ignore_merges": True,
         },
     ),
+    "llama3_merges": ("smaug-bpe", {"pre_tokenizer": sequence(split(GPT4), SPLIT_ALONE), "ignore_merges": False}),
     "qwen2": (
         "qwen2",
         {"pre_tokenizer": sequence(split(GPT4.replace("{1,3}", "")), SPLIT_ALONE), "normalizer": {"type": "NFC"}},
@@ -122,7 +123,7 @@ SPELLED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 UNKNOWN: dict[str, dict[str, Any]] = {
     "groups of two digits": {"pre_tokenizer": sequence(split(GPT4.replace("1,3", "1,2")), SPLIT_ALONE)},
-    "merges of llama3": {"pre_tokenizer": sequence(split(GPT4), SPLIT_ALONE), "ignore_merges": False},
+    "pieces of gpt-2": {"pre_tokenizer": BYTE_LEVEL, "ignore_merges": True},
     "lower case": {"pre_tokenizer": BYTE_LEVEL, "normalizer": {"type": "Lowercase"}},
     "a space before": {"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}},
     "one piece": {"pre_tokenizer": SPLIT_ALONE},
@@ -163,7 +164,7 @@ def test_rules_are_found_however_a_file_spells_them(name: str) -> None:
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_rules_without_a_name_are_refused(name: str) -> None:
     with pytest.raises(
-        ValueError, match=r"no name: [\s\S]*\n  Accepted: byte-level .*smollm; SentencePiece's[\s\S]*\n  Take a model"
+        ValueError, match=r"no name: [\s\S]*\n  Accepted: byte-level .*default; SentencePiece's[\s\S]*\n  Take a model"
     ):
         gguf_vocabulary.make(byte_level(**UNKNOWN[name]), {}, 310)
     # Where nothing is merged nothing depends on them.
@@ -173,7 +174,7 @@ def test_rules_without_a_name_are_refused(name: str) -> None:
 
 def through_a_directory(tokenizer: Any, path: Path) -> Tokenizer:
     """As it is read from the files that are written for transformers."""
-    for name, data in tokenizer_files.make(tokenizer, 64).files.items():
+    for name, data in tokenizer_files.make(tokenizer, 64, "decoder").files.items():
         (path / name).write_bytes(data)
     return tokenizer_file.load(ConfigDict({"tokenizer": {"path": str(path)}}), list)
 
@@ -210,7 +211,7 @@ def test_special_tokens_of_our_own() -> None:
 
 def llama2(pre_tokenizer: Any, normalizer: Any, change: Any = None) -> huggingface.HuggingFaceTokenizer:
     """A SentencePiece model as a tokenizer.json, with `change(definition)`."""
-    definition = json.loads(tokenizer_files.make(BPE, 64).files["tokenizer.json"])
+    definition = json.loads(tokenizer_files.make(BPE, 64, "decoder").files["tokenizer.json"])
     definition |= {"pre_tokenizer": pre_tokenizer, "normalizer": normalizer}
     if change:
         change(definition)

@@ -53,22 +53,23 @@ def load(folder: Path, files: dict[str, bytes]) -> Tokenizer:
 
 
 @pytest.mark.parametrize(
-    ("train", "extra"),
+    ("train", "extra", "kind"),
     [
-        (sentencepiece.train_bpe, Added()),
-        (sentencepiece.train_bpe, Added(mask=True, sentinels=5)),
-        (sentencepiece.train_unigram, Added()),
-        (byte.train, Added()),
-        (byte.train, Added(mask=True, sentinels=3)),
-        (char.train, Added()),
-        (char.train, Added(mask=True, sentinels=2, borders=True)),
+        (sentencepiece.train_bpe, Added(), "decoder"),
+        (sentencepiece.train_bpe, Added(mask=True, sentinels=5), "encoder_decoder"),
+        (sentencepiece.train_unigram, Added(), "encoder"),
+        (byte.train, Added(), "decoder"),
+        (byte.train, Added(mask=True, sentinels=3), "encoder"),
+        (char.train, Added(), "decoder"),
+        (char.train, Added(mask=True, sentinels=2, borders=True), "encoder"),
     ],
 )
-def test_the_written_tokenizer_gives_the_same_ids(train: Callable[..., Any], extra: Added, tmp_path: Path) -> None:
+def test_the_written_tokenizer_gives_the_same_ids(train: Callable[..., Any], extra: Added, kind: str, tmp_path: Path) -> None:
+    """Alone, and with bos and eos around them as the model reads a text."""
     config = schema.base()
     config.tokenizer.vocab_size = 600
     ours = train(config, lambda: DOCUMENTS, extra)
-    made = tokenizer_files.make(ours, 128)
+    made = tokenizer_files.make(ours, 128, kind)
     assert set(made.files) == {"tokenizer.json", "tokenizer_config.json"} and not made.notes
     theirs = tokenizers.Tokenizer.from_buffer(made.files["tokenizer.json"])
     assert theirs.get_vocab_size() == ours.vocab_size
@@ -77,9 +78,12 @@ def test_the_written_tokenizer_gives_the_same_ids(train: Callable[..., Any], ext
     for text, ids in zip(known, ours.encode_batch(known), strict=True):
         assert theirs.encode(text, add_special_tokens=False).ids == ids, text
         assert theirs.decode(ids) == text
+        before, after = [ours.bos_id] * (kind != "encoder_decoder"), [ours.eos_id] * (kind != "decoder")
+        assert theirs.encode(text).ids == [index for index in (*before, *ids, *after) if index is not None]
     again = load(tmp_path, dict(made.files))
-    for name in ("vocab_size", "bos_id", "eos_id", "mask_id", "sentinel_ids"):
+    for name in ("vocab_size", "eos_id", "mask_id", "sentinel_ids"):
         assert getattr(again, name) == getattr(ours, name)
+    assert again.bos_id == (None if kind == "encoder_decoder" else ours.bos_id)
     assert again.pad_id == (ours.pad_id if train is not char.train else 0)
     # A special token that a text spells is a text to us.
     if train is not char.train:
@@ -95,7 +99,7 @@ def test_a_tokenizer_from_elsewhere_keeps_its_model(tmp_path: Path) -> None:
     assert (foreign.vocab_size, foreign.sentinel_ids) == (604, (603, 602, 601, 600))
     (tmp_path / "tokenizer_config.json").unlink()
     assert load(tmp_path, {}).sentinel_ids == tuple(range(699, 599, -1))
-    made = tokenizer_files.make(foreign, 128)
+    made = tokenizer_files.make(foreign, 128, "encoder_decoder")
     assert made.files["tokenizer.model"] == model and "tokenizer.json" not in made.files
     assert made.notes == ("tokenizer.model is written without a tokenizer.json, which cannot express it exactly",)
 
@@ -109,11 +113,20 @@ def test_gpt2_files(tmp_path: Path) -> None:
     for text in texts():
         assert ours.encode(text) == trained.encode(text).ids
         assert ours.decode(ours.encode(text)) == text
-    assert (ours.bos_id, ours.eos_id, ours.decode([0])) == (0, 0, "")
+    assert (ours.bos_id, ours.eos_id, ours.decode([0])) == (None, 0, "")
     assert ours.encode("<|endoftext|>") != [0]
     size = ours.vocab_size
     more = load(tmp_path, {"added_tokens.json": json.dumps({"<b>": size + 1, "<a>": size}).encode()})
-    assert (more.vocab_size, more.decode([size, *more.encode("x"), size + 1])) == (size + 2, "x")
+    # They are text, unless the settings call them special.
+    assert (more.vocab_size, more.encode("<b>x"), more.decode([size, *more.encode("x"), size + 1])) == (
+        size + 2,
+        [size + 1, *ours.encode("x")],
+        "<a>x<b>",
+    )
+    settings = json.dumps({"additional_special_tokens": ["<b>"], "pad_token": {"content": "<a>"}}).encode()
+    special = load(tmp_path, {"tokenizer_config.json": settings})
+    assert (special.pad_id, special.decode([size, *special.encode("x"), size + 1])) == (size, "x")
+    (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match=r"added_tokens.json has ids that do not follow those of vocab.json: <c>"):
         load(tmp_path, {"added_tokens.json": json.dumps({"<c>": size + 5}).encode()})
     with pytest.raises(

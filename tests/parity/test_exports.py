@@ -70,11 +70,15 @@ def test_auto_tokenizer_gives_the_same_ids(train: Any, model_type: str, tmp_path
     config.tokenizer.vocab_size = 500
     texts = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8").split("\n\n")
     tokenizer = train(config, lambda: texts)
-    for name, data in tokenizer_files.make(tokenizer, 4096).files.items():
+    kind = {"bert": "encoder", "t5": "encoder_decoder"}.get(model_type, "decoder")
+    for name, data in tokenizer_files.make(tokenizer, 4096, kind).files.items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
     found = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
     for text in [*texts, "  Grüße aus Köln \n\t日本語 🙂", " ", ""]:
-        assert found.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+        ids = tokenizer.encode(text)
+        assert found.encode(text, add_special_tokens=False) == ids
+        before, after = [tokenizer.bos_id] * (kind != "encoder_decoder"), [tokenizer.eos_id] * (kind != "decoder")
+        assert found(text)["input_ids"] == [*before, *ids, *after]
         assert found.decode(tokenizer.encode(text)) == text

@@ -1,6 +1,6 @@
 """Special tokens that an objective needs and that no text contains: they get the ids above a tokenizer's own ones."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -49,13 +49,17 @@ def restore(saved: Mapping[str, Any]) -> Added:
     return Added(**saved.get("added", {}))
 
 
-def spell(ids: list[int], sentinel_ids: tuple[int, ...], decode: Callable[[list[int], bool], str]) -> str:
-    """The text of ids with `<extra_id_N>` for the sentinels. `decode(ids, first)` is that of the ids between them."""
-    if not sentinel_ids:
+def names(sentinel_ids: Sequence[int]) -> dict[int, str]:
+    """id -> `<extra_id_N>`."""
+    return {index: f"<extra_id_{order}>" for order, index in enumerate(sentinel_ids)}
+
+
+def spell(ids: list[int], spelled: Mapping[int, str], decode: Callable[[list[int], bool], str]) -> str:
+    """The text of ids, some of which are `spelled`. `decode(ids, first)` is that of the ids between them."""
+    if not spelled:
         return decode(ids, True)
-    number = {index: order for order, index in enumerate(sentinel_ids)}
     parts: list[str] = []
-    for hidden, group in groupby(ids, number.__contains__):
+    for known, group in groupby(ids, spelled.__contains__):
         run = list(group)
-        parts += [f"<extra_id_{number[index]}>" for index in run] if hidden else [decode(run, not parts)]
+        parts += [spelled[index] for index in run] if known else [decode(run, not parts)]
     return "".join(parts)

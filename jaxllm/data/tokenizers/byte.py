@@ -31,7 +31,7 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
-        return added.spell(files.valid(ids, self.vocab_size), self.sentinel_ids, _decode)
+        return added.spell(files.valid(ids, self.vocab_size), added.names(self.sentinel_ids), _decode)
 
     def contents(self) -> dict[str, bytes]:
         return files.contents({"kind": "byte"} | added.record(self.extra), {})

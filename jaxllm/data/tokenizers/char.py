@@ -41,7 +41,7 @@ class CharTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
-        return added.spell(files.valid(ids, self.vocab_size), self.sentinel_ids, self._decode)
+        return added.spell(files.valid(ids, self.vocab_size), added.names(self.sentinel_ids), self._decode)
 
     def _decode(self, ids: list[int], first: bool) -> str:
         del first

@@ -15,13 +15,12 @@ from jaxllm.data.tokenizers.added import NONE, Added
 if TYPE_CHECKING:
     from jaxllm.types import Tokenizer
 
-SETTINGS = "tokenizer_config.json"
+SETTINGS, OLDER_SETTINGS = "tokenizer_config.json", "special_tokens_map.json"
 # T5's, whose sentinels are added above its pieces; so many where the settings do not say it.
 T5_FILE, T5_SENTINELS = "spiece.model", 100
 # In a folder, the first of these that is there: a run's, Hugging Face tokenizers, SentencePiece, GPT-2 (with merges.txt), BERT.
 NAMES = (files.RECORD, "tokenizer.json", "tokenizer.model", T5_FILE, vocabulary.BYTE_LEVEL, vocabulary.WORDS)
-SPECIALS = ("bos", "eos", "pad", "mask")
-# What common models call their special tokens; asked only where neither tokenizer_config.json nor the model says it.
+# What common models call their special tokens; asked only where neither the settings nor the model says it.
 CUSTOMARY = {
     "bos": ("<s>", "<|begin_of_text|>", "<bos>", "[CLS]", "<|endoftext|>"),
     "eos": ("</s>", "<|end_of_text|>", "<eos>", "[SEP]", "<|endoftext|>"),
@@ -33,15 +32,18 @@ CUSTOMARY = {
 def load(config: ConfigDict, texts: Callable[[], Iterable[str]], extra: Added = NONE) -> "Tokenizer":
     """The tokenizer at `tokenizer.path`: a file, or the folder that holds it. The texts are not read, and nothing is added.
 
-    bos, eos, pad and mask are those of `tokenizer_config.json` beside the file; what that leaves open is taken from the model, or found
-    by its customary name. Sentinels are called <extra_id_0>, <extra_id_1>, ... Without a pad token the pad id is 0: padding is known
-    by its segment and weight, never by its id.
+    bos is what begins every text, if anything does. A tokenizer.json says it in its post-processor, and in transformers that alone
+    counts: a `bos_token` may be one that only a chat template uses. Of other files it is the bos token unless `add_bos_token` is false.
+
+    eos, pad and mask are those of `tokenizer_config.json` beside the file; what that leaves open is taken from the model, or found by
+    its customary name. Sentinels are called <extra_id_0>, <extra_id_1>, ... Without a pad token the pad id is 0: padding is known by
+    its segment and weight, never by its id.
     """
     del texts, extra
     path = _find(Path(config.tokenizer.path).expanduser())
     if path.with_name(files.RECORD).is_file() and path.name in (files.RECORD, *files.read(path.parent).files):
         return tokenize.load(path.parent)
-    settings = _settings(path.with_name(SETTINGS))
+    settings = _settings(path.parent)
     if path.name == T5_FILE:
         settings = {"extra_ids": T5_SENTINELS, **settings}
     template = chat_template.find(path.parent, settings)
@@ -55,7 +57,7 @@ def load(config: ConfigDict, texts: Callable[[], Iterable[str]], extra: Added = 
             f"  Accepted: what {', '.join(NAMES[1:])} hold where models are published.\n"
             "  Fetch it again (a Git LFS pointer is a small text file), or correct the path."
         ) from error
-    specials = {name: getattr(tokenizer, f"{name}_id") for name in SPECIALS}
+    specials = {name: getattr(tokenizer, f"{name}_id") for name in CUSTOMARY}
     logging.info("%s: %d tokens, special ones: %s", path, tokenizer.vocab_size, specials)
     return tokenizer
 
@@ -85,10 +87,14 @@ def _sentencepiece(data: bytes, settings: dict[str, Any], template: chat_templat
         index = processor.piece_to_id(piece)
         return index if processor.id_to_piece(index) == piece else None
 
-    own = _customary(find)
+    if lost := [token for token in _added(settings) if find(token) is None and not token.startswith("<extra_id_")]:
+        logging.warning("the SentencePiece model lacks %s, which were added to it: text here; a tokenizer.json has them", lost)
+    own = {name: _customary(name, find) for name in CUSTOMARY}
     given = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id()}
     own.update({name: index for name, index in given.items() if index >= 0})
-    ids = _ids(settings, find, own)
+    ids = {name: _special(name, settings, find, own[name]) for name in CUSTOMARY}
+    if settings.get("add_bos_token") is False:
+        ids["bos"] = None
     # The model file of T5 has no sentinels: they were added above it, as many as its settings say.
     extra = Added(sentinels=int(settings.get("extra_ids", 0)))
     bos, eos, pad, mask = ids["bos"], ids["eos"], ids["pad"] or 0, ids["mask"]
@@ -98,48 +104,65 @@ def _sentencepiece(data: bytes, settings: dict[str, Any], template: chat_templat
 
 
 def _huggingface(data: bytes, settings: dict[str, Any], template: chat_template.ChatTemplate | None) -> "Tokenizer":
-    find = huggingface.parse(data).token_to_id
-    ids = _ids(settings, find, _customary(find))
+    library = huggingface.parse(data)
+    find = library.token_to_id
+    ids = {name: _special(name, settings, find, _customary(name, find)) for name in ("eos", "pad", "mask")}
     sentinels: list[int] = []
     while (index := find(f"<extra_id_{len(sentinels)}>")) is not None:
         sentinels.append(index)
-    bos, eos, pad, mask = ids["bos"], ids["eos"], ids["pad"] or 0, ids["mask"]
+    eos, pad, mask = ids["eos"], ids["pad"] or 0, ids["mask"]
     return huggingface.HuggingFaceTokenizer(
-        data, bos_id=bos, eos_id=eos, pad_id=pad, mask_id=mask, sentinel_ids=tuple(sentinels), template=template
+        data, bos_id=_bos(library), eos_id=eos, pad_id=pad, mask_id=mask, sentinel_ids=tuple(sentinels), template=template
     )
 
 
-def _customary(find: Callable[[str], int | None]) -> dict[str, int | None]:
-    """The id of each special token that has one of its customary names."""
-    return {name: next((find(token) for token in CUSTOMARY[name] if find(token) is not None), None) for name in SPECIALS}
+def _bos(library: Any) -> int | None:
+    before = huggingface.begins(library)
+    if len(before) > 1:
+        tokens = " ".join(map(library.id_to_token, before))
+        raise ValueError(
+            f"the tokenizer begins a text with {len(before)} special tokens, {tokens}.\n  Accepted: none or one.\n"
+            "  Take another model: the architectures known here have no such tokenizer."
+        )
+    return before[0] if before else None
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """tokenizer_config.json, or nothing if there is none."""
+def _customary(name: str, find: Callable[[str], int | None]) -> int | None:
+    """The id of a special token that has one of its customary names."""
+    return next((find(token) for token in CUSTOMARY[name] if find(token) is not None), None)
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    """tokenizer_config.json, if there is one. Without added tokens in it older files count, as in transformers."""
+    settings = _read(directory / SETTINGS)
+    if "added_tokens_decoder" in settings:
+        return settings
+    added = {index: {"content": token} for token, index in _read(directory / vocabulary.ADDED).items()}
+    return settings | _read(directory / OLDER_SETTINGS) | {"added_tokens_decoder": added}
+
+
+def _added(settings: dict[str, Any]) -> list[str]:
+    return [token["content"] for token in settings["added_tokens_decoder"].values()]
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
         return dict(json.loads(path.read_bytes()))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(
-            f"'{path}' is not JSON: {error}\n  Accepted: the tokenizer_config.json of the model.\n  Fetch it again, or remove it."
+            f"'{path}' is no JSON object: {error}\n  Accepted: the {path.name} of the model.\n  Fetch it again, or remove it."
         ) from error
 
 
-def _ids(settings: dict[str, Any], find: Callable[[str], int | None], own: dict[str, int | None]) -> dict[str, int | None]:
-    """The id of each special token: as the settings say (null: none), else the tokenizer's own."""
-    ids = {}
-    for name in SPECIALS:
-        token = settings.get(f"{name}_token", ...)
-        if token is ...:
-            ids[name] = own[name]
-            continue
-        if isinstance(token, dict):
-            token = token.get("content")
-        ids[name] = None if token is None else find(token)
-        if token is not None and ids[name] is None:
-            logging.warning("%s: the %s_token %r is not in the vocabulary; it is not used.", SETTINGS, name, token)
-    if settings.get("add_bos_token") is False:
-        # The bos token may be one of a chat template only, which begins no text.
-        ids["bos"] = None
-    return ids
+def _special(name: str, settings: dict[str, Any], find: Callable[[str], int | None], own: int | None) -> int | None:
+    """The id of a special token: as the settings say (null: none), else the tokenizer's own."""
+    token = settings.get(f"{name}_token", ...)
+    if token is ...:
+        return own
+    token = token.get("content") if isinstance(token, dict) else token
+    index = None if token is None else find(token)
+    if token is not None and index is None:
+        logging.warning("%s: the %s_token %r is not in the vocabulary; it is not used.", SETTINGS, name, token)
+    return index

@@ -1,5 +1,7 @@
 """Tokenizers from a `tokenizer.json` (the format of Hugging Face tokenizers)."""
 
+import json
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +34,7 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
         self.mask_id, self.sentinel_ids = mask_id, sentinel_ids
+        self.spelled = added.names(sentinel_ids) | _letters(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
         files.utf8(text)
@@ -42,6 +45,11 @@ class HuggingFaceTokenizer:
         """Special tokens and their ids."""
         tokens = self.tokenizer.get_added_tokens_decoder()
         return {token.content: index for index, token in tokens.items() if token.special}
+
+    @cached_property
+    def added_tokens(self) -> dict[str, int]:
+        """Tokens that no merges make, and their ids: special ones, and others, which are one token wherever a text spells them."""
+        return {token.content: index for index, token in self.tokenizer.get_added_tokens_decoder().items()}
 
     def encode_with_specials(self, text: str) -> list[int]:
         """As `encode`, but what spells a special token is that token. For text of which every such token is meant."""
@@ -59,7 +67,7 @@ class HuggingFaceTokenizer:
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
-        return added.spell(files.valid(ids, self.vocab_size), self.sentinel_ids, self._decode)
+        return added.spell(files.valid(ids, self.vocab_size), self.spelled, self._decode)
 
     def _decode(self, ids: list[int], first: bool) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -87,6 +95,44 @@ def restore(saved: files.Saved) -> HuggingFaceTokenizer:
         sentinel_ids=sentinel_ids,
         template=chat_template.restore(saved),
     )
+
+
+def _letters(tokenizer: Any) -> dict[int, str]:
+    """Added tokens that a byte-level decoder would take for bytes: DeepSeek has "\u00f6" as one, the letter of a byte that no text has."""
+    if not isinstance(tokenizer.decoder, library().decoders.ByteLevel):
+        return {}
+    tokens = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items() if not token.special}
+    return {index: text for index, text in tokens.items() if tokenizer.decode([index]) != text}
+
+
+def begins(tokenizer: Any) -> list[int]:
+    """The ids that the post-processor of the library's tokenizer puts before a text."""
+    texts = ("a", *tokenizer.get_vocab())
+    text = next((text for text in texts if tokenizer.encode(text, add_special_tokens=False).ids), "")
+    encoding = tokenizer.encode(text, add_special_tokens=True)
+    return encoding.ids[: encoding.sequence_ids.index(0)] if text else []
+
+
+def framed(definition: bytes, before: Mapping[str, int], after: Mapping[str, int]) -> bytes:
+    """The tokenizer.json with a post-processor that puts these tokens (name -> id) around a text; the second of two gets no `before`."""
+    values = json.loads(definition)
+    values["post_processor"] = _frame(before, after) if before or after else None
+    return json.dumps(values, ensure_ascii=False).encode()
+
+
+def _frame(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, Any]:
+    def part(name: str, tokens: Mapping[str, int], type_id: int) -> list[dict[str, Any]]:
+        marks = [{"SpecialToken": {"id": token, "type_id": type_id}} for token in tokens]
+        return [{"Sequence": {"id": name, "type_id": type_id}}, *marks]
+
+    start = [{"SpecialToken": {"id": token, "type_id": 0}} for token in before]
+    tokens = {**before, **after}
+    return {
+        "type": "TemplateProcessing",
+        "single": [*start, *part("A", after, 0)],
+        "pair": [*start, *part("A", after, 0), *part("B", after, 1)],
+        "special_tokens": {token: {"id": token, "ids": [index], "tokens": [token]} for token, index in tokens.items()},
+    }
 
 
 def library() -> Any:

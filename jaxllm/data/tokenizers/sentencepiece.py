@@ -69,9 +69,15 @@ class SentencePieceTokenizer:
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
-        """Special tokens and their ids."""
-        ids = filter(self.processor.is_control, range(self.pieces))
-        return {self.processor.id_to_piece(index): index for index in ids}
+        """Special tokens and their ids: control pieces and the unknown one."""
+        made = self.processor
+        ids = (index for index in range(self.pieces) if made.is_control(index) or made.is_unknown(index))
+        return {made.id_to_piece(index): index for index in ids}
+
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """The same: what else a text spells as one token, the library does not tell."""
+        return self.special_tokens
 
     def encode_with_specials(self, text: str) -> list[int]:
         """As `encode`, but what spells a special token is that token. For text of which every such token is meant.
@@ -99,7 +105,7 @@ class SentencePieceTokenizer:
         return [list(chain.from_iterable(islice(rest, len(mine)))) for mine in parts]
 
     def decode(self, ids: list[int]) -> str:
-        return added.spell(files.valid(ids, self.vocab_size), self.sentinel_ids, self._decode)
+        return added.spell(files.valid(ids, self.vocab_size), added.names(self.sentinel_ids), self._decode)
 
     def _decode(self, ids: list[int], first: bool) -> str:
         own = [index for index in ids if index < self.pieces and index != self.mask_id]

@@ -11,6 +11,7 @@ BYTE_LEVEL, MERGES, WORDS = "vocab.json", "merges.txt", "vocab.txt"
 ADDED = "added_tokens.json"
 # Classes in transformers that split text as it is done here.
 BYTE_LEVEL_CLASSES, WORD_CLASSES = ("GPT2Tokenizer",), ("BertTokenizer",)
+END = "<|endoftext|>"
 WORD_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -29,13 +30,23 @@ def definition(path: Path, settings: Mapping[str, Any]) -> bytes:
         tokenizer.add_special_tokens([token for token in specials if tokenizer.token_to_id(token) is not None])
         added = path.with_name(ADDED)
         tokens = json.loads(added.read_bytes()) if added.is_file() else {}
-        tokenizer.add_special_tokens(sorted(tokens, key=tokens.__getitem__))
+        for token in sorted(tokens, key=tokens.__getitem__):
+            (tokenizer.add_special_tokens if token in specials else tokenizer.add_tokens)([token])
         wrong = [token for token, index in tokens.items() if tokenizer.token_to_id(token) != index]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise files.NotATokenizer(f"{type(error).__name__}: {error}") from error
     if wrong:
         raise files.NotATokenizer(f"{ADDED} has ids that do not follow those of {path.name}: {', '.join(wrong[:4])}")
-    return tokenizer.to_str().encode()
+    before, after = _frame(words, settings)
+    ids = ({token: index for token in part if (index := tokenizer.token_to_id(token)) is not None} for part in (before, after))
+    return huggingface.framed(tokenizer.to_str().encode(), *ids)
+
+
+def _frame(words: bool, settings: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The tokens before and after a text: BERT's always, GPT-2's bos if the settings say so."""
+    if words:
+        return (_text(settings.get("cls_token")) or "[CLS]",), (_text(settings.get("sep_token")) or "[SEP]",)
+    return ((_text(settings.get("bos_token")) or END,), ()) if settings.get("add_bos_token") else ((), ())
 
 
 def _byte_level(path: Path, settings: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
@@ -47,14 +58,14 @@ def _byte_level(path: Path, settings: Mapping[str, Any]) -> tuple[Any, tuple[str
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.get("add_prefix_space", False)))
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    return tokenizer, ("<|endoftext|>", *_named(settings))
+    return tokenizer, (END, *_named(settings))
 
 
 def _words(path: Path, settings: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
     """WordPiece: words and, marked with ##, what may follow inside of a word; a token a line (Devlin et al. 2018, arXiv:1810.04805)."""
     tokenizers = huggingface.library()
     tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    vocabulary = {token.rstrip("\r"): index for index, token in enumerate(tokens)}
+    vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token=_text(settings.get("unk_token")) or "[UNK]"))
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(
         clean_text=True,
@@ -69,7 +80,9 @@ def _words(path: Path, settings: Mapping[str, Any]) -> tuple[Any, tuple[str, ...
 
 def _named(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """The special tokens that the settings name."""
-    return tuple(text for name in settings if name.endswith("_token") and (text := _text(settings[name])))
+    more = settings.get("additional_special_tokens") or []
+    named = (settings[name] for name in settings if name.endswith("_token"))
+    return tuple(text for token in (*named, *more) if (text := _text(token)))
 
 
 def _text(token: Any) -> str:
