@@ -11,6 +11,11 @@ import pytest
 from foreign_models import MODELS, llama_tensors, make, write_llama
 from safetensors.numpy import load_file, save_file
 
+from jaxllm import config as schema
+from jaxllm import models
+from jaxllm.data.tokenizers.added import Added
+from jaxllm.data.tokenizers.byte import ByteTokenizer
+from jaxllm.data.tokenizers.char import CharTokenizer
 from jaxllm.interop import directory, families, weights
 from jaxllm.interop.family import Settings
 
@@ -90,6 +95,8 @@ LINEAR = {"rope_scaling": "linear", "rope_factor": 4.0, "rope_original_tokens": 
         # As transformers 5 writes a model whose output is not scaled.
         ("T5ForConditionalGeneration", {"tie_word_embeddings": True, "scale_decoder_outputs": False}, {"tied_head": "off"}),
         ("MT5ForConditionalGeneration", {"num_layers": 3, "d_ff": 7}, {"layers": 3, "decoder_layers": 3, "mlp_width": 7}),
+        ("MT5ForConditionalGeneration", {"tie_word_embeddings": True, "transformers_version": "5.24.0"}, {}),
+        ("MT5ForConditionalGeneration", {"tie_word_embeddings": True, "transformers_version": "4.57.1"}, {"tied_head": "on"}),
     ],
 )  # fmt: skip
 def test_config_styles(architecture: str, keys: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -139,6 +146,18 @@ def test_config_styles(architecture: str, keys: dict[str, Any], expected: dict[s
 def test_what_has_no_counterpart_is_refused(architecture: str, keys: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         fields(architecture, **keys)
+
+
+@pytest.mark.parametrize("name", ["gpt", "bert", "t5"])
+def test_auto_means_what_an_empty_config_means(name: str) -> None:
+    """Defaults of the families here and of the classes there, written down apart, are those of the published models."""
+    config = schema.base()
+    config.model.update({"name": name, "vocab_size": 11, "width": 8, "heads": 2, "relative_max_tokens": 20})
+    plain = models.build(config).config
+    architecture = {"gpt": "GPT2LMHeadModel", "bert": "BertForMaskedLM", "t5": "T5ForConditionalGeneration"}[name]
+    config.model.update({field: fields(architecture)[field] for field in ("norm_eps", "activation", "tied_head")})
+    assert models.build(config).config == plain
+    assert plain.norm_eps == {"gpt": 1e-5, "bert": 1e-12, "t5": 1e-6}[name]
 
 
 def test_dropout_of_several_places_is_noted() -> None:
@@ -347,3 +366,18 @@ def test_labels_and_ids_travel_along(tmp_path: Path) -> None:
     again = json.loads((tmp_path / "two" / "config.json").read_text())
     assert (again["pad_token_id"], again["eos_token_id"]) == (3, [4, 5])
     assert json.loads((tmp_path / "two" / "generation_config.json").read_text()) == {"eos_token_id": [4, 5], "pad_token_id": 3}
+
+
+@pytest.mark.parametrize("case", ["t5", "llama"])
+def test_a_model_of_ours_has_the_ids_of_its_tokenizer(case: str, tmp_path: Path) -> None:
+    """A decoder behind an encoder begins with bos, as in training; the pad id of a char tokenizer is that of a letter, so none is named."""
+    _, model, params = make(MODELS[case][1], vocab_size=272)
+    starts = {"decoder_start_token_id": 256} if case == "t5" else {}
+    for tokenizer, expected in (
+        (ByteTokenizer(), {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258, **starts}),
+        (CharTokenizer("ab", Added(borders=True)), {"bos_token_id": 2, "eos_token_id": 3, **{key: 2 for key in starts}}),
+    ):
+        directory.write(tmp_path, params, model.config, tokenizer, {})
+        values = json.loads((tmp_path / "config.json").read_text())
+        assert {key: value for key, value in values.items() if key.endswith("token_id") and value is not None} == expected
+        assert json.loads((tmp_path / "generation_config.json").read_text()) == expected

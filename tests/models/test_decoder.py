@@ -167,11 +167,16 @@ def test_parameter_counts(name: str, sizes: dict, count: int) -> None:
 
 # A deviation of 0 stands for 1 / sqrt(width), here 1 / 8.
 @pytest.mark.parametrize(
-    ("name", "layers_as", "init_std", "expected"), [("gpt", "unrolled", 0.0, 0.125), ("llama", "scan", 0.02, 0.02)]
+    ("switches", "expected"),
+    [
+        ({"name": "gpt"}, 0.125),
+        ({"name": "t5", "activation": "geglu", "tied_head": "off", "layers_as": "scan", "init_std": 0.02}, 0.02),
+    ],
+    ids=["gpt", "t5"],
 )
-def test_parameters_are_declared_once(name: str, layers_as: str, init_std: float, expected: float) -> None:
+def test_parameters_are_declared_once(switches: dict, expected: float) -> None:
     """Axes and arrays have one structure; arrays are plain float32 with the deviation of their role."""
-    model = models.build(tiny(name=name, width=64, layers_as=layers_as, init_std=init_std))
+    model = models.build(tiny(width=64, **switches))
     params = model.init(jax.random.key(0))
     is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
     assert jax.tree.structure(params) == jax.tree.structure(model.axes, is_leaf=is_axes)
@@ -181,6 +186,8 @@ def test_parameters_are_declared_once(name: str, layers_as: str, init_std: float
             assert jnp.all(leaf == float(path.endswith("scale")))
             continue
         std = expected / math.sqrt(2 * 2) if path.endswith(("o/kernel", "down/kernel")) else expected
+        if model.name == "t5" and path.endswith("q/kernel"):  # its scores are not divided by sqrt(K), here 4
+            std /= 4
         # The deviation of n normal numbers is off by std / sqrt(2 n).
         assert abs(float(leaf.std()) - std) < 5 * std / math.sqrt(2 * leaf.size), path
 
@@ -236,23 +243,25 @@ def test_a_packed_document_is_as_if_alone(name: str) -> None:
         np.testing.assert_allclose(logits[:, start:stop], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_dropout_has_its_own_key_at_each_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPT-2's places: the embedding; in each layer the attention probabilities and both sub-blocks. No key is used twice."""
-    model = models.build(tiny(name="gpt", dropout_frac=0.25, attention="plain"))
-    params, tokens, keys = draw(model), packed()["tokens"], []
-    bernoulli = jax.random.bernoulli
+def test_dropout_scales_what_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were nothing dropped, each place would be divided by 1 - frac: as if the embeddings, v, o and down of the MLP were."""
+    frac, asked = 0.25, []
 
-    def record(key: jax.Array, p: Any, shape: Any) -> jax.Array:
-        keys.append(jax.random.key_data(key).tobytes())
-        return bernoulli(key, p, shape)
+    def keep(key: jax.Array, p: float, shape: tuple[int, ...]) -> jax.Array:
+        asked.append(p)
+        return jnp.ones(shape, bool)
 
-    monkeypatch.setattr(jax.random, "bernoulli", record)
-    first = model.hidden(params, tokens, rng=jax.random.key(1))
-    assert len(keys) == len(set(keys)) == 1 + 3 * 2
-    assert not jnp.array_equal(first, model.hidden(params, tokens, rng=jax.random.key(2)))
-    keys.clear()
-    model.hidden(params, tokens)
-    assert not keys
+    def enlarge(path: Any, leaf: np.ndarray) -> np.ndarray:
+        part = tree.path_name(path)
+        return leaf / (1 - frac) if part.startswith("embed") or part.split("/")[-2] in ("v", "o", "down") else leaf
+
+    monkeypatch.setattr(jax.random, "bernoulli", keep)
+    model, tokens = models.build(tiny(name="gpt", dropout_frac=frac, attention="plain")), packed()["tokens"]
+    params = draw(model)
+    found = jax.jit(model.hidden)(params, tokens, rng=jax.random.key(1))
+    expected = jax.jit(model.hidden)(jax.tree.map_with_path(enlarge, params), tokens)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert asked == [1 - frac] * (1 + 3 * 2)
 
 
 # --- Misuse. ------------------------------------------------------------------------------------------------------------
