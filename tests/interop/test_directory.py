@@ -75,6 +75,10 @@ LINEAR = {"rope_scaling": "linear", "rope_factor": 4.0, "rope_original_tokens": 
                 "context_tokens": 4096,
             },
         ),
+        (LLAMA, {"rms_norm_eps": 1e-3}, {"norm_eps": 1e-3}),
+        ("GPT2LMHeadModel", {"layer_norm_epsilon": 1e-3}, {"norm_eps": 1e-3}),
+        ("BertForMaskedLM", {"layer_norm_eps": 1e-3}, {"norm_eps": 1e-3}),
+        ("T5ForConditionalGeneration", {"layer_norm_epsilon": 1e-3}, {"norm_eps": 1e-3}),
         (LLAMA, {"attention_bias": True}, {"bias": "attention"}),
         (LLAMA, {"attention_bias": True, "mlp_bias": True}, {"bias": "on"}),
         (LLAMA, {"tie_word_embeddings": True, "attention_dropout": 0.1}, {"tied_head": "on", "dropout_frac": 0.1}),
@@ -282,9 +286,9 @@ def test_shapes_that_contradict_the_config(tmp_path: Path) -> None:
         load(write_llama(tmp_path / "a", intermediate_size=16))
     with pytest.raises(ValueError, match=r"missing \(9\): model.layers.2.input_layernorm.weight \[8\]"):
         load(write_llama(tmp_path / "b", num_hidden_layers=3))
-    with pytest.raises(ValueError, match=r"unexpected \(1\): lm_head.weight|copies that differ \(1\): lm_head.weight"):
+    with pytest.raises(ValueError, match=r"copies that differ \(1\): lm_head.weight is not model.embed_tokens.weight"):
         load(write_llama(tmp_path / "c", tie_word_embeddings=True))
-    with pytest.raises(ValueError, match=r"heads = 3 does not divide|heads = 2 does not divide|does not divide model"):
+    with pytest.raises(ValueError, match=r"model.kv_heads = 2 does not divide model.heads = 3"):
         load(write_llama(tmp_path / "d", num_attention_heads=3))
 
 
@@ -375,7 +379,7 @@ def test_a_model_of_ours_has_the_ids_of_its_tokenizer(case: str, tmp_path: Path)
     starts = {"decoder_start_token_id": 256} if case == "t5" else {}
     for tokenizer, expected in (
         (ByteTokenizer(), {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258, **starts}),
-        (CharTokenizer("ab", Added(borders=True)), {"bos_token_id": 2, "eos_token_id": 3, **{key: 2 for key in starts}}),
+        (CharTokenizer("ab", Added(borders=True)), {"bos_token_id": 2, "eos_token_id": 3, **dict.fromkeys(starts, 2)}),
     ):
         directory.write(tmp_path, params, model.config, tokenizer, {})
         values = json.loads((tmp_path / "config.json").read_text())

@@ -103,17 +103,23 @@ def gpt2(p: Params, tokens: np.ndarray, segments: np.ndarray, positions: np.ndar
         x = x - x.mean(-1, keepdims=True)
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * n["scale"] + n.get("bias", 0)
 
+    def attention(y: np.ndarray, a: Params) -> np.ndarray:
+        q, k, v = (np.tensordot(y, a[name]["kernel"], 1) + a[name].get("bias", 0) for name in "qkv")
+        return np.tensordot(attend(q, k, v, segments), a["o"]["kernel"], 2) + a["o"].get("bias", 0)
+
+    def mlp(y: np.ndarray, m: Params) -> np.ndarray:
+        y = y @ m["up"]["kernel"] + m["up"].get("bias", 0)
+        y = 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        return y @ m["down"]["kernel"] + m["down"].get("bias", 0)
+
     x = p["embed"]["tokens"][tokens] + p["embed"]["positions"][positions]
     for layer in p["layers"]:
-        a, m = layer["attention"], layer["mlp"]
-        y = norm(x, a["norm"])
-        q, k, v = (np.tensordot(y, a[name]["kernel"], 1) + a[name].get("bias", 0) for name in "qkv")
-        x = x + np.tensordot(attend(q, k, v, segments), a["o"]["kernel"], 2) + a["o"].get("bias", 0)
-        y = norm(x, m["norm"]) @ m["up"]["kernel"] + m["up"].get("bias", 0)
-        y = 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
-        x = x + y @ m["down"]["kernel"] + m["down"].get("bias", 0)
+        for part, run in (("attention", attention), ("mlp", mlp)):
+            own = layer[part]
+            # GPT-2 has the norms first, and one behind the last layer; Vaswani et al. 2017, section 3.1, behind each sum.
+            x = x + run(norm(x, own["norm"]), own) if "norm" in p else norm(x + run(x, own), own["norm"])
     head = p["head"]["kernel"] if "head" in p else p["embed"]["tokens"]
-    return norm(x, p["norm"]) @ head.T
+    return (norm(x, p["norm"]) if "norm" in p else x) @ head.T
 
 
 # --- Numbers. -----------------------------------------------------------------------------------------------------------
@@ -125,6 +131,7 @@ def gpt2(p: Params, tokens: np.ndarray, segments: np.ndarray, positions: np.ndar
         {"name": "llama", "kv_heads": 2, "rope_theta": 50.0},
         {"name": "llama", "kv_heads": 1, "tied_head": "on", "head_dim": 6, "mlp_width": 20, "layers_as": "scan"},
         {"name": "gpt"},
+        {"name": "gpt", "norm_order": "post"},
         {"name": "gpt", "kv_heads": 2, "bias": "off", "tied_head": "off", "attention": "plain", "layers_as": "scan"},
     ],
     ids=lambda switches: "-".join(map(str, switches.values())),

@@ -249,6 +249,13 @@ def test_dropout_has_its_own_key_at_each_place(family: str, places: int, monkeyp
     assert jax.eval_shape(used, None) == []
 
 
+def test_an_encoder_with_its_norms_first_ends_with_one() -> None:
+    model, arrays = models.build(tiny("bert", norm_order="pre", head="none")), batch("bert")
+    params, apply = draw(model), jax.jit(model.apply)
+    doubled = params | {"norm": jax.tree.map(lambda leaf: 2 * leaf, params["norm"])}
+    np.testing.assert_allclose(apply(doubled, arrays["tokens"]), 2 * apply(params, arrays["tokens"]), rtol=1e-6)
+
+
 @pytest.mark.parametrize("family", ["gpt", "llama", "bert"])
 def test_classes_have_a_kernel_of_their_own(family: str) -> None:
     """Also where the head for tokens is the embedding."""
