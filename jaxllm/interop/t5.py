@@ -48,6 +48,9 @@ def read(given: Settings, architecture: str) -> dict[str, Any]:
     """Fields of config.model. A tied head here means that the decoder's output is scaled; see `write`."""
     multilingual = architecture == MULTILINGUAL
     tied = given.flag("tie_word_embeddings", not multilingual)
+    if multilingual:
+        # transformers 5 says true of every mT5 and scales none; transformers 4 scaled those of which it says true.
+        tied = tied and str(given.get("transformers_version", "5")).startswith("4.")
     return {
         "name": "t5",
         "layers": given.size("num_layers", 8 if multilingual else 6),

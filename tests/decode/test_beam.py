@@ -105,6 +105,38 @@ def test_one_beam_is_greedy_and_many_prompts_keep_their_order() -> None:
     assert wide == [run("llama", [prompt], beam.Settings(3, 0.0), max_new_tokens=6)[0].ids for prompt in prompts]
 
 
+def scripted(p_of: dict[tuple[int, int], dict[int, float]], vocab: int) -> Model:
+    """p_of[new tokens so far, last token][next token]; the other tokens share the rest. Its prompts are one token 0."""
+    table = np.full((DEPTH, vocab, vocab), np.nan)
+    for place, given in p_of.items():
+        table[place] = (1 - sum(given.values())) / (vocab - len(given))
+        table[place][list(given)] = list(given.values())
+    log_p = jnp.log(jnp.array(np.nan_to_num(table, nan=1 / vocab)))
+
+    def decode(params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, cache: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return log_p[cache, jnp.take_along_axis(tokens_BT, lengths_B[:, None] - 1, axis=1)[:, 0]], cache + lengths_B
+
+    class Sizes:
+        context_tokens, head = 8, "lm"
+
+    unused: Any = None
+    cache: Any = lambda rows, length: jnp.zeros(rows, jnp.int32)  # noqa: E731
+    return Model("scripted", Sizes, unused, unused, unused, unused, unused, cache, None, decode)
+
+
+@pytest.mark.parametrize("early_stopping", [True, False])
+def test_a_live_beam_is_hopeless_when_the_worst_that_ended_is_better(early_stopping: bool) -> None:
+    """After two tokens "stop" has log 0.5, "1 stop" (log 0.04 + log 0.9) / 2, and the live "0 0" lies between: it may overtake both."""
+    first, second, third = {STOP: 0.5, 0: 0.45, 1: 0.04}, {0: 0.5}, {0: 0.999}
+    model = scripted({(0, 0): first, (1, 0): second, (1, 1): {STOP: 0.9}, (2, 0): third}, vocab=16)
+    settings, options = beam.Settings(2, 1.0, early_stopping), {"max_new_tokens": 3, "stop_ids": (STOP,), "vocab_size": 16}
+    (best,) = beam.search(model, {}, [[0]], settings, **options)
+    overtaking = ([0, 0, 0], np.log(0.45 * 0.5 * 0.999) / 3)
+    ids, score = ([], np.log(0.5)) if early_stopping else overtaking
+    assert best.ids == ids
+    np.testing.assert_allclose(best.score, score, rtol=1e-5)
+
+
 def test_a_search_ends_at_the_context() -> None:
     (best,) = run("llama", [[1] * 14], beam.Settings(2), max_new_tokens=DEPTH, stop_ids=())
     assert len(best.ids) == 2

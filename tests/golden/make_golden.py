@@ -75,7 +75,7 @@ def make_inputs(case: Case) -> dict[str, torch.Tensor]:
     vocab = case.fields["vocab_size"]
     tokens, mask = draw(case.tokens, generator, vocab)
     inputs = {"input_ids": tokens, "attention_mask": mask}
-    if case.model.startswith("T5"):
+    if case.model.endswith("ForConditionalGeneration"):
         labels, valid = draw(case.target_tokens, generator, vocab)
         return inputs | {"labels": torch.where(valid == 1, labels, IGNORED)}
     if case.model.startswith("Bert"):

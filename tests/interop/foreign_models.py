@@ -12,7 +12,7 @@ from jaxllm import config as schema
 from jaxllm import models
 from jaxllm.types import Model, Params
 
-SIZES = {"layers": 2, "width": 8, "heads": 4, "mlp_width": 12, "context_tokens": 16, "vocab_size": 11}
+SIZES = {"layers": 2, "width": 8, "heads": 4, "mlp_width": 12, "context_tokens": 16, "vocab_size": 11, "norm_eps": 1e-3}
 GPT = {"name": "gpt"}
 LLAMA = {"name": "llama", "kv_heads": 2, "head_dim": 6}
 CLASSIFY = {"head": "classify", "classes": 3}

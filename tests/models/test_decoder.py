@@ -103,17 +103,23 @@ def gpt2(p: Params, tokens: np.ndarray, segments: np.ndarray, positions: np.ndar
         x = x - x.mean(-1, keepdims=True)
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * n["scale"] + n.get("bias", 0)
 
+    def attention(y: np.ndarray, a: Params) -> np.ndarray:
+        q, k, v = (np.tensordot(y, a[name]["kernel"], 1) + a[name].get("bias", 0) for name in "qkv")
+        return np.tensordot(attend(q, k, v, segments), a["o"]["kernel"], 2) + a["o"].get("bias", 0)
+
+    def mlp(y: np.ndarray, m: Params) -> np.ndarray:
+        y = y @ m["up"]["kernel"] + m["up"].get("bias", 0)
+        y = 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        return y @ m["down"]["kernel"] + m["down"].get("bias", 0)
+
     x = p["embed"]["tokens"][tokens] + p["embed"]["positions"][positions]
     for layer in p["layers"]:
-        a, m = layer["attention"], layer["mlp"]
-        y = norm(x, a["norm"])
-        q, k, v = (np.tensordot(y, a[name]["kernel"], 1) + a[name].get("bias", 0) for name in "qkv")
-        x = x + np.tensordot(attend(q, k, v, segments), a["o"]["kernel"], 2) + a["o"].get("bias", 0)
-        y = norm(x, m["norm"]) @ m["up"]["kernel"] + m["up"].get("bias", 0)
-        y = 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
-        x = x + y @ m["down"]["kernel"] + m["down"].get("bias", 0)
+        for part, run in (("attention", attention), ("mlp", mlp)):
+            own = layer[part]
+            # GPT-2 has the norms first, and one behind the last layer; Vaswani et al. 2017, section 3.1, behind each sum.
+            x = x + run(norm(x, own["norm"]), own) if "norm" in p else norm(x + run(x, own), own["norm"])
     head = p["head"]["kernel"] if "head" in p else p["embed"]["tokens"]
-    return norm(x, p["norm"]) @ head.T
+    return (norm(x, p["norm"]) if "norm" in p else x) @ head.T
 
 
 # --- Numbers. -----------------------------------------------------------------------------------------------------------
@@ -125,6 +131,7 @@ def gpt2(p: Params, tokens: np.ndarray, segments: np.ndarray, positions: np.ndar
         {"name": "llama", "kv_heads": 2, "rope_theta": 50.0},
         {"name": "llama", "kv_heads": 1, "tied_head": "on", "head_dim": 6, "mlp_width": 20, "layers_as": "scan"},
         {"name": "gpt"},
+        {"name": "gpt", "norm_order": "post"},
         {"name": "gpt", "kv_heads": 2, "bias": "off", "tied_head": "off", "attention": "plain", "layers_as": "scan"},
     ],
     ids=lambda switches: "-".join(map(str, switches.values())),
@@ -167,11 +174,16 @@ def test_parameter_counts(name: str, sizes: dict, count: int) -> None:
 
 # A deviation of 0 stands for 1 / sqrt(width), here 1 / 8.
 @pytest.mark.parametrize(
-    ("name", "layers_as", "init_std", "expected"), [("gpt", "unrolled", 0.0, 0.125), ("llama", "scan", 0.02, 0.02)]
+    ("switches", "expected"),
+    [
+        ({"name": "gpt"}, 0.125),
+        ({"name": "t5", "activation": "geglu", "tied_head": "off", "layers_as": "scan", "init_std": 0.02}, 0.02),
+    ],
+    ids=["gpt", "t5"],
 )
-def test_parameters_are_declared_once(name: str, layers_as: str, init_std: float, expected: float) -> None:
+def test_parameters_are_declared_once(switches: dict, expected: float) -> None:
     """Axes and arrays have one structure; arrays are plain float32 with the deviation of their role."""
-    model = models.build(tiny(name=name, width=64, layers_as=layers_as, init_std=init_std))
+    model = models.build(tiny(width=64, **switches))
     params = model.init(jax.random.key(0))
     is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
     assert jax.tree.structure(params) == jax.tree.structure(model.axes, is_leaf=is_axes)
@@ -181,6 +193,8 @@ def test_parameters_are_declared_once(name: str, layers_as: str, init_std: float
             assert jnp.all(leaf == float(path.endswith("scale")))
             continue
         std = expected / math.sqrt(2 * 2) if path.endswith(("o/kernel", "down/kernel")) else expected
+        if model.name == "t5" and path.endswith("q/kernel"):  # its scores are not divided by sqrt(K), here 4
+            std /= 4
         # The deviation of n normal numbers is off by std / sqrt(2 n).
         assert abs(float(leaf.std()) - std) < 5 * std / math.sqrt(2 * leaf.size), path
 
@@ -236,23 +250,25 @@ def test_a_packed_document_is_as_if_alone(name: str) -> None:
         np.testing.assert_allclose(logits[:, start:stop], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_dropout_has_its_own_key_at_each_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPT-2's places: the embedding; in each layer the attention probabilities and both sub-blocks. No key is used twice."""
-    model = models.build(tiny(name="gpt", dropout_frac=0.25, attention="plain"))
-    params, tokens, keys = draw(model), packed()["tokens"], []
-    bernoulli = jax.random.bernoulli
+def test_dropout_scales_what_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were nothing dropped, each place would be divided by 1 - frac: as if the embeddings, v, o and down of the MLP were."""
+    frac, asked = 0.25, []
 
-    def record(key: jax.Array, p: Any, shape: Any) -> jax.Array:
-        keys.append(jax.random.key_data(key).tobytes())
-        return bernoulli(key, p, shape)
+    def keep(key: jax.Array, p: float, shape: tuple[int, ...]) -> jax.Array:
+        asked.append(p)
+        return jnp.ones(shape, bool)
 
-    monkeypatch.setattr(jax.random, "bernoulli", record)
-    first = model.hidden(params, tokens, rng=jax.random.key(1))
-    assert len(keys) == len(set(keys)) == 1 + 3 * 2
-    assert not jnp.array_equal(first, model.hidden(params, tokens, rng=jax.random.key(2)))
-    keys.clear()
-    model.hidden(params, tokens)
-    assert not keys
+    def enlarge(path: Any, leaf: np.ndarray) -> np.ndarray:
+        part = tree.path_name(path)
+        return leaf / (1 - frac) if part.startswith("embed") or part.split("/")[-2] in ("v", "o", "down") else leaf
+
+    monkeypatch.setattr(jax.random, "bernoulli", keep)
+    model, tokens = models.build(tiny(name="gpt", dropout_frac=frac, attention="plain")), packed()["tokens"]
+    params = draw(model)
+    found = jax.jit(model.hidden)(params, tokens, rng=jax.random.key(1))
+    expected = jax.jit(model.hidden)(jax.tree.map_with_path(enlarge, params), tokens)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert asked == [1 - frac] * (1 + 3 * 2)
 
 
 # --- Misuse. ------------------------------------------------------------------------------------------------------------

@@ -235,6 +235,44 @@ def test_a_prefix_is_seen_from_everywhere(name: str) -> None:
     np.testing.assert_allclose(logits, before[:, 3], atol=3e-5)
 
 
+@pytest.mark.parametrize(("family", "places"), [("gpt", 1 + 2 * 3), ("bert", 1 + 2 * 3), ("t5", 1 + 2 * 3 + 1 + 2 * 5)])
+def test_dropout_has_its_own_key_at_each_place(family: str, places: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedding of each side; in each layer the probabilities and the output of each attention, and the output of the MLP."""
+    model, arrays, keys = models.build(tiny(family, dropout_frac=0.25, attention="plain")), batch(family), []
+    params, tokens = draw(model), arrays.pop("tokens")
+
+    def record(key: jax.Array, p: float, shape: tuple[int, ...]) -> jax.Array:
+        keys.append(jax.random.key_data(key))
+        return jnp.ones(shape, bool)
+
+    def used(rng: jax.Array | None) -> list[jax.Array]:
+        keys.clear()
+        model.hidden(params, tokens, **arrays, rng=rng)
+        return list(keys)
+
+    monkeypatch.setattr(jax.random, "bernoulli", record)
+    found = [tuple(key.tolist()) for seed in (1, 2) for key in jax.jit(used)(jax.random.key(seed))]
+    assert len(found) == len(set(found)) == 2 * places
+    assert jax.eval_shape(used, None) == []
+
+
+def test_an_encoder_with_its_norms_first_ends_with_one() -> None:
+    model, arrays = models.build(tiny("bert", norm_order="pre", head="none")), batch("bert")
+    params, apply = draw(model), jax.jit(model.apply)
+    doubled = params | {"norm": jax.tree.map(lambda leaf: 2 * leaf, params["norm"])}
+    np.testing.assert_allclose(apply(doubled, arrays["tokens"]), 2 * apply(params, arrays["tokens"]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["gpt", "llama", "bert"])
+def test_classes_have_a_kernel_of_their_own(family: str) -> None:
+    """Also where the head for tokens is the embedding."""
+    for head in ("classify", "tag"):
+        model = models.build(tiny(family, head=head, classes=3))
+        assert abstract(model)["head"]["kernel"].shape == (3, 16)
+        tokens = jax.ShapeDtypeStruct((2, 5), jnp.int32)
+        assert jax.eval_shape(model.apply, abstract(model), tokens).shape == (2, 5, 3)
+
+
 @pytest.mark.parametrize(
     ("switches", "words"),
     [

@@ -27,7 +27,8 @@ TRANSFORMER = "transformer"  # has no class in transformers, so no config.json; 
 CASES = [*READ, TRANSFORMER]
 FLOAT32 = 2.0**-23
 BFLOAT16 = 2.0**-8
-ROUNDINGS, GRADIENT = 16 * FLOAT32, 3e-5
+# As measured, logits are 2 to 13 roundings of the largest one apart, losses up to 1.5, and gradients 5e-6 of their norm.
+ROUNDINGS, GRADIENT = 16 * FLOAT32, 1.5e-5
 
 
 class Golden(NamedTuple):
@@ -122,9 +123,9 @@ def test_loss_and_gradients(name: str) -> None:
     hf_batch.check_gradients(golden.tensors(gradients), golden.gradients, GRADIENT)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "bert_mlm", "t5_v1_1"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "bert_mlm", "t5_v1_1", TRANSFORMER])
 def test_bfloat16(name: str) -> None:
-    """Within some roundings of bfloat16, of which the residual stream alone has four. With the layers in the scan form."""
+    """Within some roundings of bfloat16, of which the residual stream alone has four. Layers in the scan form where files are read."""
     golden = read(name, layers_as="scan")
     golden.config.precision.compute = "bfloat16"
     assert 0.1 * BFLOAT16 < golden.error(apply(golden)) < 16 * BFLOAT16

@@ -16,8 +16,10 @@ def make_arrays(offset=0.0, dtype=jnp.float32):
 
 
 def rms(x, scale):
-    x = np.asarray(x, np.float64)
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * np.asarray(scale)
+    """With the product of what is rounded to x.dtype, as LLaMA's own code has it."""
+    x_f64 = np.asarray(x, np.float64)
+    normed, scale = (np.asarray(y, x.dtype) for y in (x_f64 / np.sqrt((x_f64**2).mean(-1, keepdims=True) + EPS), scale))
+    return np.asarray(normed, np.float64) * np.asarray(scale, np.float64)
 
 
 def standard(x, scale, bias):
@@ -27,21 +29,24 @@ def standard(x, scale, bias):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_norms_equal_their_equations(dtype):
+    """In bfloat16 the very numbers: everything before the roundings is computed in float32."""
     x, scale, bias = make_arrays(dtype=dtype)
-    # bfloat16: the result, and in rmsnorm also the factors of the last product, are rounded to 8 bits.
-    rtol, atol = (2e-6, 2e-6) if dtype == jnp.float32 else (2**-6, 2e-2)
+    tolerance = 1e-6 if dtype == jnp.float32 else 0
     for actual, expected in (
         (norms.rmsnorm(x, scale, EPS), rms(x, scale)),
         (norms.layernorm(x, scale, bias, EPS), standard(x, scale, bias)),
         (norms.layernorm(x, scale, None, EPS), standard(x, scale, 0)),
     ):
         assert actual.dtype == dtype
-        np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=rtol, atol=atol)
+        rounded = np.asarray(np.asarray(expected, dtype), np.float64)
+        np.testing.assert_allclose(np.asarray(actual, np.float64), rounded, rtol=tolerance, atol=tolerance)
 
 
 def test_eps_is_inside_the_root_and_counts_for_small_inputs():
     x = jnp.full((1, 16), 1e-3)
     np.testing.assert_allclose(norms.rmsnorm(x, jnp.ones(16), EPS), 1e-3 / np.sqrt(1e-6 + EPS), rtol=1e-6)
+    both = x * jnp.tile(jnp.array([1, -1]), 8)
+    np.testing.assert_allclose(norms.layernorm(both, jnp.ones(16), None, EPS), both / np.sqrt(1e-6 + EPS), rtol=1e-6)
     np.testing.assert_array_equal(norms.layernorm(x * 0, jnp.ones(16), None, EPS), 0)
 
 

@@ -80,8 +80,8 @@ def llama3(f, factor=8.0, low=1.0, high=4.0, old=8192):
 
 def yarn(i, factor=4.0, fast=32, slow=1, old=2048, width=64):
     """Peng et al. 2023, eq. 17 to 23, with the ramp over the index of the pair as in the authors' code."""
-    low = math.floor(width * math.log(old / (fast * 2 * math.pi)) / (2 * math.log(THETA)))
-    high = math.ceil(width * math.log(old / (slow * 2 * math.pi)) / (2 * math.log(THETA)))
+    low = max(math.floor(width * math.log(old / (fast * 2 * math.pi)) / (2 * math.log(THETA))), 0)
+    high = min(math.ceil(width * math.log(old / (slow * 2 * math.pi)) / (2 * math.log(THETA))), width - 1)
     ramp = min(max((i - low) / (high - low), 0), 1)
     return PLAIN[i] / factor * ramp + PLAIN[i] * (1 - ramp)
 
@@ -97,6 +97,8 @@ def yarn(i, factor=4.0, fast=32, slow=1, old=2048, width=64):
         (RopeScaling("llama3", 8.0, 8192), 1, [llama3(f) for f in PLAIN], 1),
         (RopeScaling("yarn", 4.0, 2048), 1, [yarn(i) for i in range(32)], 0.1 * math.log(4) + 1),
         (RopeScaling("yarn", 4.0, 2048, attention_factor=1.5), 1, [yarn(i) for i in range(32)], 1.5),
+        # Over so long a context every pair turns more than once: the ramp ends behind the last one.
+        (RopeScaling("yarn", 4.0, 10**6), 1, [yarn(i, old=10**6) for i in range(32)], 0.1 * math.log(4) + 1),
     ],
     ids=lambda value: value.kind if isinstance(value, RopeScaling) else None,
 )

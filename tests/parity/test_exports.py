@@ -13,7 +13,8 @@ import transformers
 from jaxllm import config as schema
 from jaxllm import models
 from jaxllm.data.tokenizers import byte, sentencepiece
-from jaxllm.interop import directory, tokenizer_files, weights
+from jaxllm.interop import directory, families, tokenizer_files, weights
+from jaxllm.interop.family import Settings
 from jaxllm.types import Model, Params
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +61,14 @@ def test_transformers_loads_the_export(case: str, tmp_path: Path) -> None:
     assert imported.architecture == architecture
     jax.tree.map(np.testing.assert_array_equal, weights.load(imported).params, params)
     assert models.build(imported.config).config == model.config
+
+
+@pytest.mark.parametrize(
+    "architecture", [name for family in families.FAMILIES for name in family.classes if hasattr(transformers, name)]
+)
+def test_what_a_config_leaves_out_is_what_transformers_takes_for_it(architecture: str) -> None:
+    family, theirs = families.find(architecture), getattr(transformers, architecture).config_class().to_dict()
+    assert family.read(Settings({}, ""), architecture) == family.read(Settings(theirs, ""), architecture)
 
 
 @pytest.mark.parametrize("train", [sentencepiece.train_bpe, sentencepiece.train_unigram, byte.train])

@@ -34,6 +34,7 @@ LARGER: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 96,
     },
     "T5": {"d_model": 48, "d_ff": 120, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 6},
+    "MT5": {"d_model": 48, "d_ff": 120, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 6},
     "": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3},
 }
 MORE = {
@@ -61,6 +62,7 @@ MORE = {
     "bert_relu_types": Case("BertForMaskedLM", {**BERT, "hidden_act": "relu", "type_vocab_size": 5}),
     # As transformers 5 makes a model of the v1.1 kind from nothing: tied, and yet not scaled.
     "t5_tied_unscaled": Case("T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "mt5": Case("MT5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu"}),
 }
 
 
@@ -123,7 +125,7 @@ def test_transformers(case: Case, tmp_path: Path) -> None:
             exported = weights.export(gradients, architecture, models.build(config).config)
             found = {name: exported.make(name) for name in exported.shapes}
             if found.keys() - theirs.keys() == {"lm_head.weight"}:
-                # One tensor for them, which is two here: t5_tied_unscaled.
+                # One tensor for them, which is two here: t5_tied_unscaled, mt5.
                 found["shared.weight"] = found["shared.weight"] + found.pop("lm_head.weight")
             hf_batch.check_gradients(found, theirs, GRADIENT)
 

@@ -48,10 +48,11 @@ def test_shares_of_devlin(noise_frac: float) -> None:
 
 
 def test_without_a_pad_token_every_id_may_be_chosen() -> None:
-    """Where the pad id is that of a letter, that letter is text like the others."""
+    """Where the pad id is that of a letter, that letter is text like the others, and padding is not."""
     batch = made("masked_lm", noise_frac=0.9).batch(Borderless())
-    rows = batch(stored([0] * 200), np.array([0]), 0, 0)
-    assert rows["weights"].sum() > 150
+    rows = batch(stored([0] * 400, segments=[[1] * 200 + [0] * 200]), np.array([0]), 0, 0)
+    assert rows["weights"][0, :200].sum() > 150
+    assert not rows["weights"][0, 200:].any() and not rows["tokens"][0, 200:].any()
 
 
 def test_whole_words() -> None:
