@@ -63,6 +63,12 @@ def start_id(tokenizer: "Tokenizer") -> int:
     return tokenizer.pad_id if tokenizer.bos_id is None else tokenizer.bos_id
 
 
+def stop_ids(tokenizer: "Tokenizer") -> tuple[int, ...]:
+    """Ids behind which nothing more is written: eos, and what else the model's generation_config.json says ends a text."""
+    others: tuple[int, ...] = getattr(tokenizer, "other_stop_ids", ())
+    return others if tokenizer.eos_id is None else (tokenizer.eos_id, *others)
+
+
 def special_ids(tokenizer: "Tokenizer") -> set[int]:
     """Ids that stand for no text. A pad id that also is a character's (char, or a file without a pad token) is none of them."""
     found = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id, *tokenizer.sentinel_ids}

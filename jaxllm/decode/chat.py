@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, NoReturn, Protocol
 
+from jaxllm.data import tokenize
 from jaxllm.data.tokenizers.chat_template import ChatTemplate
 from jaxllm.decode import generate, text
 from jaxllm.ops import sampling
@@ -143,10 +144,8 @@ def encode(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids that end an answer: eos, and the token that the template writes behind one."""
-    talker = require(tokenizer)
-    ids = set() if talker.eos_id is None else {talker.eos_id}
-    return tuple(sorted({*ids, *_end(talker).values()}))
+    """Ids that end an answer: those that end a text, and the token that the template writes behind an answer."""
+    return tuple(sorted({*tokenize.stop_ids(tokenizer), *_end(require(tokenizer)).values()}))
 
 
 def _end(talker: ChatTokenizer) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """Text that a model writes behind a prompt, or, with an encoder, for it.
 
 A prompt is encoded as the training data was. Of a decoder: bos first, if the tokenizer has one, then the text. Of an encoder-decoder:
-the text, then eos; `<extra_id_0>` in it is a sentinel if the tokenizer has any. Generation stops at eos.
+the text, then eos; `<extra_id_0>` in it is a sentinel if the tokenizer has any. Generation stops at eos, and at what else the
+model's files say ends a text.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -115,7 +116,7 @@ def pieces(detokenizer: Detokenizer, growing: Iterable[list[int]]) -> Iterator[s
 def _options(model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
     """What generation has to know of the tokenizer."""
     start_id = None if model.encode is None else tokenize.start_id(tokenizer)
-    return {"stop_ids": _eos(tokenizer), "vocab_size": tokenizer.vocab_size, "start_id": start_id}
+    return {"stop_ids": tokenize.stop_ids(tokenizer), "vocab_size": tokenizer.vocab_size, "start_id": start_id}
 
 
 def _bos(tokenizer: Tokenizer) -> list[int]:

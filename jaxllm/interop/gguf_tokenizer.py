@@ -43,7 +43,7 @@ CASED = """
     FB13-FB17 FF21-FF3A FF41-FF5A 10400-1044F 104B0-104D3 104D8-104FB 10C80-10CB2 10CC0-10CF2 118A0-118DF 1E900-1E943"""
 SIGNS = "21-2F 3A-7E FF01-FF0F FF1A-FF5E 2018-201F 3000-3002"
 ASIAN, HAN_KANA = "4E00-9FA5 800-4E00 AC00-D7FF", "4E00-9FA5 3040-30FF"
-STOPS = "2026 3002 FF0C 3001 964 6D4 60C"
+FULL_STOPS = "2026 3002 FF0C 3001 964 6D4 60C"
 
 
 def _points(hexadecimal: str) -> str:
@@ -83,11 +83,13 @@ _NAMED = {
     "deepseek-coder": Rules((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", f"[{_points(ASIAN)}]+", DIGIT)),
     "deepseek-v3 hunyuan-dense": Rules((THREE_DIGITS, f"[{_points(HAN_KANA)}]+", DEEPSEEK)),
     "falcon": Rules((r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]")),
-    "viking": Rules((rf" ?[^(\s|.,!?{_points(STOPS)})]+", DIGIT)),
+    "viking": Rules((rf" ?[^(\s|.,!?{_points(FULL_STOPS)})]+", DIGIT)),
     "default": Rules((r"[\p{P}\$\+<=>\^~\|]+", GPT2, DIGITS, r"[0-9][0-9][0-9]")),
 }
 PRE = {name: rules for names, rules in _NAMED.items() for name in names.split()}
 KINDS = ("gpt2", "llama")
+# What ends a text besides eos: the end of a turn, and that of a message within one.
+STOPS = ("eot", "eom")
 
 
 class Described(NamedTuple):
@@ -128,7 +130,12 @@ def _byte_level(file: gguf_file.File, tokens: list[str], kinds: list[int]) -> De
     template = _template(file, special.names)
     try:
         tokenizer = huggingface.HuggingFaceTokenizer(
-            definition, bos_id=special.bos_id, eos_id=special.eos_id, pad_id=special.pad_id, template=template
+            definition,
+            bos_id=special.bos_id,
+            eos_id=special.eos_id,
+            pad_id=special.pad_id,
+            other_stop_ids=special.other_stop_ids,
+            template=template,
         )
     except files.NotATokenizer as error:
         raise ValueError(_damaged(file, error)) from error
@@ -191,7 +198,13 @@ def _sentencepiece(file: gguf_file.File, tokens: list[str], kinds: list[int]) ->
     template = _template(file, special.names)
     try:
         tokenizer = sentencepiece.SentencePieceTokenizer(
-            model, bos_id=special.bos_id, eos_id=special.eos_id, pad_id=special.pad_id, exact=False, template=template
+            model,
+            bos_id=special.bos_id,
+            eos_id=special.eos_id,
+            pad_id=special.pad_id,
+            exact=False,
+            other_stop_ids=special.other_stop_ids,
+            template=template,
         )
     except files.NotATokenizer as error:
         raise ValueError(_damaged(file, error)) from error
@@ -268,9 +281,15 @@ class Special(NamedTuple):
     def pad_id(self) -> int:
         return self.given["pad"] or 0
 
+    @property
+    def other_stop_ids(self) -> tuple[int, ...]:
+        ids = dict.fromkeys(self.given[name] for name in STOPS)
+        return tuple(index for index in ids if index is not None and index != self.eos_id)
+
 
 def _special(file: gguf_file.File, tokens: Sequence[str], add_bos: bool) -> Special:
     keys = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
+    keys |= {name: f"{name}_token_id" for name in STOPS}
     given = {name: file.get(f"tokenizer.ggml.{key}", int, None) for name, key in keys.items()}
     for name, index in given.items():
         if index is not None and not 0 <= index < len(tokens):
@@ -278,7 +297,7 @@ def _special(file: gguf_file.File, tokens: Sequence[str], add_bos: bool) -> Spec
                 f"'{file.path}' says tokenizer.ggml.{keys[name]} = {index}.\n  Accepted: 0 to {len(tokens) - 1}, as it has"
                 f" {len(tokens)} tokens.\n  Take another file of the model."
             )
-    names = {f"{name}_token": tokens[index] for name, index in given.items() if index is not None}
+    names = {f"{name}_token": tokens[index] for name, index in given.items() if index is not None and name not in STOPS}
     return Special(given, names, file.get("tokenizer.ggml.add_bos_token", bool, add_bos))
 
 
@@ -291,7 +310,11 @@ def _settings(special: Special, template: chat_template.ChatTemplate | None, cla
     """tokenizer_config.json, generation_config.json and chat_template.jinja, as a Hugging Face directory has them."""
     settings: dict[str, Any] = {"tokenizer_class": class_name, "add_bos_token": special.adds_bos, "add_eos_token": False}
     settings |= {"clean_up_tokenization_spaces": False, **special.names}
-    ids = {f"{name}_token_id": special.given[name] for name in ("bos", "eos", "pad") if special.given[name] is not None}
+    ids: dict[str, Any] = {
+        f"{name}_token_id": special.given[name] for name in ("bos", "eos", "pad") if special.given[name] is not None
+    }
+    if special.eos_id is not None and special.other_stop_ids:
+        ids["eos_token_id"] = [special.eos_id, *special.other_stop_ids]
     out = {"tokenizer_config.json": _json(settings), "generation_config.json": _json(ids)}
     if template is not None:
         out["chat_template.jinja"] = template.text.encode()

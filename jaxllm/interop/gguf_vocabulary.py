@@ -19,7 +19,7 @@ from jaxllm.data.tokenizers.huggingface import HuggingFaceTokenizer
 from jaxllm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from jaxllm.interop import gguf_definition, gguf_file, gguf_tokenizer, gguf_write, tokenizer_files
 from jaxllm.interop.gguf_definition import KEY, Described, Tokens, refuse
-from jaxllm.interop.gguf_tokenizer import CONTROL, NORMAL, PRE, UNKNOWN, UNUSED, USER_DEFINED
+from jaxllm.interop.gguf_tokenizer import CONTROL, NORMAL, PRE, STOPS, UNKNOWN, UNUSED, USER_DEFINED
 from jaxllm.types import Tokenizer
 
 # Among the files that a run carries: the tokenizer of the GGUF file that it comes from, in a GGUF file of its own.
@@ -60,7 +60,12 @@ def make(tokenizer: Tokenizer | None, carried: Mapping[str, bytes], rows: int) -
     template = getattr(tokenizer, "template", None)
     values |= {"tokenizer.chat_template": template.text} if template else {}
     _check(tokenizer, values)
-    return Made(_entries(values), (*made.notes, *_notes(values)))
+    notes = (*made.notes, *_notes(values))
+    if unnamed := tokenize.stop_ids(tokenizer)[1 + len(STOPS) :]:
+        notes += (
+            f"a GGUF file names three tokens that end a text; these go without: {gguf_file.listed([str(i) for i in unnamed])}",
+        )
+    return Made(_entries(values), notes)
 
 
 def _tokens(tokenizer: Any) -> Described:
@@ -135,6 +140,7 @@ def _special(tokenizer: Tokenizer, tokens: Tokens, names: Mapping[str, str]) -> 
             ids[name] = tokens.texts.index(names[f"{SPECIALS[name]}_token"])
     if UNKNOWN in tokens.kinds:
         ids["unknown"] = tokens.kinds.index(UNKNOWN)
+    ids |= dict(zip(STOPS, tokenize.stop_ids(tokenizer)[1:], strict=False))
     out: dict[str, Any] = {f"{KEY}.{name}_token_id": index for name, index in ids.items() if index is not None}
     return out | {f"{KEY}.add_bos_token": tokenizer.bos_id is not None, f"{KEY}.add_eos_token": False}
 

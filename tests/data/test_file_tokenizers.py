@@ -1,5 +1,6 @@
 """Tokenizers in the files of other tools: what begins a text, and which special tokens there are."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,30 @@ def test_the_older_file_of_special_tokens(settings: bytes, older: bytes, eos: st
     files = foreign_tokenizers.tokenizer_json() | {"tokenizer_config.json": settings, "special_tokens_map.json": older}
     found = load(tmp_path, files)
     assert found.tokenizer.id_to_token(found.eos_id) == eos
+
+
+@pytest.mark.parametrize("made", [foreign_tokenizers.tokenizer_json, foreign_tokenizers.llama2])
+@pytest.mark.parametrize(
+    ("generation", "config", "others"),
+    [
+        (None, None, ()),
+        ({"eos_token_id": [7, None, 5, 7, 9]}, {"eos_token_id": 8}, (7, 5, 9)),
+        ({"eos_token_id": 6}, None, (6,)),
+        ({"bos_token_id": 6}, {"eos_token_id": [None, 5]}, (5,)),
+        # No tokens: a number without one, and what is no number.
+        ({"eos_token_id": [4096, -1, "x", True, 5]}, None, (5,)),
+    ],
+)
+def test_what_ends_a_text_besides_eos(made: Any, generation: Any, config: Any, others: tuple[int, ...], tmp_path: Path) -> None:
+    """None stands for the tokenizer's own eos."""
+    eos = load(tmp_path, made()).eos_id
+    for name, values in (("generation_config.json", generation), ("config.json", config)):
+        if values is not None:
+            (tmp_path / name).write_text(json.dumps(values).replace("null", str(eos)))
+    found = load(tmp_path, made())
+    found.save(str(tmp_path / "saved"))
+    for tokenizer in (found, tokenize.load(tmp_path / "saved")):
+        assert tokenize.stop_ids(tokenizer) == (eos, *others)
 
 
 def test_settings_that_are_no_object(tmp_path: Path) -> None:

@@ -86,12 +86,12 @@ def test_spaces_of_sentencepiece_stay() -> None:
 
 
 @pytest.mark.parametrize(("bos_id", "start"), [(256, [256]), (None, [])])
-def test_bos_is_added_once(monkeypatch: pytest.MonkeyPatch, bos_id: int | None, start: list[int]) -> None:
+def test_bos_is_added_once_and_all_ends_are_known(monkeypatch: pytest.MonkeyPatch, bos_id: int | None, start: list[int]) -> None:
     seen: list[list[int]] = []
 
     def record(model: Any, params: Any, prompts: list[list[int]], *_: Any, **options: Any) -> list[list[int]]:
         seen.extend(prompts)
-        assert options["stop_ids"] == (257,)
+        assert options["stop_ids"] == (257, 10)
         return [[] for _ in prompts]
 
     def record_stream(model: Any, params: Any, prompt: list[int], *_: Any, **options: Any) -> Iterator[list[int]]:
@@ -102,6 +102,7 @@ def test_bos_is_added_once(monkeypatch: pytest.MonkeyPatch, bos_id: int | None, 
     monkeypatch.setattr(generate, "stream", record_stream)
     tokenizer = ByteTokenizer()
     monkeypatch.setattr(tokenizer, "bos_id", bos_id, raising=False)
+    monkeypatch.setattr(tokenizer, "other_stop_ids", (10,), raising=False)
     text.complete(parrot(0, [0]), {}, tokenizer, ["ab", ""], GREEDY, max_new_tokens=1, seed=0)
     assert list(text.stream(parrot(0, [0]), {}, tokenizer, "ab", GREEDY, max_new_tokens=1, seed=0)) == []
     assert seen == [[*start, 97, 98], start, [*start, 97, 98]]

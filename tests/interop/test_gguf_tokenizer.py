@@ -181,6 +181,19 @@ def test_bos_only_where_the_file_adds_one(changes: dict[str, Any], bos_id: int |
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (bos_id, 2, 0)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize(("eot", "eom", "stop_ids"), [(7, None, (2, 7)), (2, 9, (2, 9)), (9, 7, (2, 9, 7)), (None, None, (2,))])
+def test_what_ends_a_text(kind: str, eot: int | None, eom: int | None, stop_ids: tuple[int, ...], tmp_path: Path) -> None:
+    """Also through the files of a Hugging Face directory, and none of these tokens gets a name in its settings."""
+    changes = {"ggml.eos_token_id": 2, "ggml.eot_token_id": eot, "ggml.eom_token_id": eom}
+    found = described(tiny_gguf.tokenizer_values(**changes) if kind == "gpt2" else spm_values(spm_model(), **changes)[0])
+    for name, data in found.files.items():
+        (tmp_path / name).write_bytes(data)
+    again = tokenizer_file.load(ConfigDict({"tokenizer": {"path": str(tmp_path)}}), list)
+    assert tokenize.stop_ids(found.tokenizer) == tokenize.stop_ids(again) == stop_ids
+    assert not {"eot_token", "eom_token"} & json.loads(found.files["tokenizer_config.json"]).keys()
+
+
 @pytest.mark.parametrize("add_bos", [True, False])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_the_files_and_the_saved_tokenizer_are_the_same_one(tmp_path: Path, kind: str, add_bos: bool) -> None:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from test_gguf_tokenizer import CORPUS, TEXTS, described, spm_model, spm_values
 
 from jaxllm import config as schema
+from jaxllm.data import tokenize
 from jaxllm.data.tokenizers import char, huggingface, sentencepiece
 from jaxllm.data.tokenizers import file as tokenizer_file
 from jaxllm.data.tokenizers.added import Added
@@ -239,6 +240,16 @@ def test_spaces_of_sentencepiece_in_a_tokenizer_json(pre_tokenizer: Any, normali
     found = described(values_of(made)).tokenizer
     for text in (*CORPUS[:4], "the  cat\nsat", "日本 x"):
         assert found.encode(text) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(("others", "named", "notes"), [((), {}, 0), ((9,), {"eot": 9}, 0), ((9, 7, 8), {"eot": 9, "eom": 7}, 1)])
+def test_what_ends_a_text_besides_eos(others: tuple[int, ...], named: dict[str, int], notes: int) -> None:
+    tokenizer = byte_level(BYTE_LEVEL)
+    tokenizer.other_stop_ids = others
+    made = gguf_vocabulary.make(tokenizer, {}, tokenizer.vocab_size)
+    keys = {f"tokenizer.ggml.{name}_token_id": name for name in ("eot", "eom")}
+    assert {name: values_of(made)[key] for key, name in keys.items() if key in values_of(made)} == named
+    assert len(made.notes) == notes and tokenize.stop_ids(described(values_of(made)).tokenizer) == (tokenizer.eos_id, *others[:2])
 
 
 def no_merge(definition: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Loads a tokenizer that was made before: a run's, or one of the files that models are published with (see NAMES)."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,8 @@ def load(config: ConfigDict, texts: Callable[[], Iterable[str]], extra: Added = 
 
     eos, pad and mask are those of `tokenizer_config.json` beside the file; what that leaves open is taken from the model, or found by
     its customary name. Sentinels are called <extra_id_0>, <extra_id_1>, ... Without a pad token the pad id is 0: padding is known by
-    its segment and weight, never by its id.
+    its segment and weight, never by its id. What ends a text besides eos is taken from `generation_config.json`, or where that names
+    nothing from `config.json`.
     """
     del texts, extra
     path = _find(Path(config.tokenizer.path).expanduser())
@@ -46,11 +47,11 @@ def load(config: ConfigDict, texts: Callable[[], Iterable[str]], extra: Added = 
     settings = _settings(path.parent)
     if path.name == T5_FILE:
         settings = {"extra_ids": T5_SENTINELS, **settings}
-    template = chat_template.find(path.parent, settings)
+    template, stop_ids = chat_template.find(path.parent, settings), _stop_ids(path.parent)
     try:
         older = path.name in (vocabulary.BYTE_LEVEL, vocabulary.WORDS)
         data = vocabulary.definition(path, settings) if older else path.read_bytes()
-        tokenizer = (_sentencepiece if path.suffix == ".model" else _huggingface)(data, settings, template)
+        tokenizer = (_sentencepiece if path.suffix == ".model" else _huggingface)(data, settings, template, stop_ids)
     except files.NotATokenizer as error:
         raise ValueError(
             f"tokenizer.path = '{path}' is not a tokenizer: {error}\n"
@@ -80,7 +81,9 @@ def _find(path: Path) -> Path:
     )
 
 
-def _sentencepiece(data: bytes, settings: dict[str, Any], template: chat_template.ChatTemplate | None) -> "Tokenizer":
+def _sentencepiece(
+    data: bytes, settings: dict[str, Any], template: chat_template.ChatTemplate | None, stop_ids: Sequence[int]
+) -> "Tokenizer":
     processor = sentencepiece.processor(data)
 
     def find(piece: str) -> int | None:
@@ -98,12 +101,15 @@ def _sentencepiece(data: bytes, settings: dict[str, Any], template: chat_templat
     # The model file of T5 has no sentinels: they were added above it, as many as its settings say.
     extra = Added(sentinels=int(settings.get("extra_ids", 0)))
     bos, eos, pad, mask = ids["bos"], ids["eos"], ids["pad"] or 0, ids["mask"]
+    others = tuple(index for index in stop_ids if index != eos and index < processor.vocab_size())
     return sentencepiece.SentencePieceTokenizer(
-        data, bos_id=bos, eos_id=eos, pad_id=pad, mask_id=mask, exact=False, extra=extra, template=template
+        data, bos_id=bos, eos_id=eos, pad_id=pad, mask_id=mask, exact=False, extra=extra, other_stop_ids=others, template=template
     )
 
 
-def _huggingface(data: bytes, settings: dict[str, Any], template: chat_template.ChatTemplate | None) -> "Tokenizer":
+def _huggingface(
+    data: bytes, settings: dict[str, Any], template: chat_template.ChatTemplate | None, stop_ids: Sequence[int]
+) -> "Tokenizer":
     library = huggingface.parse(data)
     find = library.token_to_id
     ids = {name: _special(name, settings, find, _customary(name, find)) for name in ("eos", "pad", "mask")}
@@ -111,8 +117,16 @@ def _huggingface(data: bytes, settings: dict[str, Any], template: chat_template.
     while (index := find(f"<extra_id_{len(sentinels)}>")) is not None:
         sentinels.append(index)
     eos, pad, mask = ids["eos"], ids["pad"] or 0, ids["mask"]
+    others = tuple(index for index in stop_ids if index != eos and library.id_to_token(index) is not None)
     return huggingface.HuggingFaceTokenizer(
-        data, bos_id=_bos(library), eos_id=eos, pad_id=pad, mask_id=mask, sentinel_ids=tuple(sentinels), template=template
+        data,
+        bos_id=_bos(library),
+        eos_id=eos,
+        pad_id=pad,
+        mask_id=mask,
+        sentinel_ids=tuple(sentinels),
+        other_stop_ids=others,
+        template=template,
     )
 
 
@@ -139,6 +153,14 @@ def _settings(directory: Path) -> dict[str, Any]:
         return settings
     added = {index: {"content": token} for token, index in _read(directory / vocabulary.ADDED).items()}
     return settings | _read(directory / OLDER_SETTINGS) | {"added_tokens_decoder": added}
+
+
+def _stop_ids(directory: Path) -> list[int]:
+    """What the model's files say ends a text, each id once, in their order."""
+    said = (_read(directory / name).get("eos_token_id") for name in ("generation_config.json", "config.json"))
+    given: Any = next((ids for ids in said if ids is not None), [])
+    ids = given if isinstance(given, list) else [given]
+    return [index for index in dict.fromkeys(ids) if type(index) is int and index >= 0]
 
 
 def _added(settings: dict[str, Any]) -> list[str]:

@@ -14,7 +14,8 @@ FILE = "tokenizer.json"
 class HuggingFaceTokenizer:
     """A tokenizer.json and the ids of its special tokens.
 
-    Special tokens are added by data/pack.py only: text that spells one ("</s>") is encoded as the text it is.
+    Special tokens are added by data/pack.py only: text that spells one ("</s>") is encoded as the text it is. other_stop_ids: see
+    `data.tokenize.stop_ids`.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class HuggingFaceTokenizer:
         pad_id: int,
         mask_id: int | None = None,
         sentinel_ids: tuple[int, ...] = (),
+        other_stop_ids: tuple[int, ...] = (),
         template: ChatTemplate | None = None,
     ) -> None:
         self.definition = definition
@@ -33,7 +35,7 @@ class HuggingFaceTokenizer:
         self.tokenizer = parse(definition)
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
-        self.mask_id, self.sentinel_ids = mask_id, sentinel_ids
+        self.mask_id, self.sentinel_ids, self.other_stop_ids = mask_id, sentinel_ids, other_stop_ids
         self.spelled = added.names(sentinel_ids) | _letters(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
@@ -79,6 +81,7 @@ class HuggingFaceTokenizer:
         record: dict[str, Any] = {"kind": "huggingface", "bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
         record |= {} if self.mask_id is None else {"mask_id": self.mask_id}
         record |= {"sentinel_ids": self.sentinel_ids} if self.sentinel_ids else {}
+        record |= {"other_stop_ids": self.other_stop_ids} if self.other_stop_ids else {}
         return files.contents(record, {FILE: self.definition, **chat_template.contents(self.template)})
 
     def save(self, directory: str) -> None:
@@ -87,12 +90,13 @@ class HuggingFaceTokenizer:
 
 def restore(saved: files.Saved) -> HuggingFaceTokenizer:
     ids = {name: saved.record[name] for name in ("bos_id", "eos_id", "pad_id")}
-    sentinel_ids = tuple(saved.record.get("sentinel_ids", ()))
+    sentinel_ids, other_stop_ids = (tuple(saved.record.get(name, ())) for name in ("sentinel_ids", "other_stop_ids"))
     return HuggingFaceTokenizer(
         saved.files[FILE],
         **ids,
         mask_id=saved.record.get("mask_id"),
         sentinel_ids=sentinel_ids,
+        other_stop_ids=other_stop_ids,
         template=chat_template.restore(saved),
     )
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import chain, islice
+from typing import Any
 
 import sentencepiece
 from ml_collections import ConfigDict
@@ -37,7 +38,8 @@ class SentencePieceTokenizer:
     """A SentencePiece model and the ids of its special tokens.
 
     exact: the model was trained here. SentencePiece writes a space as U+2581, so it would read a real U+2581 as a space; an
-    exact tokenizer encodes that one character by its bytes. A model from elsewhere keeps the ids it was made for.
+    exact tokenizer encodes that one character by its bytes. A model from elsewhere keeps the ids it was made for. other_stop_ids:
+    see `data.tokenize.stop_ids`.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class SentencePieceTokenizer:
         exact: bool,
         mask_id: int | None = None,
         extra: Added = NONE,
+        other_stop_ids: tuple[int, ...] = (),
         template: ChatTemplate | None = None,
     ) -> None:
         self.model = model
@@ -61,7 +64,7 @@ class SentencePieceTokenizer:
         self.mask_id = mask_id if ids.mask_id is None else ids.mask_id
         self.sentinel_ids, self.vocab_size = ids.sentinel_ids, ids.vocab_size
         self.extra = extra._replace(borders=extra.borders and None in (bos_id, eos_id))
-        self.exact = exact
+        self.exact, self.other_stop_ids = exact, other_stop_ids
         self.space_mark_ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
 
     def encode(self, text: str) -> list[int]:
@@ -115,9 +118,11 @@ class SentencePieceTokenizer:
         return f" {text}" if opens and not text.startswith(" ") else text
 
     def contents(self) -> dict[str, bytes]:
-        record = {"kind": "sentencepiece", "bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id, "exact": self.exact}
+        ids: dict[str, Any] = {"bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
+        record = {"kind": "sentencepiece", **ids, "exact": self.exact}
         if self.mask_id is not None and self.mask_id < self.pieces:
             record["mask_id"] = self.mask_id
+        record |= {"other_stop_ids": self.other_stop_ids} if self.other_stop_ids else {}
         return files.contents(record | added.record(self.extra), {FILE: self.model, **chat_template.contents(self.template)})
 
     def save(self, directory: str) -> None:
@@ -150,6 +155,7 @@ def restore(saved: files.Saved) -> SentencePieceTokenizer:
         **record,
         mask_id=saved.record.get("mask_id"),
         extra=added.restore(saved.record),
+        other_stop_ids=tuple(saved.record.get("other_stop_ids", ())),
         template=chat_template.restore(saved),
     )
 
