@@ -88,8 +88,25 @@ def fill(slot: Slot, k_BSGK: jax.Array, v_BSGK: jax.Array, prefix: str) -> Slot:
     return slot._replace(arrays={**slot.arrays, **new})
 
 
-def read(slot: Slot, prefix: str = "") -> tuple[jax.Array, jax.Array]:
-    """This layer's (k_BSGK, v_BSGK), of the arrays whose names start with `prefix`."""
+def slots(slot: Slot) -> int:
+    """How many positions of a row there is room for."""
+    return slot.arrays["k"].shape[-2]
+
+
+def read_some(slot: Slot, start: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """This layer's (k_BGSK, v_BGSK) of `count` slots from `start` on: nothing else of the cache is touched."""
+
+    def one(array: jax.Array) -> jax.Array:
+        if slot.layer is None:
+            return jax.lax.dynamic_slice_in_dim(array, start, count, axis=2)
+        rows, _, heads, _, width = array.shape
+        return jax.lax.dynamic_slice(array, (0, slot.layer, 0, start, 0), (rows, 1, heads, count, width))[:, 0]
+
+    return one(slot.arrays["k"]), one(slot.arrays["v"])
+
+
+def read(slot: Slot, prefix: str) -> tuple[jax.Array, jax.Array]:
+    """All of this layer's (k_BSGK, v_BSGK), of the arrays whose names start with `prefix`."""
     k_BGSK, v_BGSK = (slot.arrays[prefix + name] for name in ("k", "v"))
     if slot.layer is not None:
         k_BGSK, v_BGSK = k_BGSK[:, slot.layer], v_BGSK[:, slot.layer]

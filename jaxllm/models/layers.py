@@ -5,6 +5,7 @@ Letters: B batch, T query length, S key length, D width, H query heads, G key/va
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -212,11 +213,10 @@ class Attention(nn.Module):
         if slot is None or sight.horizon_BT is None:
             return self._attend(q_BTHK, k_BTGK, v_BTGK, sight.mask, sight.bias_XHTS), slot
         slot = cache.write(slot, k_BTGK, v_BTGK, sight.positions_BT)
-        k_BSGK, v_BSGK = cache.read(slot)
         out_BTHK = attention.cached(
             q_BTHK,
-            k_BSGK,
-            v_BSGK,
+            partial(cache.read_some, slot),
+            cache.slots(slot),
             sight.horizon_BT,
             window_tokens=arch.window_tokens,
             bias_XHTS=sight.bias_XHTS,

@@ -81,13 +81,13 @@ def attend(
     )
     keys_BS = mask.segments_BT if mask.key_segments_BS is None else mask.key_segments_BS
     blocks = _Blocks(
-        _cut(fold(q_BTHK, group), 3, rows),
-        _cut(k_BSGK.swapaxes(1, 2), 2, columns),
-        _cut(v_BSGK.swapaxes(1, 2), 2, columns),
+        cut(fold(q_BTHK, group), 3, rows),
+        cut(k_BSGK.swapaxes(1, 2), 2, columns),
+        cut(v_BSGK.swapaxes(1, 2), 2, columns),
         None if bias_XHTS is None else _pad(_pad(bias_XHTS, 2, rows), 3, columns),
-        None if mask.segments_BT is None else _cut(mask.segments_BT, 1, rows),
-        None if keys_BS is None else _cut(keys_BS, 1, columns),
-        None if mask.prefix_BS is None else _cut(mask.prefix_BS, 1, columns),
+        None if mask.segments_BT is None else cut(mask.segments_BT, 1, rows),
+        None if keys_BS is None else cut(keys_BS, 1, columns),
+        None if mask.prefix_BS is None else cut(mask.prefix_BS, 1, columns),
         rng if how.dropout_frac else None,
     )
     out_BGRTK = jnp.moveaxis(_flash(blocks, how), 0, 3).reshape(*blocks.q_NBGRTK.shape[1:4], -1, q_BTHK.shape[-1])
@@ -98,7 +98,7 @@ def _pad(x: jax.Array, axis: int, block: int) -> jax.Array:
     return jnp.pad(x, [(0, -size % block if i == axis else 0) for i, size in enumerate(x.shape)])
 
 
-def _cut(x: jax.Array, axis: int, block: int) -> jax.Array:
+def cut(x: jax.Array, axis: int, block: int) -> jax.Array:
     """Blocks of an axis as a leading axis, the last one padded with zeros."""
     padded = _pad(x, axis, block)
     return jnp.moveaxis(padded.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
