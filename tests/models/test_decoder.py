@@ -346,6 +346,7 @@ def test_bad_input(tokens: np.ndarray, beside: dict, words: str) -> None:
 def test_every_switch_reaches_the_architecture() -> None:
     """Setting each switch of config.model away from the family's choice changes exactly that field."""
     plain = models.build(tiny(name="llama")).config
+    assert plain.norm_eps == 1e-5, "that of Llama 2 and 3"
     others = {"norm": "layernorm", "norm_order": "post", "activation": "gelu", "positions": "learned", "norm_eps": 1e-3}
     for switch, value in others.items():
         assert models.build(tiny(name="llama", **{switch: value})).config == dataclasses.replace(plain, **{switch: value})
