@@ -94,6 +94,7 @@ LINEAR = {"rope_scaling": "linear", "rope_factor": 4.0, "rope_original_tokens": 
         ("GPT2LMHeadModel", {"activation_function": "gelu", "n_inner": 9}, {"activation": "gelu", "mlp_width": 9}),
         ("BertForMaskedLM", {"hidden_act": "gelu_new", "type_vocab_size": 3}, {"activation": "gelu_tanh", "token_types": 3}),
         ("T5ForConditionalGeneration", {"num_layers": 3}, {"layers": 3, "decoder_layers": 3}),
+        ("T5ForConditionalGeneration", {"num_heads": 4}, {"heads": 4}),  # each as wide as before
         ("T5ForConditionalGeneration", {"feed_forward_proj": "gated-gelu"}, {"activation": "geglu"}),
         ("T5ForConditionalGeneration", {"tie_word_embeddings": False}, {"tied_head": "off"}),
         # As transformers 5 writes a model whose output is not scaled.
