@@ -103,10 +103,8 @@ def _check(imported: Imported, family: Family, expected: Mapping[str, tuple[int,
     """({name in the table: name in the files}, names of unused tensors); ValueError if anything does not fit."""
     shapes = imported.tensors.shapes
     found: dict[str, str] = {}
-    repeated = []
     for name in shapes:
-        if found.setdefault(family.canonical(name), name) != name:
-            repeated.append(name)
+        found.setdefault(family.canonical(name), name)  # a second spelling of the same name is unexpected below
     stored = {name: found[name] for name in expected if name in found}
     # A tensor that stands in two places may be stored under either name, or under both.
     copies = {copy: name for copy, name in family.copies.items() if copy in found and copy not in expected}
@@ -118,7 +116,7 @@ def _check(imported: Imported, family: Family, expected: Mapping[str, tuple[int,
     ignored = [name for theirs, name in found.items() if theirs not in expected and re.fullmatch(family.unused, theirs)]
     missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in stored]
     known = {*stored.values(), *spare, *ignored}
-    unexpected = [f"{name} {list(shape)}" for name, shape in shapes.items() if name not in known or name in repeated]
+    unexpected = [f"{name} {list(shape)}" for name, shape in shapes.items() if name not in known]
     wrong = [
         f"{stored[name]} {list(shapes[stored[name]])} instead of {list(shape)}"
         for name, shape in expected.items()

@@ -137,6 +137,17 @@ def test_a_live_beam_is_hopeless_when_the_worst_that_ended_is_better(early_stopp
     np.testing.assert_allclose(best.score, score, rtol=1e-5)
 
 
+def test_two_stop_ids_take_no_place_of_a_live_beam() -> None:
+    """The likeliest of two tokens are "0 0", "0 stop", "0 other stop", "1 stop", "1 other stop" and only then "1 1", which wins."""
+    other = 4
+    second = {(1, 0): {0: 0.4, STOP: 0.3, other: 0.25}, (1, 1): {STOP: 0.26, other: 0.25, 1: 0.24}}
+    model = scripted({(0, 0): {0: 0.5, 1: 0.45}, **second, (2, 1): {1: 0.99}}, vocab=16)
+    options: dict[str, Any] = {"max_new_tokens": 3, "stop_ids": (STOP, other), "vocab_size": 16}
+    (best,) = beam.search(model, {}, [[0]], beam.Settings(2), **options)
+    assert best.ids == [1, 1, 1]
+    np.testing.assert_allclose(best.score, np.log(0.45 * 0.24 * 0.99) / 3, rtol=1e-5)
+
+
 def test_a_search_ends_at_the_context() -> None:
     (best,) = run("llama", [[1] * 14], beam.Settings(2), max_new_tokens=DEPTH, stop_ids=())
     assert len(best.ids) == 2

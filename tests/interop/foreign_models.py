@@ -13,8 +13,8 @@ from jaxllm import models
 from jaxllm.types import Model, Params
 
 SIZES = {"layers": 2, "width": 8, "heads": 4, "mlp_width": 12, "context_tokens": 16, "vocab_size": 11, "norm_eps": 1e-3}
-GPT = {"name": "gpt"}
-LLAMA = {"name": "llama", "kv_heads": 2, "head_dim": 6}
+GPT = {"name": "gpt", "init_std": 0.05}
+LLAMA = {"name": "llama", "kv_heads": 2, "head_dim": 6, "init_std": 0.05}
 CLASSIFY = {"head": "classify", "classes": 3}
 # name -> (class in transformers, fields of config.model)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

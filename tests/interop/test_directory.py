@@ -95,6 +95,7 @@ LINEAR = {"rope_scaling": "linear", "rope_factor": 4.0, "rope_original_tokens": 
         ("GPT2LMHeadModel", {"activation_function": "gelu", "n_inner": 9}, {"activation": "gelu", "mlp_width": 9}),
         ("BertForMaskedLM", {"hidden_act": "gelu_new", "type_vocab_size": 3}, {"activation": "gelu_tanh", "token_types": 3}),
         ("T5ForConditionalGeneration", {"num_layers": 3}, {"layers": 3, "decoder_layers": 3}),
+        ("T5ForConditionalGeneration", {"num_heads": 4}, {"heads": 4}),  # each as wide as before
         ("T5ForConditionalGeneration", {"feed_forward_proj": "gated-gelu"}, {"activation": "geglu"}),
         ("T5ForConditionalGeneration", {"tie_word_embeddings": False}, {"tied_head": "off"}),
         # As transformers 5 writes a model whose output is not scaled.
@@ -287,6 +288,11 @@ def test_shapes_that_contradict_the_config(tmp_path: Path) -> None:
         load(write_llama(tmp_path / "a", intermediate_size=16))
     with pytest.raises(ValueError, match=r"missing \(9\): model.layers.2.input_layernorm.weight \[8\]"):
         load(write_llama(tmp_path / "b", num_hidden_layers=3))
+    with pytest.raises(ValueError, match=r"unexpected \(9\): model.layers.1.input_layernorm.weight \[8\]"):
+        load(write_llama(tmp_path / "e", num_hidden_layers=1))
+    tensors = llama_tensors()
+    with pytest.raises(ValueError, match=r"unexpected \(1\): norm.weight \[8\]"):
+        load(write_llama(tmp_path / "f", tensors | {"norm.weight": tensors["model.norm.weight"]}))
     with pytest.raises(ValueError, match=r"copies that differ \(1\): lm_head.weight is not model.embed_tokens.weight"):
         load(write_llama(tmp_path / "c", tie_word_embeddings=True))
     with pytest.raises(ValueError, match=r"model.kv_heads = 2 does not divide model.heads = 3"):
@@ -382,6 +388,8 @@ def test_labels_and_ids_travel_along(tmp_path: Path) -> None:
     (tmp_path / "one" / "generation_config.json").unlink()
     imported = directory.read(tmp_path / "one")
     assert directory.classes_of(imported.files) == ("bad", "so so", "good")
+    many = {str(index): f"LABEL_{index}" for index in range(11)}
+    assert directory.classes_of({"config.json": json.dumps({"id2label": many}).encode()}) == tuple(many.values())
     directory.write(tmp_path / "two", params, model.config, None, imported.files)
     again = json.loads((tmp_path / "two" / "config.json").read_text())
     assert (again["pad_token_id"], again["eos_token_id"]) == (3, [4, 5])

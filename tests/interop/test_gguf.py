@@ -228,6 +228,9 @@ def test_tensors_that_do_not_fit_are_all_named(tmp_path: Path) -> None:
     del given["token_embd.weight"]
     with pytest.raises(ValueError, match="has no tensor token_embd.weight"):
         ours.read(tiny_gguf.write(tmp_path / "tiny.gguf", given, VALUES))
+    given = tiny_gguf.tensors(rng()) | {"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}
+    with pytest.raises(ValueError, match=r"describes:\n    unexpected: blk.0.attn_q_norm.weight\n  Accepted"):
+        ours.read(tiny_gguf.write(tmp_path / "tiny.gguf", given, VALUES))
     given = tiny_gguf.tensors(rng()) | {"blk.0.attn_q.bias": np.zeros(64, np.float32)}
     with pytest.raises(ValueError, match="has biases for q only"):
         ours.read(tiny_gguf.write(tmp_path / "tiny.gguf", given, VALUES))

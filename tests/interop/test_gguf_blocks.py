@@ -187,7 +187,7 @@ def test_metadata_are_those_of_the_package(tmp_path: Path) -> None:
     writer.add_string("a.text", "Grüße\n🙂")
     for name, values in {"texts": ["", "é", "a" * 300], "floats": [0.5, -1.0], "flags": [True, False], "ints": [1, 2, 3]}.items():
         writer.add_array(f"a.{name}", values)
-    writer.add_custom_alignment(64)
+    writer.add_custom_alignment(1024)
     writer.add_tensor("one", np.arange(5, dtype=np.float32))
     writer.add_tensor("two", np.arange(6, dtype=np.float32).reshape(2, 3))
     writer.write_header_to_file()

@@ -17,6 +17,17 @@ def tensor_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
+def objective(architecture: str) -> str:
+    """What a model of this class is trained on."""
+    kinds = {
+        "ForSequence": "sequence_classification",
+        "ForToken": "token_classification",
+        "Bert": "masked_lm",
+        "T5": "span_corruption",
+    }
+    return next((found for part, found in kinds.items() if part in architecture), "causal_lm")
+
+
 @pytest.mark.parametrize("case", MODELS)
 def test_export_import_export(case: str, tmp_path: Path) -> None:
     architecture, fields = MODELS[case]
@@ -25,6 +36,7 @@ def test_export_import_export(case: str, tmp_path: Path) -> None:
     assert written.architecture == architecture
     imported = directory.read(tmp_path / "one")
     assert imported.architecture == architecture and not imported.notes
+    assert imported.config.train.objective == objective(architecture)
     again = models.build(imported.config).config
     # What trains and what computes it may differ; what is computed may not.
     assert again == model.config

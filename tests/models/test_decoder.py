@@ -346,6 +346,7 @@ def test_bad_input(tokens: np.ndarray, beside: dict, words: str) -> None:
 def test_every_switch_reaches_the_architecture() -> None:
     """Setting each switch of config.model away from the family's choice changes exactly that field."""
     plain = models.build(tiny(name="llama")).config
+    assert plain.norm_eps == 1e-5, "that of Llama 2 and 3"
     others = {"norm": "layernorm", "norm_order": "post", "activation": "gelu", "positions": "learned", "norm_eps": 1e-3}
     for switch, value in others.items():
         assert models.build(tiny(name="llama", **{switch: value})).config == dataclasses.replace(plain, **{switch: value})
@@ -353,11 +354,10 @@ def test_every_switch_reaches_the_architecture() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bias", "parts"), [("on", "qkvo/mlp"), ("off", ""), ("qkv", "qkv"), ("attention", "qkvo"), ("mlp", "mlp")]
+    ("bias", "parts"),
+    [("on", "q k v o up gate down norm"), ("off", ""), ("qkv", "q k v"), ("attention", "q k v o"), ("mlp", "up gate down")],
 )
 def test_biases_are_where_the_switch_says(bias: str, parts: str) -> None:
-    found = {
-        path.split("/")[2] for path, _ in tree.named_leaves(abstract(models.build(tiny(name="llama", bias=bias)))) if "bias" in path
-    }
-    attention, _, mlp = parts.replace("mlp", "/mlp", 1).replace("//", "/").partition("/")
-    assert found == {*attention, *(("up", "gate", "down") if mlp else ())}
+    """Of a model whose norms may have one."""
+    params = abstract(models.build(tiny(name="llama", norm="layernorm", bias=bias)))
+    assert {path.split("/")[-2] for path, _ in tree.named_leaves(params) if path.endswith("/bias")} == {*parts.split()}

@@ -288,6 +288,13 @@ def test_what_an_architecture_cannot_be(switches: dict[str, Any], words: str) ->
         models.build(tiny("gpt", **switches))
 
 
+def test_a_window_over_a_prefix_is_refused() -> None:
+    config = tiny("llama", window_tokens=3)
+    config.train.objective = "prefix_lm"
+    with pytest.raises(ValueError, match="model.window_tokens = 3 with train.objective = 'prefix_lm'"):
+        models.build(config)
+
+
 def test_only_one_of_the_two_segments_is_refused() -> None:
     model, arrays = models.build(tiny("t5")), batch("t5")
     with pytest.raises(ValueError, match="only one of segments and input_segments"):

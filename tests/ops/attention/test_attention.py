@@ -18,7 +18,8 @@ PACKED = np.array([[1] * 9 + [2] * 8 + [0] * 4, [1] * 11 + [2] + [3] * 9], np.in
 PADDED = np.array([[1] * 21, [1] * 15 + [0] * 6], np.int32)
 # Keys of a source; in the second row queries of segments 2 and 3 find none of their own.
 SOURCE = np.array([[1] * 6 + [2] * 5 + [0] * 2, [1] * 10 + [4] * 3], np.int32)
-PREFIX = np.isin(np.arange(LONG), (0, 1, 2, 9, 10, 12)) & np.array([[True], [False]])
+# In the second row longer than a block of queries, and none in its third document.
+PREFIX = np.array([np.isin(np.arange(LONG), (0, 1, 2, 9, 10, 12)), np.arange(LONG) < 10])
 
 # name: (mask, queries, keys, key/value heads, bias rows, scale)
 CASES = {
@@ -28,7 +29,7 @@ CASES = {
     "packed_prefix": (Mask(causal=True, segments_BT=PACKED, prefix_BS=PREFIX), LONG, LONG, 2, 0, None),
     "bidirectional_bias": (Mask(), LONG, LONG, 4, 2, None),
     "window_padding": (Mask(window_tokens=6, segments_BT=PADDED), LONG, LONG, 2, 0, None),
-    "cross": (Mask(segments_BT=PACKED, key_segments_BS=SOURCE), LONG, SHORT, 2, 0, None),
+    "cross": (Mask(segments_BT=PACKED, key_segments_BS=SOURCE), LONG, SHORT, 2, 0, 1.0),  # T5's
     "all_with_one_bias": (Mask(True, 5, PACKED[:, 8:], PACKED, PREFIX), SHORT, LONG, 2, 1, 1.0),
 }
 SPLASH = ("causal", "packed_window", "window_padding", "cross")
