@@ -71,8 +71,6 @@ def test_reads_no_block_that_no_query_sees(window, read):
         jax.debug.callback(lambda start: starts.append(int(start)), start, ordered=True)
         return tuple(jax.lax.dynamic_slice_in_dim(x, start, count, axis=1).swapaxes(1, 2) for x in (k[:1], v[:1]))
 
-    jax.block_until_ready(
-        attention.cached(q[:1, :1], watch, SLOTS, jnp.array([[5]]), window_tokens=window, block_tokens=2)
-    )
+    jax.block_until_ready(attention.cached(q[:1, :1], watch, SLOTS, jnp.array([[5]]), window_tokens=window, block_tokens=2))
     jax.effects_barrier()
     assert starts == read
