@@ -83,6 +83,16 @@ def test_axes_and_parameters_are_one_tree(family: str) -> None:
             assert len(axes) == leaf.ndim
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_have_the_compute_dtype(family: str) -> None:
+    """To the end: one array in float32 would turn all that follows it into float32."""
+    config, arrays = tiny(family), batch(family)
+    config.precision.compute = "bfloat16"
+    model, tokens = models.build(config), arrays.pop("tokens")
+    hidden, logits = (jax.eval_shape(run, abstract(model), tokens, **arrays) for run in (model.hidden, model.apply))
+    assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
+
+
 @pytest.mark.parametrize(
     ("switches", "count"),
     [
