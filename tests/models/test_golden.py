@@ -27,8 +27,9 @@ TRANSFORMER = "transformer"  # has no class in transformers, so no config.json; 
 CASES = [*READ, TRANSFORMER]
 FLOAT32 = 2.0**-23
 BFLOAT16 = 2.0**-8
-# As measured, logits are 2 to 13 roundings of the largest one apart, losses up to 1.5, and gradients 5e-6 of their norm.
-ROUNDINGS, GRADIENT = 16 * FLOAT32, 1.5e-5
+# As measured, logits are 2 to 13 roundings of the largest one apart, losses up to 1.5, and gradients 5e-6 of their norm. Another
+# processor adds in another order, so that twice as much is let pass.
+ROUNDINGS, GRADIENT = 32 * FLOAT32, 3e-5
 
 
 class Golden(NamedTuple):
