@@ -5,6 +5,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from logging import Formatter, LogRecord
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,28 @@ def run(main: Callable[[list[str]], int | None], positional: bool = False) -> No
     def parse(argv: list[str]) -> list[str]:
         with _Explained():
             _check_keys(argv)
-            return flags.FLAGS(argv)
+            try:
+                return flags.FLAGS(argv)
+            except SystemExit:
+                sys.exit(0)  # absl calls the help that was asked for a failure
 
     def call(argv: list[str]) -> int | None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
+            logging.get_absl_handler().setFormatter(_Plain())
         with _Explained():
             if argv[1:] and not positional:
                 raise ValueError(f"unexpected argument '{argv[1]}'.\n  Accepted: flags only, such as --name=value; see --help.")
             return main(argv[1:])
 
     app.run(call, flags_parser=parse)
+
+
+class _Plain(Formatter):
+    """A log line without the time, the thread and the place in the code, which are for developers."""
+
+    def format(self, record: LogRecord) -> str:
+        return f"{record.levelname.lower()}: {record.getMessage()}"
 
 
 class _Explained:
@@ -90,6 +102,9 @@ def _explanation(error: BaseException) -> str:
         return _illegal_value(str(error))
     if isinstance(error, OSError) and error.errno in FULL:
         return f"{error}.\n  Accepted: a disk with room. What was complete is intact: make room and run the same command again."
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        change = "Correct the path, or its permissions"
+        return f"'{error.filename}': {error.strerror}.\n  Accepted: a path that this user can read, or write to.\n  {change}."
     if isinstance(error, flags.Error | OSError | BadConfigFile):
         return str(error)
     if not isinstance(error, ValueError | ImportError):

@@ -26,14 +26,15 @@ from rich.table import Table
 from jaxllm import command, models, runs
 from jaxllm import config as schema
 from jaxllm.engine.checkpoint import Checkpoints
-from jaxllm.engine.workdir import Workdir, sync_directory, write_text
-from jaxllm.interop import directory, gguf_export, gguf_write, weights
+from jaxllm.engine.workdir import Workdir, check_space, sync_directory, write_text
+from jaxllm.interop import directory, gguf_export, gguf_file, gguf_write, weights
 from jaxllm.interop.imported import Tensors
 from jaxllm.types import Params, Tokenizer
 
 HF, RUN, GGUF = "hf", "jaxllm", "gguf"
 # Format -> what --dtype may be.
 DTYPES = {HF: directory.DTYPES, RUN: ("float32",), GGUF: tuple(gguf_write.KINDS)}
+ITEM_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "q8_0": 34 / 32}
 UNIT_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CHECK_SHAPE = (2, 64)
 # Largest accepted difference of logits, as a share of the largest one, from those of the source's weights rounded as they are
@@ -104,8 +105,12 @@ def convert(
     wanted = _format(wanted, path, target)
     _check_options(wanted, dtype, max_shard_bytes)
     _check_free(target, wanted)
+    if wanted == GGUF:
+        gguf_file.require()
     source = open_source(path, step, wanted)
     dtype = dtype or source.dtype
+    needed_bytes = sum(leaf.size for leaf in jax.tree.leaves(source.params)) * ITEM_BYTES[dtype]
+    check_space(target, int(needed_bytes), what="the weights", change="give another --to")
     # Beside DST, so that a rename completes it.
     partial = target.absolute().with_name(f".{target.absolute().name}.converting")
     _remove(partial)

@@ -1,6 +1,7 @@
 """Measures how well a trained model predicts: loss, perplexity, accuracy, and what its objective has besides.
 
   python -m jaxllm.evaluate --run DIR [--step N] [--data SOURCE | --split train|validation] [--max_seqs N] [--json]
+                            [--text_field NAME] [--target_field NAME] [--pair_field NAME]
 
 Without --data: the run's own validation rows. SOURCE is anything that data.source may be; it is cleaned and encoded as the
 run's own data was. Beside loss and accuracy stands the unigram baseline: every target guessed by its frequency in the run's training
@@ -26,6 +27,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from jaxllm import command, runs
+from jaxllm import config as schema
 from jaxllm.data import clean, documents, examples, loader, prepare, shards
 from jaxllm.data.documents import Document
 from jaxllm.data.examples import labels
@@ -36,6 +38,7 @@ from jaxllm.runs import Run
 from jaxllm.types import Batch
 
 SPLITS = ("validation", "train")
+FIELDS = ("text_field", "target_field", "pair_field")
 # In a batch at most, as the rows that a whole mesh was trained on at once may be too many for the one device here.
 MOST_TOKENS = 16_384
 # Sequences that are written to be compared with their targets: enough to tell 99 % from 98 %.
@@ -48,6 +51,8 @@ def define_flags() -> None:
     flags.DEFINE_string("run", "", "run directory of a trained model, directory of transformers, or GGUF file")
     flags.DEFINE_integer("step", None, "checkpoint to use; default: the newest")
     flags.DEFINE_string("data", "", "text to evaluate on: a file, a folder, a glob, or hf:OWNER/NAME?config=C&split=S")
+    for name in FIELDS:
+        flags.DEFINE_string(name, None, f"of --data: {schema.SCHEMA[f'data.{name}'].meaning}; default: as the run was trained")
     flags.DEFINE_enum("split", None, SPLITS, "rows of the run's own data; default: validation")
     flags.DEFINE_integer(
         "max_seqs", MOST_SEQS, "seq2seq: so many outputs are compared with their targets; 0 means all", lower_bound=0
@@ -63,8 +68,13 @@ def main(arguments: list[str]) -> None:
             f"--data {given.data} together with --split {given.split}.\n  Accepted: --split for the run's own data, or --data for"
             " other text, which has no splits.\n  Leave out one of them."
         )
+    if not given.data and (named := [f"--{name}" for name in FIELDS if given[name].present]):
+        raise ValueError(
+            f"{', '.join(named)} without --data.\n  Accepted: with --data, whose fields they name.\n  Add --data, or leave them out."
+        )
     compilation.use_cache()
     run = runs.load(given.run, given.step)
+    run.config.data.update({name: given[name].value for name in FIELDS if given[name].present})
     options = {"max_seqs": given.max_seqs}
     row = evaluate_source(run, given.data, **options) if given.data else evaluate_split(run, given.split or SPLITS[0], **options)
     append(run, row)

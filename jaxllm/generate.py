@@ -91,6 +91,10 @@ def _lines(path: str) -> list[str]:
     try:
         # Not splitlines(), which also splits at form feeds and other characters inside a line.
         return [line for line in Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n") if line]
+    except OSError as error:
+        raise ValueError(
+            f"--prompts_file '{path}' cannot be read: {error.strerror}.\n  Accepted: text, one prompt a line.\n  Correct the path."
+        ) from error
     except UnicodeDecodeError as error:
         raise ValueError(
             f"--prompts_file '{path}' is not UTF-8 ({error}).\n  Accepted: text in UTF-8, one prompt a line.\n  Convert the file."

@@ -150,10 +150,12 @@ def _no_run(directory: str | Path, path: Path) -> str:
         what, folder = f"no run in '{path}': it has no config.json", path
     else:
         what, folder = f"no run in '{path}': it does not exist", path.parent
-    nearby = [str(file.parent) for file in sorted(folder.glob("*/config.json"))]
+    others = (file.parent for file in sorted(folder.glob("*/config.json")))
+    nearby = [str(other) for other in others if Checkpoints(Workdir(other).checkpoints).steps() or hf.is_one(other)]
     near = difflib.get_close_matches(str(path), nearby, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
-    listed = f", such as {', '.join(nearby[:8])}" if nearby else ""
+    more = f" and {len(nearby) - 8} more" if len(nearby) > 8 else ""
+    listed = f", such as {', '.join(nearby[:8])}{more}" if nearby else ""
     return (
         f"{what}.{hint}\n  Accepted: the --workdir of a training run{listed}; a directory with config.json and model.safetensors; a .gguf"
         " file.\n"

@@ -60,11 +60,11 @@ def run(config: ConfigDict, workdir: Workdir, console: Console) -> int:
         console.print(line, markup=False, highlight=False)
 
     checkpoints = Checkpoints(workdir.checkpoints, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best)
-    resuming = checkpoints.latest() is not None
+    resuming, rows = checkpoints.latest() is not None, _rows(checkpoints, workdir)
     workdir.adopt_config(config, resuming=resuming)
     mesh_plan = plan.make(config)
     check(config, mesh_plan)  # before hours may go into the preparation of data
-    prepared = prepare(config, place(config, workdir.path), rows=_rows(checkpoints), log=say)
+    prepared = prepare(config, place(config, workdir.path), rows=rows, log=say)
     config = with_classes(with_vocabulary(config, prepared.tokenizer.vocab_size), len(prepared.labels))
     workdir.adopt_config(config, resuming=resuming)
     shutil.copytree(prepared.directory / "tokenizer", workdir.tokenizer, dirs_exist_ok=True)
@@ -114,13 +114,23 @@ def _bytes_to_come(session: Session, checkpoints: Checkpoints) -> int:
     return max(missing, 1) * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(session.abstract))
 
 
-def _rows(checkpoints: Checkpoints) -> str | None:
-    """Fingerprint of the rows behind the newest checkpoint. None without one, and with a damaged one, of which restoring it will tell."""
+def _rows(checkpoints: Checkpoints, workdir: Workdir) -> str | None:
+    """Fingerprint of the rows behind the newest checkpoint. None without one, and with a damaged one, of which restoring it will tell.
+
+    ValueError for a checkpoint of weights alone.
+    """
     newest = checkpoints.latest()
     try:
-        return None if newest is None else checkpoints.record(newest).meta["rows"]
+        rows = None if newest is None else checkpoints.record(newest).meta.get("rows")
     except DamagedError:
         return None
+    if newest is not None and rows is None:
+        raise ValueError(
+            f"the run in {workdir.path} was converted from a model of another tool: it has weights, and no training to go on with.\n"
+            "  Accepted: a new --workdir, or one of a run that was trained here. Training that begins with such weights is not there yet.\n"
+            "  Give another --workdir."
+        )
+    return rows
 
 
 def _train(

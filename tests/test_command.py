@@ -111,7 +111,7 @@ def test_a_mistake_is_explained_without_a_traceback(folder: Path, name: str) -> 
     ("line", "code", "words"),
     [
         ("raise KeyboardInterrupt", 130, "error: interrupted\n"),
-        ("open('missing.txt')", 2, "error: [Errno 2] No such file or directory: 'missing.txt'\n"),
+        ("open('missing.txt')", 2, "error: 'missing.txt': No such file or directory.\n  Accepted: a path that this user can read"),
         (
             "raise OSError(28, 'No space left on device')",
             2,
@@ -131,6 +131,14 @@ def test_bugs_keep_their_traceback(folder: Path, line: str, code: int, words: st
     assert done.stderr.startswith(words)
     if not code:
         assert done.stdout == "runs/good 5 ('unicode',)\n"
+
+
+def test_help_is_no_failure_and_warnings_are_plain(folder: Path) -> None:
+    write(folder / "program.py", PROGRAM, "from absl import logging; logging.warning('%d tokens', 3); logging.info('unseen')")
+    done = run(folder, "program.py", "--config=good.py")
+    assert (done.returncode, done.stderr) == (0, "warning: 3 tokens\n")
+    done = run(folder, "program.py", "--help")
+    assert done.returncode == 0 and "--workdir" in done.stdout
 
 
 def test_prepare_from_end_to_end(folder: Path) -> None:

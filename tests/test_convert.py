@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ from random_run import write_run
 from rich.console import Console
 
 import jaxllm
-from jaxllm import convert, evaluate, runs
-from jaxllm.engine.workdir import Workdir
+from jaxllm import config as schema
+from jaxllm import convert, evaluate, runs, train
+from jaxllm.engine.workdir import Workdir, open_workdir
 from jaxllm.interop import directory, gguf_export, gguf_file, gguf_write, weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,6 +129,13 @@ def test_gguf_becomes_a_run(tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     assert tokenizer.encode("hello world") == jaxllm.load(tmp_path / "run")[2].encode("hello world")
     assert call(tmp_path / "tiny.gguf", tmp_path / "hf", "hf", checked=True)[0] == 0
+    config = schema.load(tmp_path / "run" / "config.json")
+    config.data.source = "other.txt"
+    with (
+        open_workdir(tmp_path / "run") as workdir,
+        pytest.raises(ValueError, match=r"was converted from .*\n  Accepted: a new --workdir"),
+    ):
+        train.run(config, workdir, Console(quiet=True))
 
 
 def test_a_run_goes_out_as_gguf_and_comes_back(run: Path, tmp_path: Path) -> None:
@@ -251,6 +260,16 @@ def test_a_conversion_that_fails_leaves_nothing(run: Path, tmp_path: Path, monke
     with pytest.raises(ValueError, match=r"x.gguf is there already.\n  Accepted: a file that does not exist"):
         call(run, tmp_path / "x.gguf")
     assert (tmp_path / "x.gguf").read_text() == "mine"
+
+
+def test_what_is_missing_is_said_before_anything_is_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"package gguf, which is not installed.\n  Accepted: "):
+        patch.setitem(sys.modules, "gguf", None)
+        call(run, tmp_path / "x.gguf")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1000))  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"0.0 MiB free, and the weights need 0.2 MiB.\n  Accepted: .*give another --to"):
+        call(run, tmp_path / "hf")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MiB", 3 << 19), ("700", 700), ("2kb", 2000)])

@@ -77,8 +77,17 @@ def test_the_command_prints_and_keeps_the_result(run: Path, tmp_path: Path) -> N
     assert kept[-2] == row
     for shown in (kept[-1]["metric"], f"{kept[-1]['loss']:.4f}", f"{kept[-1]['bits_per_byte']:.4f}", "(validation rows)"):
         assert shown in done.stdout
-    done = call("--data", "x.txt", "--split=train")
-    assert (done.returncode, "Leave out one of them" in done.stderr) == (2, True)
+    for flags, words in (
+        (("--data", "x.txt", "--split=train"), "Leave out one of them"),
+        (("--pair_field=b", "--text_field=a"), "error: --text_field, --pair_field without --data"),
+    ):
+        done = call(*flags)
+        assert (done.returncode, words in done.stderr) == (2, True)
+    (tmp_path / "rows.jsonl").write_text('{"text": "not this", "body": "Other text, unseen so far."}\n')
+    found = [
+        json.loads(call("--data", str(tmp_path / "rows.jsonl"), *flags, "--json").stdout) for flags in ([], ["--text_field=body"])
+    ]
+    assert [row["bytes"] for row in found] == [len("not this"), len("Other text, unseen so far.")]
 
 
 def test_data_that_is_not_the_runs_own_is_refused(run: Path, tmp_path: Path) -> None:

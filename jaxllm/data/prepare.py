@@ -203,7 +203,7 @@ def _classes(made: examples.Examples, split: dict[str, spool.Documents]) -> tupl
         return ()
     found = {name: {label for document in source() for label in labels.of(document)} for name, source in split.items()}
     classes = labels.distinct(found["train"])
-    labels.check_known(found["validation"], classes, "validation")
+    labels.check_known(found["validation"], classes, "the validation data")
     return classes
 
 

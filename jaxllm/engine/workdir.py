@@ -166,14 +166,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def check_space(path: str | Path, needed_bytes: int) -> None:
-    """ValueError if the disk of `path` (there or not) has less than `needed_bytes` free."""
+CHECKPOINTS = "the checkpoints of this run"
+FEWER = "give another --workdir, or lower checkpoint.keep_last and keep_best"
+
+
+def check_space(path: str | Path, needed_bytes: int, *, what: str = CHECKPOINTS, change: str = FEWER) -> None:
+    """ValueError if the disk of `path` (there or not) has less than `needed_bytes` free for `what`."""
     path = Path(path).absolute()
     free_bytes = shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
     if free_bytes < needed_bytes:
         raise ValueError(
-            f"{path} is on a disk with {_gib(free_bytes)} free, and the checkpoints of this run need {_gib(needed_bytes)}.\n"
-            "  Accepted: a disk with room for them. Make room, give another --workdir, or lower checkpoint.keep_last and keep_best."
+            f"{path} is on a disk with {_gib(free_bytes)} free, and {what} need {_gib(needed_bytes)}.\n"
+            f"  Accepted: a disk with room for them. Make room, or {change}."
         )
 
 

@@ -159,13 +159,9 @@ class _Info(NamedTuple):
 
 def _tensors(path: Path, data: np.ndarray, start: int, infos: Mapping[str, _Info]) -> dict[str, Stored]:
     """Every tensor; ValueError for types that cannot be read here, and where the file ends too soon."""
-    try:
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # noqa: PLC0415
-    except ImportError as error:
-        raise ValueError(
-            "a GGUF file needs the package gguf, which is not installed.\n  Accepted: a Hugging Face directory needs only"
-            " safetensors.\n  Run: pip install 'jaxllm[hf]'"
-        ) from error
+    require()
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # noqa: PLC0415
+
     known = {member.value: member.name for member in GGMLQuantizationType}
     kinds = {name: known.get(info.number, f"type {info.number}") for name, info in infos.items()}
     _check_types(path, kinds)
@@ -179,6 +175,17 @@ def _tensors(path: Path, data: np.ndarray, start: int, infos: Mapping[str, _Info
             raise ValueError(_damaged(path, len(data), f"{name} is at bytes {begin:,} to {begin + size:,}"))
         out[name] = Stored(info.shape, kinds[name], data[begin : begin + size])
     return out
+
+
+def require() -> None:
+    """ValueError that says how to get the package gguf, if it is not there."""
+    try:
+        import gguf  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise ValueError(
+            "a GGUF file needs the package gguf, which is not installed.\n  Accepted: models of other formats do not need it."
+            "\n  Run: pip install 'jaxllm[hf]'"
+        ) from error
 
 
 def _check_head(path: Path) -> None:

@@ -181,6 +181,18 @@ def _check_positions(arch: Architecture) -> None:
             f"head width {arch.head_dim} is odd, and rotary positions turn pairs of features.\n  Accepted: an even width."
             "\n  Change model.head_dim (or model.width / model.heads), or set model.positions = 'learned'."
         )
+    if arch.rope_scaling and arch.positions != "rope":
+        raise ValueError(
+            f"model.rope_scaling = '{arch.rope_scaling.kind}' with model.positions = '{arch.positions}', which do not turn.\n"
+            "  Accepted: none, or model.positions = 'rope'.\n  Change one of them."
+        )
+    if arch.rope_scaling and arch.rope_scaling.kind == "llama3":
+        low, high = arch.rope_scaling.low_freq_factor, arch.rope_scaling.high_freq_factor
+        if low >= high:
+            raise ValueError(
+                f"model.rope_low_freq_factor = {low:g} with model.rope_high_freq_factor = {high:g}.\n"
+                "  Accepted: less than the other, so that there are waves between.\n  Lower the first (Llama 3 has 1 and 4)."
+            )
     if arch.positions == "relative" and arch.relative_max_tokens <= arch.relative_buckets // 2:
         raise ValueError(
             f"model.relative_max_tokens = {arch.relative_max_tokens} with model.relative_buckets = {arch.relative_buckets}.\n"
@@ -200,6 +212,11 @@ def _check_positions(arch: Architecture) -> None:
 
 def _rope_scaling(model: ConfigDict) -> RopeScaling | None:
     if model.rope_scaling == "none":
+        if model.rope_factor != 1:
+            raise ValueError(
+                f"model.rope_factor = {model.rope_factor:g} with model.rope_scaling = 'none', which has no use for it.\n"
+                "  Accepted: linear, dynamic, llama3 or yarn, or a factor of 1.\n  Set model.rope_scaling, or leave out the factor."
+            )
         return None
     return RopeScaling(
         kind=model.rope_scaling,

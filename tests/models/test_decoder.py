@@ -320,6 +320,18 @@ def test_a_whole_missing_head_is_named() -> None:
         ({"heads": 3}, r"model.heads = 3 does not divide model.width = 16.\n  Accepted: 1, 2, 4, 8, 16"),
         ({"kv_heads": 3}, "model.kv_heads = 3 does not divide model.heads = 4"),
         ({"head_dim": 5}, "head width 5 is odd"),
+        (
+            {"rope_factor": 4.0},
+            "model.rope_factor = 4 with model.rope_scaling = 'none', which has no use for it.\n  Accepted: linear, ",
+        ),
+        (
+            {"rope_scaling": "yarn", "positions": "learned"},
+            "model.rope_scaling = 'yarn' with model.positions = 'learned', which do not",
+        ),
+        (
+            {"rope_scaling": "llama3", "rope_low_freq_factor": 4.0, "rope_high_freq_factor": 4.0},
+            "model.rope_low_freq_factor = 4 with model.rope_high_freq_factor = 4.\n  Accepted: less than the other",
+        ),
     ],
 )
 def test_impossible_sizes(switches: dict, words: str) -> None:

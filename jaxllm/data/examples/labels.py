@@ -25,12 +25,12 @@ def index(labels: Sequence[str]) -> dict[str, int]:
     return {name: number for number, name in enumerate(labels)}
 
 
-def check_known(found: Iterable[str], labels: Sequence[str], split: str) -> None:
-    """ValueError that names what the training data does not have."""
+def check_known(found: Iterable[str], labels: Sequence[str], where: str) -> None:
+    """ValueError that names what is none of the classes; `where` it was found."""
     unknown = distinct(set(found) - set(labels))
     if unknown:
         listed = ", ".join(labels[:SHOWN]) + (f" and {len(labels) - SHOWN} more" if len(labels) > SHOWN else "")
         raise ValueError(
-            f"the {split} data has labels that the training data lacks: {', '.join(unknown[:SHOWN])}.\n  Accepted: {listed}.\n"
-            "  Correct them, leave their rows out, or give more training data (data.source, data.validation_frac)."
+            f"{where} has labels that the training data lacks: {', '.join(unknown[:SHOWN])}.\n  Accepted: {listed}.\n"
+            "  Correct them, leave their rows out, or train on data that has them."
         )

@@ -88,6 +88,6 @@ def test_labels_are_sorted(names: list[str], ordered: tuple[str, ...]) -> None:
 
 
 def test_unknown_labels_are_named() -> None:
-    labels.check_known(["a"], ("a", "b"), "validation")
-    with pytest.raises(ValueError, match=r"validation data has labels that the training data lacks: c, d\.\n  Accepted: a, b\.\n"):
-        labels.check_known(["d", "a", "c"], ("a", "b"), "validation")
+    labels.check_known(["a"], ("a", "b"), "the file")
+    with pytest.raises(ValueError, match=r"^the file has labels that the training data lacks: c, d\.\n  Accepted: a, b\.\n"):
+        labels.check_known(["d", "a", "c"], ("a", "b"), "the file")
