@@ -41,10 +41,10 @@ def expected(model: Model, params: Params, first: list[int], second: list[int] |
 
 
 def check(labels: list[classes.Label], p_C: np.ndarray, top_k: int) -> None:
-    """Float32 on other rows: 2e-6 apart as measured."""
+    """Float32, in rows of another length: 6e-6 apart as measured."""
     best = np.argsort(-p_C)[:top_k].tolist()
     assert [(label.id, label.name) for label in labels] == [(number, NAMES[number]) for number in best]
-    np.testing.assert_allclose([label.probability for label in labels], p_C[best], rtol=2e-5)
+    np.testing.assert_allclose([label.probability for label in labels], p_C[best], rtol=3e-5)
 
 
 @pytest.mark.parametrize("paired", [False, True])
@@ -76,7 +76,7 @@ def test_each_word_has_the_class_at_its_place(name: str, places: tuple[int | Non
 
 @pytest.mark.parametrize(("case", "head"), [("bert_sequence", "classify"), ("bert_token", "tag")])
 def test_golden_scores_are_those_of_transformers(case: str, head: str) -> None:
-    """Of pairs, one row shorter than the other. Logits are 2e-6 apart (tests/models/test_golden.py)."""
+    """Of pairs, one row shorter than the other: probabilities are 2e-6 apart as measured."""
     imported, stored = directory.read(GOLDEN / case), load_file(GOLDEN / case / "expected.safetensors")
     model, params, rows = models.build(imported.config), weights.load(imported).params, []
     for ids, seen, kinds in zip(
@@ -88,7 +88,7 @@ def test_golden_scores_are_those_of_transformers(case: str, head: str) -> None:
     assert model.config.head == head
     for row, logits, p_MC in zip(rows, stored["logits"], classes.score(model, params, rows), strict=True):
         want = np.exp(np.atleast_2d(logits)[: len(row.places)].astype(np.float64))
-        np.testing.assert_allclose(p_MC, want / want.sum(-1, keepdims=True), rtol=2e-5)
+        np.testing.assert_allclose(p_MC, want / want.sum(-1, keepdims=True), rtol=3e-5)
 
 
 def test_long_texts_are_cut_as_in_training_with_a_line(caplog: pytest.LogCaptureFixture) -> None:
