@@ -5,6 +5,7 @@ logits = model.apply(params, inputs)                                      # int3
 text = jaxllm.generate(model, params, tokenizer, "The ", temperature=0.8)
 answer = jaxllm.chat(model, params, tokenizer, "Who are you?")            # of a model with a chat template
 guesses = jaxllm.fill_mask(model, params, tokenizer, "The [MASK] sat.")   # of a model of masked text
+labels = jaxllm.classify(model, params, tokenizer, "Good, but long.")     # of a model with a head for classes
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import jax
 from jaxllm import runs
 from jaxllm.decode import beam, masks, text
 from jaxllm.decode import chat as conversations
+from jaxllm.decode import classes as labels
 from jaxllm.ops import sampling
 from jaxllm.types import Model, Params, Tokenizer
 
@@ -96,4 +98,31 @@ def fill_mask(
     A mask is written [MASK], <mask>, or as the tokenizer spells it. For a model that was trained on masked text (bert).
     """
     found = masks.fill(model, params, tokenizer, [text] if isinstance(text, str) else text, top_k)
+    return found[0] if isinstance(text, str) else found
+
+
+def classify(
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    text: str | list[str],
+    pairs: str | list[str] | None = None,
+    *,
+    classes: Sequence[str] = (),
+    top_k: int = 5,
+) -> list[labels.Label] | list[labels.Word] | list[list[labels.Label]] | list[list[labels.Word]]:
+    """The classes of a text, or of a text and its pair, as (name, id, probability), likeliest first; with a head 'tag' each word of the
+    text as (text, classes). Of a list of texts, with a list of pairs or none, a list of such lists. At most `top_k` classes each.
+
+    `classes` are their names by number. A model does not know them: those of a run are `jaxllm.runs.load(DIR).classes`. Without them a
+    class's name is its number. What is longer than the context is cut as in training, and a line says so; a word that the model did not
+    read has no classes. A run with `data.row_tokens` cut there already, which only the command does as well.
+    """
+    texts = [text] if isinstance(text, str) else list(text)
+    seconds = [pairs] if isinstance(pairs, str) else pairs
+    found: list[list[labels.Label]] | list[list[labels.Word]]
+    if model.config.head == "tag" and seconds is None:
+        found = labels.of_words(model, params, tokenizer, texts, names=classes, top_k=top_k)
+    else:
+        found = labels.of_texts(model, params, tokenizer, texts, seconds, names=classes, top_k=top_k)
     return found[0] if isinstance(text, str) else found

@@ -100,7 +100,8 @@ def _next_command(config: ConfigDict, workdir: Workdir) -> str:
     """What to do with the trained model."""
     run = f"--run {shlex.quote(str(workdir.path))}"
     if config.model.head != "lm":
-        return f"python -m jaxllm.evaluate {run}"
+        pair = " --pair TEXT" if config.data.pair_field else ""
+        return f"python -m jaxllm.evaluate {run}, or\n  python -m jaxllm.classify {run} --text TEXT{pair}"
     if config.train.objective == "masked_lm":
         return f'python -m jaxllm.fill_mask {run} --text "The [MASK]."'
     prompt = config.sample.prompts[0] if config.sample.prompts else ""

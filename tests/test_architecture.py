@@ -21,7 +21,21 @@ LEVELS = (
     ("models", "parallel"),
     ("objectives", "decode", "evals", "report", "interop"),
     ("engine",),
-    ("command", "runs", "api", "dry_run", "train", "prepare", "generate", "evaluate", "compare", "convert", "fill_mask", "chat"),
+    (
+        "command",
+        "runs",
+        "api",
+        "dry_run",
+        "train",
+        "prepare",
+        "generate",
+        "evaluate",
+        "compare",
+        "convert",
+        "fill_mask",
+        "classify",
+        "chat",
+    ),
 )
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 

@@ -109,4 +109,6 @@ def test_an_objective_trains_resumes_and_is_evaluated(objective: str, source: Pa
         assert samples.read_text() == ""
     else:
         assert samples.read_text().count("=== step") == 2
+    for text in (said, (tmp_path / "whole" / "report.html").read_text()):
+        assert ("jaxllm.classify --run" in text) == ("classification" in objective)
     assert ("1 of sample.prompts left out" in said) == (objective == "masked_lm")

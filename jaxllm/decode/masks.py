@@ -77,7 +77,7 @@ def check(model: Model, tokenizer: Tokenizer) -> None:
     if model.config.head != "lm":
         raise ValueError(
             f"this model has no head for tokens (model.head = '{model.config.head}').\n  Accepted: a bert with model.head = 'lm', as the"
-            " objective masked_lm trains it.\n  Use another model."
+            " objective masked_lm trains it.\n  For a head 'classify' or 'tag' use python -m jaxllm.classify, or use another model."
         )
     if tokenizer.mask_id is None:
         raise ValueError(

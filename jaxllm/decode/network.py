@@ -113,5 +113,5 @@ def check_decodes(model: Model) -> None:
     if model.config.head != "lm":
         raise ValueError(
             f"this model predicts classes (model.head = '{model.config.head}') and writes no text.\n  Accepted: model.head = 'lm'.\n"
-            "  To measure it use python -m jaxllm.evaluate, or load another model."
+            "  To use it try python -m jaxllm.classify, to measure it python -m jaxllm.evaluate, or load another model."
         )

@@ -142,8 +142,11 @@ def _commands(run: Run) -> Html:
     config = shlex.quote(str(run.directory / runs.CONFIG))
     prompts = run.config.get("sample.prompts")
     prompt = prompts[0] if isinstance(prompts, list) and prompts and isinstance(prompts[0], str) else "The "
+    use = ("Write text", f"{python} -m jaxllm.generate --run {place} --prompt {shlex.quote(prompt)}")
+    if run.config.get("model.head") in ("classify", "tag"):
+        use = ("Classify a text", f"{python} -m jaxllm.classify --run {place} --text TEXT")
     rows = [
-        ("Write text", f"{python} -m jaxllm.generate --run {place} --prompt {shlex.quote(prompt)}"),
+        use,
         ("Score a text", f"{python} -m jaxllm.evaluate --run {place} --data FILE"),
         ("Resume, if it stopped early", f"{python} -m jaxllm.train --config {config} --workdir {place}"),
         ("Compare with other runs", f"{python} -m jaxllm.compare {place} OTHER_RUN"),

@@ -69,7 +69,7 @@ def _rows(
             "labels": np.array([[numbers[str(document.target)]] for document in group]),
         }
         for row, (document, ids, pair) in enumerate(zip(group, texts, pairs, strict=True)):
-            tokens, border, cut = _join(ids, None if document.pair is None else pair, tokenizer, width)
+            tokens, border, cut = join(ids, None if document.pair is None else pair, tokenizer, width)
             pack.check_ids(tokens, tokenizer)
             block["tokens"][row, : len(tokens)] = tokens
             block["ends"][row] = border, len(tokens)
@@ -80,7 +80,7 @@ def _rows(
         yield block
 
 
-def _join(ids: list[int], pair: list[int] | None, tokenizer: "Tokenizer", width: int) -> tuple[np.ndarray, int, bool]:
+def join(ids: list[int], pair: list[int] | None, tokenizer: "Tokenizer", width: int) -> tuple[np.ndarray, int, bool]:
     """(tokens, length of the first text in them, whether something was cut)."""
     before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     after = [] if tokenizer.eos_id is None else [tokenizer.eos_id]

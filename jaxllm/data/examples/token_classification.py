@@ -8,7 +8,7 @@ Stored: tokens, segments, labels (number of the class, 0 where there is none) an
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -54,30 +54,45 @@ def _texts(
     documents: Iterable[Document], tokenizer: "Tokenizer", labels: tuple[str, ...], width: int, totals: Totals, *, first: bool
 ) -> Iterator[fill.Side]:
     numbers, starts = index(labels), word_starts(tokenizer)
-    before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    after = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     for group in pack.grouped(documents, ENCODED_AT_ONCE):
-        for document, words in zip(
-            group, _encode([document.text.split(" ") for document in group], tokenizer, starts), strict=True
-        ):
-            ends = np.cumsum([len(ids) for ids in words]) + len(before)
-            whole = int(np.searchsorted(ends, width - len(after), "right"))
-            tokens = np.array([*before, *chain.from_iterable(words[:whole]), *after], np.int32)
-            pack.check_ids(tokens, tokenizer)
+        encoded = encode([document.text for document in group], tokenizer, starts, width, first=first)
+        for document, (tokens, places, words, cut) in zip(group, encoded, strict=True):
             names = labels_of(document)
             totals.documents += 1
-            totals.cut += whole < len(words)
-            # A word may have no token: a tokenizer from elsewhere drops what it does not know.
-            spelt = [order for order in range(whole) if words[order]]
-            if not spelt:
+            totals.cut += cut
+            if not places:
                 continue
-            places = [int(ends[order]) - (len(words[order]) if first else 1) for order in spelt]
             side = {"tokens": tokens, "labels": np.zeros(len(tokens), np.int32), "weights": np.zeros(len(tokens), np.int32)}
-            side["labels"][places] = [numbers[names[order]] for order in spelt]
+            side["labels"][places] = [numbers[names[order]] for order in words]
             side["weights"][places] = 1
             totals.tokens += len(tokens)
             totals.weighted_tokens += len(places)
             yield side
+
+
+class Encoded(NamedTuple):
+    """A text: its tokens with bos and eos; the places in them where its words have their classes; the numbers of these words; whether
+    words were cut off."""
+
+    tokens: np.ndarray
+    places: list[int]
+    words: list[int]
+    cut: bool
+
+
+def encode(texts: list[str], tokenizer: "Tokenizer", starts: np.ndarray, width: int, *, first: bool) -> Iterator[Encoded]:
+    """Each text in up to `width` tokens. starts: `word_starts` of the tokenizer. first: a word's place is its first token, not its last."""
+    before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    after = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    for words in _encode([text.split(" ") for text in texts], tokenizer, starts):
+        ends = np.cumsum([len(ids) for ids in words]) + len(before)
+        whole = int(np.searchsorted(ends, width - len(after), "right"))
+        tokens = np.array([*before, *chain.from_iterable(words[:whole]), *after], np.int32)
+        pack.check_ids(tokens, tokenizer)
+        # A word may have no token: a tokenizer from elsewhere drops what it does not know.
+        spelt = [order for order in range(whole) if words[order]]
+        places = [int(ends[order]) - (len(words[order]) if first else 1) for order in spelt]
+        yield Encoded(tokens, places, spelt, whole < len(words))
 
 
 def _encode(texts: list[list[str]], tokenizer: "Tokenizer", starts: np.ndarray) -> list[list[list[int]]]:
