@@ -43,9 +43,9 @@ def between(low: float, high: float) -> Accept:
     return Accept(f"from {low} to {high}", lambda value: low <= value <= high)
 
 
-def one_of(choices: Iterable[str]) -> Accept:
+def one_of(choices: Iterable[Any]) -> Accept:
     listed = tuple(choices)
-    return Accept(", ".join(listed), lambda value: value in listed)
+    return Accept(", ".join(map(str, listed)), lambda value: value in listed)
 
 
 def many_of(choices: Iterable[str]) -> Accept:
@@ -190,10 +190,19 @@ SCHEMA: dict[str, Field] = {
     "sample.prompts": Field(("The ",), TEXTS, "continued by the model"),
     "sample.tokens": Field(64, at_least(0), "length of a sample; 0 means no samples"),
     "sample.temperature": Field(0.8, at_least(0), "0 is greedy"),
-    # Where it runs: sizes of the mesh axes.
+    # Where it runs: sizes of the mesh axes, slowest link first, and how they are used.
+    "parallel.pipe": Field(1, SIZE, "stages of layers; the micro-batches of train.microbatches pass through them"),
     "parallel.data": Field(-1, SIZE, "copies of the model"),
-    "parallel.fsdp": Field(1, SIZE, "devices that share parameters, gradients and optimizer state (ZeRO-3) and split the batch"),
+    "parallel.fsdp": Field(1, SIZE, "devices that split the batch, as data, and share the training state by parallel.zero_stage"),
+    "parallel.seq": Field(1, SIZE, "parts of each row (context parallelism)"),
     "parallel.tensor": Field(1, SIZE, "devices that share each matrix product"),
+    "parallel.zero_stage": Field(3, one_of((1, 2, 3)), "what fsdp shares: 1 optimizer state, 2 also gradients, 3 also parameters"),
+    "parallel.sequence": Field(False, YES_NO, "the devices of tensor share rows between blocks (sequence parallelism)"),
+    "parallel.context": Field("ring", one_of(("ring", "ulysses")), "how attention crosses the parts of a row"),
+    "parallel.schedule": Field(
+        "1f1b", one_of(("gpipe", "1f1b", "interleaved", "zb_h1")), "order of forward and backward passes in the pipeline"
+    ),
+    "parallel.chunks": Field(0, at_least(0), "runs of layers a stage has; 0: 2 if interleaved, one a stack otherwise"),
 }
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 # A nested dict of arrays (later also of leaf types such as quantized kernels). `params["layers"]` is either a list with one
 # tree a layer (unrolled) or one tree whose arrays have a leading layer axis (scan); see transforms/tree.py.
@@ -45,9 +46,29 @@ class Mean(NamedTuple):
 
 Metrics = dict[str, Mean]
 
-# The first Mean is what is minimized: gradients of `total` are summed and divided by the summed `weight`.
-# The key, or None, is for dropout.
-Objective = Callable[[Params, Batch, jax.Array | None], tuple[Mean, Metrics]]
+
+class Objective(Protocol):
+    """What is minimized. The first Mean counts: gradients of its `total` are summed and divided by the summed `weight`."""
+
+    def __call__(self, params: Params, batch: Batch, rng: jax.Array | None, /) -> tuple[Mean, Metrics]:
+        """The loss of a batch and what else is measured. The key, or None, is for dropout."""
+        ...
+
+    def of_hidden(self, hidden_BTD: jax.Array, head: "Head", batch: Batch, /) -> tuple[Mean, Metrics]:
+        """The same from the hidden states as they enter the head; the last stage of a pipeline needs no more."""
+        ...
+
+
+class Context(NamedTuple):
+    """How the rows of attention are cut, where they are: by `method` ("ring" or "ulysses") over the mesh axis `axis` in so many parts.
+
+    zigzag: they lie in the order of parallel/order.py.
+    """
+
+    method: str
+    axis: str
+    parts: int
+    zigzag: bool
 
 
 class Constrain(Protocol):
@@ -55,6 +76,23 @@ class Constrain(Protocol):
 
     def __call__(self, array: jax.Array, axes: PartAxes, /) -> jax.Array:
         """`array`; the compiler is told how it lies."""
+        ...
+
+    def parts(self, axis: str) -> int:
+        """In how many parts the mesh cuts a logical axis."""
+        ...
+
+    def gather(self, params: Any, axes: Any) -> Any:
+        """Parameters with these axes as a layer takes them: whole, where a device holds a share of each."""
+        ...
+
+    def places(self, tokens: int) -> jax.Array:
+        """int32 [tokens]: where in their row those of this device stand, so many as it has."""
+        ...
+
+    @property
+    def context(self) -> Context | None:
+        """How rows are cut here, or None."""
         ...
 
     def refuse(self) -> str | None:
@@ -80,6 +118,21 @@ class Unconstrained:
         del axes
         return array
 
+    def parts(self, axis: str) -> int:
+        del axis
+        return 1
+
+    def gather(self, params: Any, axes: Any) -> Any:
+        del axes
+        return params
+
+    def places(self, tokens: int) -> jax.Array:
+        return jnp.arange(tokens)
+
+    @property
+    def context(self) -> Context | None:
+        return None
+
     def refuse(self) -> str | None:
         return self.reason
 
@@ -97,6 +150,25 @@ class Head(NamedTuple):
     bias: Any | None
 
 
+class Stack(NamedTuple):
+    """One stack of equal layers and what stands around it, as pure functions: the pieces that a pipeline spreads over its stages.
+
+    part: the name of what passes through its layers, "x", or "memory" for an encoder that a decoder reads.
+    path: where the parameters of its layers are.
+    enter(params, batch, rng) -> what enters the first layer, [B, T, D].
+    block(params, parts, batch, rng) -> the function that runs one layer (models/stack.py); `parts` holds what earlier stacks gave.
+    leave(params, x) -> what the stack gives, of what leaves its last layer.
+    Each needs of `params` only what it reads; `params` need not hold layers.
+    """
+
+    part: str
+    path: tuple[str, ...]
+    layers: int
+    enter: Callable[..., jax.Array]
+    block: Callable[..., Callable]
+    leave: Callable[..., jax.Array]
+
+
 @dataclass(frozen=True)
 class Model:
     """A language model as pure functions. `params` is the first argument of each.
@@ -107,6 +179,7 @@ class Model:
         is one document; without `positions` they count from 0. `rng` switches dropout on. Further arrays of `Batch` by their
         names, for the models that read them; an encoder-decoder needs `inputs`.
     hidden: same arguments as apply -> hidden_BTD as it enters the head, in the compute dtype.
+    stacks: what `hidden` runs, one stack after the other; the last one's result is the hidden state.
     head(params) -> Head (its kernel is the embedding itself when tied).
     init_cache(batch_seqs, length_tokens) -> an empty key/value cache, a tree of arrays that `decode` fills.
     encode(params, inputs_BS, lengths_B, cache) -> cache, which then also holds the keys and values of the encoder's output for
@@ -122,6 +195,7 @@ class Model:
     init: Callable[[jax.Array], Params]
     apply: Callable[..., jax.Array]
     hidden: Callable[..., jax.Array]
+    stacks: tuple[Stack, ...]
     head: Callable[[Params], Head]
     init_cache: Callable[[int, int], Any] | None
     encode: Callable[..., Any] | None

@@ -1,5 +1,6 @@
 """A model of a few thousand parameters, all parts of its training, and batches to train it on. Compiled steps are kept."""
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -9,10 +10,12 @@ import numpy as np
 
 from jaxllm import config as configs
 from jaxllm import models
-from jaxllm.engine import state, step
+from jaxllm.engine import gradients, state, step
 from jaxllm.objectives import tokens
 from jaxllm.optim import build, schedules
 from jaxllm.parallel import plan as plans
+from jaxllm.parallel import region as regions
+from jaxllm.parallel import rules
 
 VOCAB, ROWS, LENGTH = 48, 8, 16
 BASE = {
@@ -67,12 +70,14 @@ def config_of(overrides: dict[str, Any]) -> Any:
 @cache
 def _make(overrides: tuple[tuple[str, Any], ...]) -> Training:
     config = config_of(dict(overrides))
-    sizes = config.parallel.data * config.parallel.fsdp * config.parallel.tensor
+    sizes = math.prod(config.parallel[axis] for axis in rules.MESH_AXES)
     plan = plans.make(config, jax.devices()[:sizes])
     model = models.build(config, plan.constrain)
     optimizer = build.make(config, model.axes)
-    objective = tokens.make(model, config, plan.batch_parts)
-    made = step.make(objective, optimizer, schedules.make(config), config)
+    objective = tokens.make(model, config)
+    region = regions.Region(plan, model.axes, tuple(each.path for each in model.stacks))
+    found = gradients.make(objective, config.train.microbatches, region)
+    made = step.make(found, optimizer, schedules.make(config), config, region)
     return Training(config, plan, model, optimizer, objective, made)
 
 

@@ -11,9 +11,10 @@ from ml_collections import ConfigDict
 from jaxllm import models, registry
 from jaxllm.config import with_classes, with_vocabulary
 from jaxllm.data import examples
-from jaxllm.engine import state, step
+from jaxllm.engine import gradients, state, step
 from jaxllm.optim import build, schedules
 from jaxllm.parallel.plan import Plan, shard_bytes
+from jaxllm.parallel.region import Region
 from jaxllm.types import Model
 
 # Stands for a number of classes that only the data will tell.
@@ -53,8 +54,10 @@ def build_session(config: ConfigDict, plan: Plan) -> Session:
     """The setup that the whole config describes on the mesh of `plan`. model.vocab_size must be filled in."""
     model = models.build(config, plan.constrain)
     optimizer = build.make(config, model.axes)
-    objective = registry.resolve("objective", config.train.objective)(model, config, plan.batch_parts)
-    update = step.make(objective, optimizer, schedules.make(config), config)
+    objective = registry.resolve("objective", config.train.objective)(model, config)
+    region = Region(plan, model.axes, tuple(each.path for each in model.stacks))
+    found = gradients.make(objective, config.train.microbatches, region)
+    update = step.make(found, optimizer, schedules.make(config), config, region)
     return Session(config, plan, model, optimizer, update, state.abstract(model, optimizer, config, plan))
 
 

@@ -62,7 +62,10 @@ def abstract(model: Model, optimizer: optax.GradientTransformation, config: Any,
     """The state as ShapeDtypeStructs with the shardings of the plan; allocates nothing. ValueError if nothing is trainable."""
     rng = jax.random.key(0)
     shapes = jax.eval_shape(_make_init(model, optimizer, config), rng)
-    shardings = plan.state_shardings(shapes, model.axes, jax.eval_shape(model.init, rng))
+    params = jax.eval_shape(model.init, rng)
+    shardings = plan.state_shardings(shapes, model.axes, params)
+    own, frozen = tree.split(plan.shardings(model.axes, params), set(tree.names(shapes.params)))
+    shardings = dataclasses.replace(shardings, params=own, frozen=frozen)
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
     )

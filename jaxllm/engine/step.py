@@ -1,13 +1,12 @@
 """The one train step: gradients of an objective, clipped, through an optimizer, into a new state.
 
-It does not know the model, the task, the mesh or the optimizer. Sums come before divisions: micro-batches add gradient totals, metric
-totals and weights, and the end divides once by the summed weight, so that the split into micro-batches cannot change the mean.
+It does not know the model, the task, the mesh or the optimizer. Sums come before divisions: micro-batches and devices add gradient totals,
+metric totals and weights (gradients.py), and the end divides once by the summed weight, so that no split can change the mean.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,18 +14,18 @@ import jax.numpy as jnp
 import optax
 
 from jaxllm.data import examples
+from jaxllm.engine.gradients import Gradients
 from jaxllm.engine.state import LossScale, TrainState, random_key
-from jaxllm.transforms import tree
-from jaxllm.types import Batch, Mean, Metrics, Objective, Params
+from jaxllm.parallel.region import Region
+from jaxllm.types import Batch, Params
 
 Scalars = dict[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Scalars]]
 
-# Gradients of the total, the Mean that is minimized, the metrics: all of them sums, so they add.
-Sums = tuple[Params, Mean, Metrics]
 
-
-def make(objective: Objective, optimizer: optax.GradientTransformation, schedule: Callable[[Any], jax.Array], config: Any) -> Step:
+def make(
+    gradients: Gradients, optimizer: optax.GradientTransformation, schedule: Callable[[Any], jax.Array], config: Any, region: Region
+) -> Step:
     """step(state, batch) -> (state, metrics), pure and traceable, for the whole config.
 
     Metrics are float32 scalars still on the device: those of the objective divided by their weight, grad_norm (before clipping), lr,
@@ -41,10 +40,9 @@ def make(objective: Objective, optimizer: optax.GradientTransformation, schedule
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
         rng = jax.random.fold_in(random_key(config.seed, "dropout"), state.step) if uses_dropout else None
-        sums = partial(_differentiate, objective, state)
-        gradients, mean, metrics = _accumulate(sums, batch, rng, train.microbatches)
+        sums, mean, metrics = gradients(state, batch, rng)
         weight = jnp.maximum(mean.weight, 1.0)
-        squares = jnp.stack([jnp.sum(jnp.square(gradient)) for gradient in jax.tree.leaves(gradients)])
+        squares = jnp.stack([jnp.sum(jnp.square(gradient)) for gradient in jax.tree.leaves(sums)])
         norm = jnp.sqrt(jnp.sum(squares)) / weight
         finite = jnp.isfinite(norm) & jnp.isfinite(mean.total)
         lr = schedule(state.step)
@@ -52,14 +50,16 @@ def make(objective: Objective, optimizer: optax.GradientTransformation, schedule
         def update(gradients: Params) -> tuple[Params, Any, Params | None]:
             factor = _clip_factor(norm, config.optimizer.clip_norm) / weight
             gradients = jax.tree.map(lambda gradient: gradient * factor, gradients)
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            params = jax.tree.map(lambda param, update: param + lr * update, state.params, updates)
+            # Each device updates the parameters whose optimizer state it holds; all of them are told what came of it (ZeRO-1 and 2).
+            old = region.narrow(state.params)
+            updates, opt_state = optimizer.update(gradients, state.opt_state, old)
+            params = jax.tree.map(lambda param, update: param + lr * update, old, updates)
             ema = None if state.ema is None else _average(train.ema_decay, state, params)
-            return params, opt_state, ema
+            return region.widen(params), opt_state, ema
 
         # Not jnp.where: with it XLA copies the whole optimizer state each step, here it writes in place as if there were no condition.
         params, opt_state, ema = jax.lax.cond(
-            finite & (mean.weight > 0), update, lambda _: (state.params, state.opt_state, state.ema), gradients
+            finite & (mean.weight > 0), update, lambda _: (state.params, state.opt_state, state.ema), sums
         )
         state = replace(_count(state, finite, config.precision), params=params, opt_state=opt_state, ema=ema)
         scalars = {name: each.total / jnp.maximum(each.weight, 1.0) for name, each in metrics.items()}
@@ -70,38 +70,6 @@ def make(objective: Objective, optimizer: optax.GradientTransformation, schedule
         return state, scalars
 
     return step
-
-
-def _differentiate(objective: Objective, state: TrainState, batch: Batch, rng: jax.Array | None) -> Sums:
-    """Sums of one micro-batch. Float16 goes back through the model as the scaled mean, whose size does not grow with the batch."""
-
-    def total(params: Params) -> tuple[jax.Array, tuple[Mean, Metrics]]:
-        mean, metrics = objective(tree.combine(params, state.frozen), batch, rng)
-        return mean.total, (mean, metrics)
-
-    _, backward, (mean, metrics) = jax.vjp(total, state.params, has_aux=True)
-    if state.loss_scale is None:
-        (gradients,) = backward(jnp.ones_like(mean.total))
-        return gradients, mean, metrics
-    factor = state.loss_scale.scale / jnp.maximum(mean.weight, 1.0)
-    (gradients,) = backward(factor)
-    return jax.tree.map(lambda gradient: gradient / factor, gradients), mean, metrics
-
-
-def _accumulate(sums: Callable[[Batch, jax.Array | None], Sums], batch: Batch, rng: jax.Array | None, microbatches: int) -> Sums:
-    """`sums` of the whole batch, a micro-batch at a time. Rows i, i + M, i + 2M ... make up one of M, so that each device keeps its own."""
-    if microbatches == 1:
-        return sums(batch, rng)
-    parts = {name: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
-
-    def body(so_far: Sums, part: tuple[Batch, jax.Array]) -> tuple[Sums, None]:
-        microbatch, index = part
-        more = sums(microbatch, None if rng is None else jax.random.fold_in(rng, index))
-        return jax.tree.map(jnp.add, so_far, more), None
-
-    shapes = jax.eval_shape(sums, {name: x[0] for name, x in parts.items()}, rng)
-    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    return jax.lax.scan(body, zeros, (parts, jnp.arange(microbatches)))[0]
 
 
 def _clip_factor(norm: jax.Array, clip_norm: float) -> jax.Array | float:

@@ -9,7 +9,8 @@ from flax import linen as nn
 
 from jaxllm.models import stack
 from jaxllm.models.architecture import Architecture
-from jaxllm.types import Params
+from jaxllm.transforms import tree
+from jaxllm.types import Batch, Constrain, Params, Stack
 
 
 class Layers(NamedTuple):
@@ -33,14 +34,14 @@ def make_init(
             def one(key: jax.Array, layers: Layers = layers) -> Params:
                 return _open(layers.declare(key), lambda box: box.value)
 
-            put(params, layers.path, stack.init(arch.layers_as, layers.number, one, key))
+            tree.put(params, layers.path, stack.init(arch.layers_as, layers.number, one, key))
         return params
 
     rng = jax.random.key(0)
     axes = _open(jax.eval_shape(declare_rest, rng), lambda box: box.names)
     for layers in stacks:
         layer_axes = _open(jax.eval_shape(layers.declare, rng), lambda box: box.names)
-        put(axes, layers.path, stack.axes(arch.layers_as, layers.number, layer_axes))
+        tree.put(axes, layers.path, stack.axes(arch.layers_as, layers.number, layer_axes))
     # Compiled as a whole: linen makes parameters by running the layers, and only the compiler leaves that out.
     return jax.jit(init), axes
 
@@ -49,11 +50,27 @@ def _open(boxed: Params, what: Callable[[nn.Partitioned], Any]) -> Params:
     return jax.tree.map(what, boxed, is_leaf=lambda node: isinstance(node, nn.Partitioned))
 
 
-def put(tree: Params, path: Sequence[str], value: Any) -> None:
-    """Sets `tree[path[0]][path[1]]...` to `value`, making what is not there."""
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value
+def run_stacks(
+    arch: Architecture, constrain: Constrain, stacks: Sequence[Stack], axes: Any
+) -> Callable[[Params, Batch, jax.Array | None], jax.Array]:
+    """hidden(params, batch, rng): one stack after the other; `axes` are those of the parameters."""
+    runners = [stack.make(arch.layers_as, each.layers, arch.remat, gatherer(arch, constrain, each, axes)) for each in stacks]
+
+    def hidden(params: Params, batch: Batch, rng: jax.Array | None) -> jax.Array:
+        parts: dict[str, jax.Array] = {}
+        for each, run in zip(stacks, runners, strict=True):
+            x = each.enter(params, batch, rng)
+            x, _ = run(each.block(params, parts, batch, rng), tree.get(params, each.path), x)
+            parts[each.part] = each.leave(params, x)
+        return parts["x"]
+
+    return hidden
+
+
+def gatherer(arch: Architecture, constrain: Constrain, each: Stack, axes: Any) -> Callable[[Any], Any]:
+    """What makes the parameters of one layer of a stack whole."""
+    layer_axes = stack.axes_of_one(arch.layers_as, tree.get(axes, each.path))
+    return lambda layer: constrain.gather(layer, layer_axes)
 
 
 def caller(network: nn.Module) -> Callable[..., Any]:
@@ -65,9 +82,14 @@ def caller(network: nn.Module) -> Callable[..., Any]:
     return call
 
 
-def places(tokens_BT: jax.Array, positions_BT: jax.Array | None) -> jax.Array:
-    """The positions of the tokens: those given, or counted from 0, [1, T]."""
-    return jnp.arange(tokens_BT.shape[1])[None] if positions_BT is None else positions_BT
+def present(**arrays: jax.Array | None) -> Batch:
+    """Those arrays that are given."""
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def places(constrain: Constrain, tokens_BT: jax.Array, positions_BT: jax.Array | None) -> jax.Array:
+    """The positions of the tokens: those given, or their places in the row, [1, T]."""
+    return constrain.places(tokens_BT.shape[1])[None] if positions_BT is None else positions_BT
 
 
 def check_tokens(what: str, tokens_BT: jax.Array, context_tokens: int, **beside: jax.Array | None) -> None:

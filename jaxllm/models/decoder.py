@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from jaxllm import types
 from jaxllm.models import assembly, cache, heads, stack
 from jaxllm.models.architecture import Architecture, Family, resolve
-from jaxllm.models.layers import Block, Embedding, Norm, Sight
+from jaxllm.models.layers import HIDDEN, Block, Embedding, Norm, Sight
 from jaxllm.ops.attention import Mask
 from jaxllm.types import Constrain, Model, Params, unconstrained
 
@@ -49,23 +49,25 @@ class Decoder(nn.Module):
 def make(config: ConfigDict, family: Family, constrain: Constrain) -> Model:
     """The model that the whole `config` describes, with the defaults of `family`."""
     arch = resolve(config, family)
-    hidden, head, decode = _make_functions(arch, constrain)
+    init, axes = _make_init(arch)
+    functions = _Functions(arch, constrain, axes)
 
     def apply(params: Params, tokens_BT: jax.Array, **options: jax.Array | None) -> jax.Array:
-        return constrain(heads.logits(hidden(params, tokens_BT, **options), head(params)), ("batch", "length", "vocab"))
+        logits_BTV = heads.logits(functions.hidden(params, tokens_BT, **options), functions.head(params))
+        return constrain(logits_BTV, ("batch", "length", "vocab"))
 
-    init, axes = _make_init(arch)
     return Model(
         name=family.name,
         config=arch,
         axes=axes,
         init=init,
         apply=apply,
-        hidden=hidden,
-        head=head,
+        hidden=functions.hidden,
+        stacks=(functions.stack,),
+        head=functions.head,
         init_cache=lambda batch_seqs, length_tokens: cache.empty(arch, arch.layers, batch_seqs, length_tokens, constrain),
         encode=None,
-        decode=decode,
+        decode=functions.decode,
     )
 
 
@@ -82,19 +84,18 @@ def _make_init(arch: Architecture) -> tuple[Callable[[jax.Array], Params], types
     return assembly.make_init(arch, declare_rest, [assembly.Layers(("layers",), arch.layers, declare_layer)])
 
 
-def _make_functions(arch: Architecture, constrain: Constrain) -> tuple[Callable, Callable, Callable]:
-    """`hidden`, `head` and `decode` of types.Model."""
-    call = assembly.caller(Decoder(arch, constrain))
-    run = stack.make(arch.layers_as, arch.layers, arch.remat)
+class _Functions:
+    """`hidden`, `stacks`, `head` and `decode` of types.Model."""
 
-    def layers_of(sight: Sight, rng: jax.Array | None) -> stack.Block:
-        def block(layer: Params, index: jax.Array, x: jax.Array, slot: cache.Slot | None) -> tuple[jax.Array, cache.Slot | None]:
-            layer_rng = None if rng is None else jax.random.fold_in(rng, index)
-            return call("run_layer", {"layers": layer}, x, sight, slot, rng=layer_rng)
-
-        return block
+    def __init__(self, arch: Architecture, constrain: Constrain, axes: types.Axes):
+        self._arch, self._constrain = arch, constrain
+        self._call = assembly.caller(Decoder(arch, constrain))
+        self._run = stack.make(arch.layers_as, arch.layers, arch.remat)
+        self.stack = types.Stack("x", ("layers",), arch.layers, self._enter, self._block, self._leave)
+        self._hidden = assembly.run_stacks(arch, constrain, [self.stack], axes)
 
     def hidden(
+        self,
         params: Params,
         tokens_BT: jax.Array,
         *,
@@ -103,30 +104,46 @@ def _make_functions(arch: Architecture, constrain: Constrain) -> tuple[Callable,
         prefix: jax.Array | None = None,
         rng: jax.Array | None = None,
     ) -> jax.Array:
-        assembly.check_tokens("tokens", tokens_BT, arch.context_tokens, segments=segments, positions=positions, prefix=prefix)
-        positions_BT = assembly.places(tokens_BT, positions)
-        sight = Sight(positions_BT, Mask(True, arch.window_tokens, segments_BT=segments, prefix_BS=prefix))
-        x_BTD = call("run_embedding", {"embed": params["embed"]}, tokens_BT, positions_BT, rng=rng)
-        x_BTD, _ = run(layers_of(sight, rng), params["layers"], x_BTD)
-        return call("run_norm", _only(params, "norm"), x_BTD)
+        beside = {"segments": segments, "positions": positions, "prefix": prefix}
+        assembly.check_tokens("tokens", tokens_BT, self._arch.context_tokens, **beside)
+        return self._hidden(params, assembly.present(tokens=tokens_BT, **beside), rng)
 
-    def head(params: Params) -> types.Head:
-        own = call("run_head", _only(params, "head"))
+    def _enter(self, params: Params, batch: types.Batch, rng: jax.Array | None) -> jax.Array:
+        positions_BT = assembly.places(self._constrain, batch["tokens"], batch.get("positions"))
+        return self._call("run_embedding", {"embed": params["embed"]}, batch["tokens"], positions_BT, rng=rng)
+
+    def _block(self, params: Params, parts: types.Batch, batch: types.Batch, rng: jax.Array | None) -> stack.Block:
+        del params, parts
+        mask = Mask(True, self._arch.window_tokens, segments_BT=batch.get("segments"), prefix_BS=batch.get("prefix"))
+        return self._layers(Sight(assembly.places(self._constrain, batch["tokens"], batch.get("positions")), mask), rng)
+
+    def _leave(self, params: Params, x_BTD: jax.Array) -> jax.Array:
+        return self._constrain(self._call("run_norm", _only(params, "norm"), x_BTD), HIDDEN)
+
+    def _layers(self, sight: Sight, rng: jax.Array | None) -> stack.Block:
+        def block(layer: Params, index: jax.Array, x: jax.Array, slot: cache.Slot | None) -> tuple[jax.Array, cache.Slot | None]:
+            layer_rng = None if rng is None else jax.random.fold_in(rng, index)
+            return self._call("run_layer", {"layers": layer}, x, sight, slot, rng=layer_rng)
+
+        return block
+
+    def head(self, params: Params) -> types.Head:
+        own = self._call("run_head", _only(params, "head"))
         return own if own.kernel is not None else own._replace(kernel=params["embed"]["tokens"])
 
-    def decode(params: Params, tokens_BT: jax.Array, lengths_B: jax.Array, state: cache.Cache) -> tuple[jax.Array, cache.Cache]:
-        assembly.check_tokens("tokens", tokens_BT, arch.context_tokens)
+    def decode(
+        self, params: Params, tokens_BT: jax.Array, lengths_B: jax.Array, state: cache.Cache
+    ) -> tuple[jax.Array, cache.Cache]:
+        assembly.check_tokens("tokens", tokens_BT, self._arch.context_tokens)
         positions_BT = state["lengths"][:, None] + jnp.arange(tokens_BT.shape[1])
         horizon_BT = positions_BT
-        if arch.bidirectional_prompt and tokens_BT.shape[1] > 1:
+        if self._arch.bidirectional_prompt and tokens_BT.shape[1] > 1:
             horizon_BT = jnp.broadcast_to((state["lengths"] + lengths_B - 1)[:, None], positions_BT.shape)
-        x_BTD = call("run_embedding", {"embed": params["embed"]}, tokens_BT, positions_BT)
+        x_BTD = self._call("run_embedding", {"embed": params["embed"]}, tokens_BT, positions_BT)
         sight = Sight(positions_BT, Mask(), horizon_BT=horizon_BT)
-        x_BTD, layers = run(layers_of(sight, None), params["layers"], x_BTD, state["layers"])
-        x_BD = call("run_norm", _only(params, "norm"), cache.last(x_BTD, lengths_B))
-        return heads.logits(x_BD, head(params)), {"layers": layers, "lengths": state["lengths"] + lengths_B}
-
-    return hidden, head, decode
+        x_BTD, layers = self._run(self._layers(sight, None), params["layers"], x_BTD, state["layers"])
+        x_BD = self._call("run_norm", _only(params, "norm"), cache.last(x_BTD, lengths_B))
+        return heads.logits(x_BD, self.head(params)), {"layers": layers, "lengths": state["lengths"] + lengths_B}
 
 
 def _only(params: Params, name: str) -> Params:

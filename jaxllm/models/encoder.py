@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from jaxllm import types
 from jaxllm.models import assembly, cache, heads, stack
 from jaxllm.models.architecture import Architecture, Family, resolve
-from jaxllm.models.layers import Block, Embedding, Norm, Sight
+from jaxllm.models.layers import HIDDEN, Block, Embedding, Norm, Sight
 from jaxllm.ops.attention import Mask
 from jaxllm.types import Constrain, Model, Params, unconstrained
 
@@ -62,7 +62,8 @@ def make(config: ConfigDict, family: Family, constrain: Constrain) -> Model:
     With model.head "none" `apply` gives the hidden states, and `head` is a ValueError.
     """
     arch = resolve(config, family)
-    hidden, head = _make_functions(arch, constrain)
+    init, axes = _make_init(arch)
+    one, hidden, head = _make_functions(arch, constrain, axes)
 
     def apply(params: Params, tokens_BT: jax.Array, **options: jax.Array | None) -> jax.Array:
         hidden_BTD = hidden(params, tokens_BT, **options)
@@ -71,8 +72,7 @@ def make(config: ConfigDict, family: Family, constrain: Constrain) -> Model:
         axis = "vocab" if arch.head == "lm" else None
         return constrain(heads.logits(hidden_BTD, head(params)), ("batch", "length", axis))
 
-    init, axes = _make_init(arch)
-    return Model(family.name, arch, axes, init, apply, hidden, head, init_cache=None, encode=None, decode=None)
+    return Model(family.name, arch, axes, init, apply, hidden, (one,), head, init_cache=None, encode=None, decode=None)
 
 
 def _make_init(arch: Architecture) -> tuple[Callable[[jax.Array], Params], types.Axes]:
@@ -88,10 +88,31 @@ def _make_init(arch: Architecture) -> tuple[Callable[[jax.Array], Params], types
     return assembly.make_init(arch, declare_rest, [assembly.Layers(("layers",), arch.layers, declare_layer)])
 
 
-def _make_functions(arch: Architecture, constrain: Constrain) -> tuple[Callable, Callable]:
-    """`hidden` and `head` of types.Model."""
+def _make_functions(arch: Architecture, constrain: Constrain, axes: types.Axes) -> tuple[types.Stack, Callable, Callable]:
+    """The stack, `hidden` and `head` of types.Model."""
     call = assembly.caller(Encoder(arch, constrain))
-    run = stack.make(arch.layers_as, arch.layers, arch.remat)
+
+    def enter(params: Params, batch: types.Batch, rng: jax.Array | None) -> jax.Array:
+        positions_BT = assembly.places(constrain, batch["tokens"], batch.get("positions"))
+        return call("run_embedding", {"embed": params["embed"]}, batch["tokens"], positions_BT, batch.get("token_types"), rng=rng)
+
+    def make_block(params: Params, parts: types.Batch, batch: types.Batch, rng: jax.Array | None) -> stack.Block:
+        del params, parts
+        positions_BT = assembly.places(constrain, batch["tokens"], batch.get("positions"))
+        sight = Sight(positions_BT, Mask(segments_BT=batch.get("segments")))
+
+        def block(layer: Params, index: jax.Array, x: jax.Array, slot: cache.Slot | None) -> tuple[jax.Array, cache.Slot | None]:
+            layer_rng = None if rng is None else jax.random.fold_in(rng, index)
+            return call("run_layer", {"layers": layer}, x, sight, rng=layer_rng), slot
+
+        return block
+
+    def leave(params: Params, x_BTD: jax.Array) -> jax.Array:
+        rest = {name: part for name, part in params.items() if name not in ("embed", "layers")}
+        return call("run_end", rest, constrain(x_BTD, HIDDEN))
+
+    one = types.Stack("x", ("layers",), arch.layers, enter, make_block, leave)
+    run = assembly.run_stacks(arch, constrain, [one], axes)
 
     def hidden(
         params: Params,
@@ -104,16 +125,7 @@ def _make_functions(arch: Architecture, constrain: Constrain) -> tuple[Callable,
     ) -> jax.Array:
         beside = {"segments": segments, "positions": positions, "token_types": token_types}
         assembly.check_tokens("tokens", tokens_BT, arch.context_tokens, **beside)
-        positions_BT = assembly.places(tokens_BT, positions)
-        sight = Sight(positions_BT, Mask(segments_BT=segments))
-
-        def block(layer: Params, index: jax.Array, x: jax.Array, slot: cache.Slot | None) -> tuple[jax.Array, cache.Slot | None]:
-            layer_rng = None if rng is None else jax.random.fold_in(rng, index)
-            return call("run_layer", {"layers": layer}, x, sight, rng=layer_rng), slot
-
-        x_BTD = call("run_embedding", {"embed": params["embed"]}, tokens_BT, positions_BT, token_types, rng=rng)
-        x_BTD, _ = run(block, params["layers"], x_BTD)
-        return call("run_end", {name: part for name, part in params.items() if name not in ("embed", "layers")}, x_BTD)
+        return run(params, assembly.present(tokens=tokens_BT, **beside), rng)
 
     def head(params: Params) -> types.Head:
         if arch.head == "none":
@@ -123,4 +135,4 @@ def _make_functions(arch: Architecture, constrain: Constrain) -> tuple[Callable,
         own = call("run_head", {"head": params.get("head", {})})
         return own if own.kernel is not None else own._replace(kernel=params["embed"]["tokens"])
 
-    return hidden, head
+    return one, hidden, head

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from jaxllm import types
 from jaxllm.models import assembly, cache, heads, stack
 from jaxllm.models.architecture import Architecture, Family, resolve
-from jaxllm.models.layers import Block, Embedding, Memory, Norm, Relative, Sight
+from jaxllm.models.layers import HIDDEN, Block, Embedding, Memory, Norm, Relative, Sight
 from jaxllm.ops.attention import Mask
 from jaxllm.types import Constrain, Model, Params, unconstrained
 
@@ -88,13 +88,13 @@ class EncoderDecoder(nn.Module):
 def make(config: ConfigDict, family: Family, constrain: Constrain) -> Model:
     """The model that the whole `config` describes, with the defaults of `family`."""
     arch = resolve(config, family)
-    functions = _Functions(arch, constrain)
+    init, axes = _make_init(arch)
+    functions = _Functions(arch, constrain, axes)
 
     def apply(params: Params, tokens_BT: jax.Array, **options: Any) -> jax.Array:
         logits_BTV = heads.logits(functions.hidden(params, tokens_BT, **options), functions.head(params))
         return constrain(logits_BTV, ("batch", "length", "vocab"))
 
-    init, axes = _make_init(arch)
     return Model(
         name=family.name,
         config=arch,
@@ -102,6 +102,7 @@ def make(config: ConfigDict, family: Family, constrain: Constrain) -> Model:
         init=init,
         apply=apply,
         hidden=functions.hidden,
+        stacks=functions.stacks,
         head=functions.head,
         init_cache=lambda batch_seqs, length_tokens: cache.empty(arch, arch.decoder_layers, batch_seqs, length_tokens, constrain),
         encode=functions.encode,
@@ -131,13 +132,17 @@ def _make_init(arch: Architecture) -> tuple[Callable[[jax.Array], Params], types
 
 
 class _Functions:
-    """`hidden`, `head`, `encode` and `decode` of types.Model."""
+    """`hidden`, `stacks`, `head`, `encode` and `decode` of types.Model."""
 
-    def __init__(self, arch: Architecture, constrain: Constrain):
+    def __init__(self, arch: Architecture, constrain: Constrain, axes: types.Axes):
         self._arch, self._constrain = arch, constrain
         self._call = assembly.caller(EncoderDecoder(arch, constrain))
-        counts = {"encoder": arch.layers, "decoder": arch.decoder_layers}
-        self._run = {side: stack.make(arch.layers_as, count, arch.remat) for side, count in counts.items()}
+        self._run = {side: stack.make(arch.layers_as, count, arch.remat) for side, count in self._counts().items()}
+        self.stacks = tuple(self._stack(side, count) for side, count in self._counts().items())
+        self._hidden = assembly.run_stacks(arch, constrain, self.stacks, axes)
+
+    def _counts(self) -> dict[str, int]:
+        return {"encoder": self._arch.layers, "decoder": self._arch.decoder_layers}
 
     def hidden(
         self,
@@ -152,18 +157,38 @@ class _Functions:
         rng: jax.Array | None = None,
     ) -> jax.Array:
         most = self._arch.context_tokens
-        assembly.check_tokens("tokens", tokens_BT, most, segments=segments, positions=positions)
-        assembly.check_tokens("inputs", inputs, most, input_segments=input_segments, input_positions=input_positions)
+        beside = {"segments": segments, "positions": positions}
+        beside_inputs = {"input_segments": input_segments, "input_positions": input_positions}
+        assembly.check_tokens("tokens", tokens_BT, most, **beside)
+        assembly.check_tokens("inputs", inputs, most, **beside_inputs)
         _check_segments(segments, input_segments)
-        encoder_rng, decoder_rng = (None, None) if rng is None else jax.random.split(rng)
-        memory_BSD = self._encode(params, inputs, assembly.places(inputs, input_positions), input_segments, encoder_rng)
-        memory = Memory(memory_BSD, Mask(segments_BT=segments, key_segments_BS=input_segments))
-        positions_BT = assembly.places(tokens_BT, positions)
-        sight = Sight(positions_BT, Mask(True, segments_BT=segments), self._bias("decoder", params, _distances(tokens_BT)))
-        x_BTD, _ = self._layers(
-            "decoder", params, self._embed(params, tokens_BT, positions_BT, decoder_rng), sight, decoder_rng, memory
-        )
-        return self._end("decoder", params, x_BTD)
+        return self._hidden(params, assembly.present(tokens=tokens_BT, inputs=inputs, **beside, **beside_inputs), rng)
+
+    def _stack(self, side: str, count: int) -> types.Stack:
+        tokens, prefix = ("inputs", "input_") if side == "encoder" else ("tokens", "")
+
+        def own(rng: jax.Array | None) -> jax.Array | None:
+            return None if rng is None else jax.random.split(rng)[SIDES.index(side)]
+
+        def positions(batch: types.Batch) -> jax.Array:
+            return assembly.places(self._constrain, batch[tokens], batch.get(f"{prefix}positions"))
+
+        def enter(params: Params, batch: types.Batch, rng: jax.Array | None) -> jax.Array:
+            return self._embed(params, batch[tokens], positions(batch), own(rng))
+
+        def block(params: Params, parts: types.Batch, batch: types.Batch, rng: jax.Array | None) -> stack.Block:
+            mask = Mask(side == "decoder", segments_BT=batch.get(f"{prefix}segments"))
+            sight = Sight(positions(batch), mask, self._bias(side, params, self._distances(batch[tokens])))
+            memory = None
+            if side == "decoder":
+                seen = Mask(segments_BT=batch.get("segments"), key_segments_BS=batch.get("input_segments"))
+                memory = Memory(parts["memory"], seen)
+            return self._layers(side, sight, own(rng), memory)
+
+        def leave(params: Params, x: jax.Array) -> jax.Array:
+            return self._constrain(self._end(side, params, x), HIDDEN)
+
+        return types.Stack("memory" if side == "encoder" else "x", (side, "layers"), count, enter, block, leave)
 
     def head(self, params: Params) -> types.Head:
         own = self._call("run_head", {"head": params.get("head", {})})
@@ -172,7 +197,7 @@ class _Functions:
     def encode(self, params: Params, inputs_BS: jax.Array, lengths_B: jax.Array, state: cache.Cache) -> cache.Cache:
         assembly.check_tokens("inputs", inputs_BS, self._arch.context_tokens)
         segments_BS = (jnp.arange(inputs_BS.shape[1]) < lengths_B[:, None]).astype(jnp.int32)
-        memory_BSD = self._encode(params, inputs_BS, assembly.places(inputs_BS, None), segments_BS, None)
+        memory_BSD = self._encode(params, inputs_BS, segments_BS)
         state = cache.with_memory(self._arch, self._arch.decoder_layers, state, inputs_BS.shape[1], self._constrain)
 
         def remember(layer: Params, index: Any, x: jax.Array, slot: cache.Slot | None) -> tuple[jax.Array, cache.Slot | None]:
@@ -195,16 +220,17 @@ class _Functions:
         segments_BS = (jnp.arange(arrays["cross_k"].shape[-2]) < state["input_lengths"][:, None]).astype(jnp.int32)
         memory = Memory(None, Mask(segments_BT=jnp.ones_like(tokens_BT), key_segments_BS=segments_BS))
         x_BTD = self._embed(params, tokens_BT, positions_BT, None)
-        x_BTD, layers = self._layers("decoder", params, x_BTD, sight, None, memory, first)
+        x_BTD, layers = self._run["decoder"](
+            self._layers("decoder", sight, None, memory), params["decoder"]["layers"], x_BTD, first
+        )
         x_BD = self._end("decoder", params, cache.last(x_BTD, lengths_B))
         return heads.logits(x_BD, self.head(params)), {**state, "layers": layers, "lengths": state["lengths"] + lengths_B}
 
-    def _encode(
-        self, params: Params, inputs_BS: jax.Array, positions_BS: jax.Array, segments_BS: jax.Array | None, rng: jax.Array | None
-    ) -> jax.Array:
-        sight = Sight(positions_BS, Mask(segments_BT=segments_BS), self._bias("encoder", params, _distances(inputs_BS)))
-        x_BSD, _ = self._layers("encoder", params, self._embed(params, inputs_BS, positions_BS, rng), sight, rng, None)
-        return self._end("encoder", params, x_BSD)
+    def _encode(self, params: Params, inputs_BS: jax.Array, segments_BS: jax.Array) -> jax.Array:
+        """The encoder's output for decoding, [B, S, D]."""
+        encoder, batch = self.stacks[0], {"inputs": inputs_BS, "input_segments": segments_BS}
+        block, layers = encoder.block(params, {}, batch, None), params["encoder"]["layers"]
+        return encoder.leave(params, self._run["encoder"](block, layers, encoder.enter(params, batch, None))[0])
 
     def _embed(self, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, rng: jax.Array | None) -> jax.Array:
         return self._call("run_embedding", {"embed": params["embed"]}, tokens_BT, positions_BT, rng=rng)
@@ -212,32 +238,25 @@ class _Functions:
     def _bias(self, side: str, params: Params, relative_BTS: jax.Array) -> jax.Array | None:
         return self._call("run_bias", {side: {"relative": params[side].get("relative", {})}}, side, relative_BTS)
 
-    def _layers(
-        self,
-        side: str,
-        params: Params,
-        x_BTD: jax.Array,
-        sight: Sight,
-        rng: jax.Array | None,
-        memory: Memory | None,
-        layers: Any = None,
-    ) -> tuple[jax.Array, Any]:
+    def _distances(self, tokens_BT: jax.Array) -> jax.Array:
+        """int32 [1, T, S], of all tokens of the row: key - query. Places in the row will do: attention stays inside segments, where
+        positions count on."""
+        tokens = tokens_BT.shape[1]
+        cut = self._constrain.context
+        whole_S = jnp.arange(tokens * (cut.parts if cut else 1))
+        return (whole_S[None, :] - self._constrain.places(tokens)[:, None])[None]
+
+    def _layers(self, side: str, sight: Sight, rng: jax.Array | None, memory: Memory | None) -> stack.Block:
         def block(layer: Params, index: Any, x: jax.Array, slot: cache.Slot | None) -> tuple[jax.Array, cache.Slot | None]:
             layer_rng = None if rng is None else jax.random.fold_in(rng, index)
             return self._call("run_layer", {side: {"layers": layer}}, side, x, sight, slot, memory, rng=layer_rng)
 
-        return self._run[side](block, params[side]["layers"], x_BTD, layers)
+        return block
 
     def _end(self, side: str, params: Params, x: jax.Array) -> jax.Array:
         x = self._call("run_end", {side: {"norm": params[side].get("norm", {})}}, side, x)
         scaled = side == "decoder" and self._arch.family.tied_head_scale and self._arch.tied_head
         return x * self._arch.width**-0.5 if scaled else x
-
-
-def _distances(tokens_BT: jax.Array) -> jax.Array:
-    """int32 [1, T, T]: key - query. Places in the row will do: attention stays inside segments, where positions count on."""
-    places_T = jnp.arange(tokens_BT.shape[1])
-    return (places_T[None, :] - places_T[:, None])[None]
 
 
 def _check_segments(segments: jax.Array | None, input_segments: jax.Array | None) -> None:

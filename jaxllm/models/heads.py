@@ -43,7 +43,7 @@ class Head(nn.Module):
         arch = self.arch
         rows, axis = (arch.vocab_size, "vocab") if arch.head == "lm" else (arch.classes, "classes")
         tied = arch.tied_head and arch.head == "lm"
-        kernel = None if tied else parameter(self, "kernel", (rows, arch.width), (axis, "embed"), normal(arch.init_std))
+        kernel = None if tied else parameter(self, "kernel", (rows, arch.width), (axis, "embed_rest"), normal(arch.init_std))
         bias = parameter(self, "bias", (rows,), (axis,), nn.initializers.zeros) if arch.family.kind == "encoder" else None
         return types.Head(kernel, bias)
 

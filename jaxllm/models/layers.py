@@ -19,7 +19,8 @@ from jaxllm.transforms import leaf
 from jaxllm.types import Axes, Constrain
 
 Initializer = Callable[..., jax.Array]
-HIDDEN = ("batch", "length", "embed_act")
+# What passes between blocks, and what a block's products read of it.
+STREAM, HIDDEN = ("batch", "stream", "embed_act"), ("batch", "length", "embed_act")
 
 
 def parameter(module: nn.Module, name: str, shape: tuple[int, ...], axes: Axes, init: Initializer) -> Any:
@@ -112,20 +113,20 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT: jax.Array | None = None) -> jax.Array:
         arch, init = self.arch, normal(self.arch.init_std)
-        table_VD = parameter(self, "tokens", (arch.vocab_size, arch.width), ("vocab", "embed"), init)
+        table_VD = parameter(self, "tokens", (arch.vocab_size, arch.width), ("vocab", "embed_rest"), init)
         x_BTD = self._rows(table_VD, "vocab", tokens_BT)
         if arch.family.embed_scale:
             x_BTD = x_BTD * arch.width**0.5
         if arch.positions == "learned":
-            places_TD = parameter(self, "positions", (arch.context_tokens, arch.width), ("length", "embed"), init)
-            x_BTD = x_BTD + self._rows(places_TD, "length", positions_BT)
+            places_TD = parameter(self, "positions", (arch.context_tokens, arch.width), ("places", "embed_rest"), init)
+            x_BTD = x_BTD + self._rows(places_TD, "places", positions_BT)
         elif arch.positions == "sinusoid":
             x_BTD = x_BTD + positions.sinusoid(positions_BT, arch.width).astype(arch.dtype)
         if arch.family.kind == "encoder":
-            kinds_YD = parameter(self, "token_types", (arch.token_types, arch.width), ("token_types", "embed"), init)
+            kinds_YD = parameter(self, "token_types", (arch.token_types, arch.width), ("token_types", "embed_rest"), init)
             types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
             x_BTD = Norm(arch, name="norm")(x_BTD + self._rows(kinds_YD, "token_types", types_BT))
-        return self.constrain(dropout(self, x_BTD, arch.dropout_frac), HIDDEN)
+        return self.constrain(dropout(self, x_BTD, arch.dropout_frac), STREAM)
 
     def _rows(self, table: Any, axis: str, ids: jax.Array) -> jax.Array:
         """Those rows of a parameter with the logical axes (axis, embed), in the compute dtype."""
@@ -195,12 +196,12 @@ class Attention(nn.Module):
         self, x_BTD: jax.Array, sight: Sight, slot: cache.Slot | None, memory: Memory | None = None
     ) -> tuple[jax.Array, cache.Slot | None]:
         pre = self.arch.norm_order == "pre"
-        input_BTD = self.norm(x_BTD) if pre else x_BTD
+        input_BTD = self.constrain(self.norm(x_BTD) if pre else x_BTD, HIDDEN)
         if memory is None:
             out_BTHK, slot = self._see_itself(input_BTD, sight, slot)
         else:
             out_BTHK = self._see(input_BTD, memory, slot)
-        out_BTD = self.o(self.constrain(out_BTHK, ("batch", "length", "heads", "head_dim")))
+        out_BTD = self.constrain(self.o(self.constrain(out_BTHK, ("batch", "length", "heads", "head_dim"))), STREAM)
         x_BTD = x_BTD + dropout(self, out_BTD, self.arch.dropout_frac)
         return x_BTD if pre else self.norm(x_BTD), slot
 
@@ -272,7 +273,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         arch, norm, pre = self.arch, Norm(self.arch, name="norm"), self.arch.norm_order == "pre"
-        input_BTD = norm(x_BTD) if pre else x_BTD
+        input_BTD = self.constrain(norm(x_BTD) if pre else x_BTD, HIDDEN)
         up_BTF = self._wide("up", input_BTD)
         if arch.activation in GATED:
             inner_BTF = activations.FUNCTIONS[GATED[arch.activation]](self._wide("gate", input_BTD)) * up_BTF
@@ -280,6 +281,7 @@ class Mlp(nn.Module):
             inner_BTF = activations.FUNCTIONS[arch.activation](up_BTF)
         shape, axes = (arch.mlp_width, arch.width), ("mlp", "embed")
         out_BTD = Projection("BTF,FD->BTD", shape, axes, arch.residual_std, "mlp" in arch.biased, name="down")(inner_BTF)
+        out_BTD = self.constrain(out_BTD, STREAM)
         x_BTD = x_BTD + dropout(self, out_BTD, arch.dropout_frac)
         return x_BTD if pre else norm(x_BTD)
 
@@ -308,7 +310,7 @@ class Block(nn.Module):
         x_BTD, slot = self.attention(x_BTD, sight, slot)
         if memory is not None:
             x_BTD, _ = self.cross(x_BTD, sight, slot, memory)
-        return self.constrain(self.mlp(x_BTD), HIDDEN), slot
+        return self.mlp(x_BTD), slot
 
     def remember(self, hidden_BSD: jax.Array, slot: cache.Slot) -> cache.Slot:
         """The slot with the keys and values that cross-attention reads from the encoder's output."""

@@ -25,8 +25,8 @@ class Runner(Protocol):
     def __call__(self, block: Block, layers: Any, x: jax.Array, cache: Any = None, /) -> tuple[jax.Array, Any]: ...
 
 
-def make(layers_as: str, count: int, remat: str) -> Runner:
-    """The runner of `count` layers in the form `layers_as`.
+def make(layers_as: str, count: int, remat: str, gather: Callable[[Any], Any] = lambda layer: layer) -> Runner:
+    """The runner of `count` layers in the form `layers_as`. `gather` makes the parameters of a layer whole (types.Constrain).
 
     `remat` says what the backward pass computes again instead of reading it from memory (Chen et al. 2016,
     arXiv:1604.06174): nothing ("none"), all but the results of matrix products with a parameter ("dots"), or everything
@@ -36,6 +36,7 @@ def make(layers_as: str, count: int, remat: str) -> Runner:
 
     def run(block: Block, layers: Any, x: jax.Array, cache: Any = None, /) -> tuple[jax.Array, Any]:
         _check(layers, layers_as, count)
+        block = _gathering(block, gather)
         # Decoding has no backward pass. The barrier against merging the two computations is not needed inside a scan.
         return loop(block if cache is not None else _recompute(block, remat, layers_as == "unrolled"), layers, x, cache)
 
@@ -57,6 +58,13 @@ def axes(layers_as: str, count: int, layer_axes: Any) -> Any:
     return jax.tree.map(lambda names: ("layers", *names), layer_axes, is_leaf=lambda node: isinstance(node, tuple))
 
 
+def axes_of_one(layers_as: str, layers_axes: Any) -> Any:
+    """The inverse of `axes`."""
+    if layers_as == "unrolled":
+        return layers_axes[0]
+    return jax.tree.map(lambda names: names[1:], layers_axes, is_leaf=lambda node: isinstance(node, tuple))
+
+
 def _unrolled(block: Block, layers: Any, x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
     slots = []
     for index, params in enumerate(layers):
@@ -73,6 +81,13 @@ def _scan(block: Block, layers: Any, x: jax.Array, cache: Any) -> tuple[jax.Arra
 
     count = jax.tree.leaves(layers)[0].shape[0]
     return jax.lax.scan(body, (x, cache), (layers, jnp.arange(count)))[0]
+
+
+def _gathering(block: Block, gather: Callable[[Any], Any]) -> Block:
+    def run(params: Any, index: Any, x: jax.Array, slot: Slot | None) -> tuple[jax.Array, Slot | None]:
+        return block(gather(params), index, x, slot)
+
+    return run
 
 
 def _recompute(block: Block, remat: str, prevent_cse: bool) -> Block:

@@ -3,32 +3,38 @@
 Pre-training, masked and span-corrupted text, translation, classification and supervised fine-tuning differ in the batch, not here.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxllm.ops import losses
-from jaxllm.types import Batch, Mean, Metrics, Model, Objective, Params
+from jaxllm.types import Batch, Head, Mean, Metrics, Model, Params
 
 # What the loss reads; all else in a batch is for the model.
 LOSS_ARRAYS = ("tokens", "targets", "weights")
 
 
-def make(model: Model, config: Any, shards: int = 1) -> Objective:
-    """objective(params, batch, rng) -> (Mean to minimize, metrics), for the whole config.
+@dataclass(frozen=True)
+class Tokens:
+    """A `types.Objective`.
 
     Metrics: "loss" (negative log-likelihood in nats), "accuracy" (share of targets that are the likeliest token) and, with z_loss or label
     smoothing, "penalty". What is minimized is loss + penalty. The weight of each is the sum of the batch's `weights`: tokens if these are
-    0 and 1. `rng` switches the model's dropout on; None leaves it off. `shards` is the number of parts into which the mesh cuts a batch:
-    each sums its own gradient of the head, so that these meet once a step and not once a chunk.
+    0 and 1.
     """
-    train = config.train
 
-    def objective(params: Params, batch: Batch, rng: jax.Array | None) -> tuple[Mean, Metrics]:
+    model: Model
+    train: Any
+
+    def __call__(self, params: Params, batch: Batch, rng: jax.Array | None, /) -> tuple[Mean, Metrics]:
         read = {name: array for name, array in batch.items() if name not in LOSS_ARRAYS}
-        hidden_BTD = model.hidden(params, batch["tokens"], **read, rng=rng)
-        head, weights_N = model.head(params), batch["weights"].reshape(-1)
+        hidden_BTD = self.model.hidden(params, batch["tokens"], **read, rng=rng)
+        return self.of_hidden(hidden_BTD, self.model.head(params), batch)
+
+    def of_hidden(self, hidden_BTD: jax.Array, head: Head, batch: Batch, /) -> tuple[Mean, Metrics]:
+        train, weights_N = self.train, batch["weights"].reshape(-1)
         totals = losses.cross_entropy(
             hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
             head.kernel,
@@ -38,7 +44,6 @@ def make(model: Model, config: Any, shards: int = 1) -> Objective:
             chunk_tokens=train.loss_chunk_tokens,
             z_loss=train.z_loss,
             label_smoothing=train.label_smoothing,
-            shards=shards,
         )
         weight = jnp.sum(weights_N)
         metrics = {"loss": Mean(totals.nll, weight), "accuracy": Mean(totals.correct, weight)}
@@ -46,4 +51,7 @@ def make(model: Model, config: Any, shards: int = 1) -> Objective:
             metrics["penalty"] = Mean(totals.penalty, weight)
         return Mean(totals.nll + totals.penalty, weight), metrics
 
-    return objective
+
+def make(model: Model, config: Any) -> Tokens:
+    """The objective of the whole config."""
+    return Tokens(model, config.train)

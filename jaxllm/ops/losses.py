@@ -54,7 +54,6 @@ class _How(NamedTuple):
     chunk_tokens: int
     z_loss: float
     label_smoothing: float
-    shards: int
 
 
 def cross_entropy(
@@ -67,20 +66,17 @@ def cross_entropy(
     chunk_tokens: int,
     z_loss: float,
     label_smoothing: float = 0.0,
-    shards: int = 1,
 ) -> Totals:
     """Totals(nll, penalty, correct): float32 sums over tokens, each times its weight; minimize nll + penalty.
 
     `penalty` includes its coefficients `z_loss` and `label_smoothing`. `correct` counts the tokens whose likeliest next token
     is the target and has no gradient. Logits are float32 whatever the dtype of hidden_ND, and [C, V] of them exist at once,
     C = chunk_tokens; 0 makes all [N, V] and leaves the gradient to autodiff.
-    `shards` says that the tokens are spread over so many devices, in equal runs. Each device then has a chunk of its own and
-    sums its own d kernel, and they add up once at the end; otherwise the compiler adds them up once a chunk.
     A target outside the vocabulary makes nll NaN, unless its weight is 0. Divide by the summed weights at the very end, not
     here: chunks, micro-batches and devices hold different numbers of tokens.
     """
     inputs = _Inputs(hidden_ND, kernel_VD, bias_V, targets_N, weights_N)
-    how = _How(chunk_tokens, z_loss, label_smoothing, shards)
+    how = _How(chunk_tokens, z_loss, label_smoothing)
     return _chunked(inputs, how) if chunk_tokens else _plain(inputs, how)
 
 
@@ -138,22 +134,19 @@ _chunked.defvjp(_forward, _backward)
 
 
 def _scan(inputs: _Inputs, how: _How, cotangents: tuple | None) -> _Pass:
-    """One pass over the chunks. `cotangents` (of nll and penalty) asks for the gradients. Letter P: shards."""
+    """One pass over the chunks. `cotangents` (of nll and penalty) asks for the gradients."""
     hidden_ND, kernel_VD, bias_V, targets_N, weights_N = inputs
-    tokens, shards = hidden_ND.shape[0], how.shards
-    chunks = max(1, -(-tokens // (how.chunk_tokens * shards)))
-    rows = -(-tokens // (chunks * shards)) * shards
+    tokens = hidden_ND.shape[0]
+    chunks = max(1, -(-tokens // how.chunk_tokens))
+    rows = -(-tokens // chunks)
 
     def cut(x_N: jax.Array) -> jax.Array:
-        # A chunk is every chunks-th token and not a run of tokens: with the tokens spread over devices each keeps its share.
+        # A chunk is every chunks-th token and not a run of tokens: where the compiler has spread them over devices each keeps its share.
         padded = jnp.pad(x_N, [(0, rows * chunks - tokens)] + [(0, 0)] * (x_N.ndim - 1))
         return padded.reshape(rows, chunks, *x_N.shape[1:]).swapaxes(0, 1)
 
     def join(x_chunks: jax.Array) -> jax.Array:
         return x_chunks.swapaxes(0, 1).reshape(rows * chunks, *x_chunks.shape[2:])[:tokens]
-
-    def part(x_CX: jax.Array) -> jax.Array:
-        return x_CX.reshape(shards, rows // shards, -1)
 
     def body(carry: tuple, chunk: tuple) -> tuple[tuple, tuple]:
         totals, sums = carry
@@ -162,19 +155,19 @@ def _scan(inputs: _Inputs, how: _How, cotangents: tuple | None) -> _Pass:
         totals = Totals(*[total + jnp.sum(weights_C * x) for total, x in zip(totals, losses, strict=True)])
         if dlogits_CV is None:
             return (totals, None), (*losses[:2], None)
-        dkernel_PVD, dbias_PV = sums
+        dkernel_VD, dbias_V = sums
         if bias_V is not None:
-            dbias_PV += part(dlogits_CV).sum(1)
+            dbias_V += dlogits_CV.sum(0)
         dlogits_CV = dlogits_CV.astype(hidden_CD.dtype)
         dhidden_CD = jnp.einsum("cv,vd->cd", dlogits_CV, kernel_VD.astype(dlogits_CV.dtype), preferred_element_type=jnp.float32)
-        dkernel_PVD += jnp.einsum("pcv,pcd->pvd", part(dlogits_CV), part(hidden_CD), preferred_element_type=jnp.float32)
-        return (totals, (dkernel_PVD, dbias_PV)), (*losses[:2], dhidden_CD)
+        dkernel_VD += jnp.einsum("cv,cd->vd", dlogits_CV, hidden_CD, preferred_element_type=jnp.float32)
+        return (totals, (dkernel_VD, dbias_V)), (*losses[:2], dhidden_CD)
 
     zero = jnp.zeros((), jnp.float32)
-    sums = None if cotangents is None else jax.tree.map(lambda x: jnp.zeros((shards, *x.shape), jnp.float32), (kernel_VD, bias_V))
+    sums = None if cotangents is None else jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (kernel_VD, bias_V))
     chunked = (cut(hidden_ND), cut(targets_N), cut(weights_N))
     (totals, sums), (nll, penalty, dhidden) = jax.lax.scan(body, (Totals(zero, zero, zero), sums), chunked)
-    gradients = None if sums is None else (join(dhidden), *jax.tree.map(lambda x: x.sum(0), sums))
+    gradients = None if sums is None else (join(dhidden), *sums)
     return _Pass(totals, join(nll), join(penalty), gradients)
 
 

@@ -111,12 +111,13 @@ def _leaf_axes(axes: Any) -> dict[str, Axes]:
 def _inputs(axes: Any) -> dict[str, int]:
     """Path name -> how many of its leading dimensions (within a layer) are the rows, for each parameter that is a matrix.
 
-    A matrix maps the residual stream to something or something to it: "embed" is one of its sides, all the rest is the other.
+    A matrix maps the residual stream to something or something to it: "embed" (outside the layers "embed_rest") is one of its sides, all
+    the rest is the other.
     """
     counts = {}
     for name, leaf in _leaf_axes(axes).items():
         sides = _one_layer(leaf)
-        if len(sides) > 1 and "embed" in (sides[0], sides[-1]):
+        if len(sides) > 1 and {"embed", "embed_rest"} & {sides[0], sides[-1]}:
             counts[name] = 1 if sides[0] == "embed" else len(sides) - 1
     return counts
 

@@ -4,34 +4,42 @@ Axes are Auto (the compiler places what nobody placed), and every placement that
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jaxllm.parallel import rules
+from jaxllm.parallel import order, rules
+from jaxllm.parallel.constrain import OnMesh
 from jaxllm.transforms import tree
 from jaxllm.types import Constrain, PartAxes
-
-SIZES = ("data", "fsdp", "tensor")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A mesh and the table that maps logical axes onto it. An abstract mesh plans for devices that are not there."""
+    """A mesh and the tables that map logical axes onto it. An abstract mesh plans for devices that are not there.
+
+    parallel: config.parallel. zigzag: rows that `seq` cuts lie in the order of order.py. dtype: of gathered matrices.
+    """
 
     mesh: Mesh | AbstractMesh
-    rules: rules.Rules
+    tables: rules.Tables
+    parallel: ConfigDict
+    zigzag: bool = False
+    dtype: Any = jnp.float32
 
-    def sharding(self, axes: PartAxes, shape: tuple[int, ...], name: str) -> NamedSharding:
-        """Where the array `name` lies; ValueError if its shape and axes do not fit the mesh."""
-        return NamedSharding(self.mesh, rules.spec(self.rules, self.mesh.shape, axes, shape, name))
+    def sharding(self, axes: PartAxes, shape: tuple[int, ...], name: str, table: rules.Rules | None = None) -> NamedSharding:
+        """Where the array `name` lies by a table (that of parameters); ValueError if its shape and axes do not fit the mesh."""
+        table = self.tables.parameters if table is None else table
+        return NamedSharding(self.mesh, rules.spec(table, self.mesh.shape, axes, shape, name))
 
-    def shardings(self, axes: Any, abstract: Any) -> Any:
+    def shardings(self, axes: Any, abstract: Any, table: rules.Rules | None = None) -> Any:
         """A tree like `abstract` (of anything with a shape), given the tree of its logical axes.
 
         A leaf of `axes` may stand for several arrays: those of a quantized kernel keep the kernel's rank and axis order.
@@ -39,18 +47,19 @@ class Plan:
 
         def one(path: Sequence[Any], leaf_axes: tuple[str, ...], leaf: Any) -> Any:
             name = tree.path_name(path)
-            return jax.tree.map(lambda array: self.sharding(leaf_axes, array.shape, name), leaf)
+            return jax.tree.map(lambda array: self.sharding(leaf_axes, array.shape, name, table), leaf)
 
         return jax.tree.map_with_path(one, axes, abstract, is_leaf=_is_axes)
 
     def state_shardings(self, abstract_state: Any, axes: Any, abstract_params: Any) -> Any:
-        """A tree like `abstract_state`: whatever mirrors a parameter lies where the parameter lies, the rest is replicated.
+        """A tree like `abstract_state`: whatever mirrors a parameter lies as the table of state says, the rest is replicated.
 
         An array mirrors a parameter if its path ends in the parameter's whole path and their shapes are equal: moments, momentum,
         averages, a training state that holds the parameters themselves. Counts, factored moments (Adafactor) and holes are the rest.
         """
+        shardings = self.shardings(axes, abstract_params, self.tables.state)
         placed: dict[str, list[tuple[tuple[int, ...], NamedSharding]]] = {}
-        named = zip(tree.named_leaves(abstract_params), jax.tree.leaves(self.shardings(axes, abstract_params)), strict=True)
+        named = zip(tree.named_leaves(abstract_params), jax.tree.leaves(shardings), strict=True)
         for (name, leaf), sharding in named:
             placed.setdefault(name, []).append((leaf.shape, sharding))
 
@@ -70,7 +79,7 @@ class Plan:
 
     def batch_sharding(self) -> NamedSharding:
         """Of each [B, T] array of a batch."""
-        return NamedSharding(self.mesh, PartitionSpec(self.rules["batch"], self.rules["length"]))
+        return NamedSharding(self.mesh, PartitionSpec(self.tables.parameters["batch"], self.tables.parameters["length"]))
 
     @property
     def batch_parts(self) -> int:
@@ -79,41 +88,16 @@ class Plan:
 
     def parts(self, axis: str) -> int:
         """In how many parts the mesh cuts a logical axis."""
-        return math.prod(self.mesh.shape[mesh_axis] for mesh_axis in self.rules[axis])
+        return math.prod(self.mesh.shape[mesh_axis] for mesh_axis in self.tables.parameters[axis])
+
+    def row_order(self, tokens: int) -> np.ndarray | None:
+        """int [tokens]: which token of a row lies at each index of the rows of a batch; None: they lie in their order."""
+        return order.places(tokens, self.mesh.shape["seq"]) if self.zigzag else None
 
     @property
     def constrain(self) -> Constrain:
         """What a model is built with, to lie on this mesh."""
-        return _OnMesh(self)
-
-
-@dataclass(frozen=True, eq=False)
-class _OnMesh:
-    """`types.Constrain` by the table of a plan."""
-
-    plan: Plan
-
-    def __call__(self, array: jax.Array, axes: PartAxes, /) -> jax.Array:
-        if self.plan.mesh.size == 1:
-            return array
-        return jax.lax.with_sharding_constraint(array, self.plan.sharding(axes, array.shape, f"an activation {axes}"))
-
-    def refuse(self) -> str | None:
-        parts = self.plan.parts("length")
-        return f"it needs whole rows, and the mesh cuts them into {parts} parts" if parts > 1 else None
-
-    def per_device(self, function: Callable[..., jax.Array], /, *parts: tuple[Any, PartAxes]) -> jax.Array:
-        arguments = tuple(arrays for arrays, _ in parts)
-        if self.plan.mesh.size == 1:
-            return function(*arguments)
-
-        def specs(arrays: Any, axes: PartAxes) -> Any:
-            return jax.tree.map(lambda array: self.plan.sharding(axes, array.shape, f"an activation {axes}").spec, arrays)
-
-        in_specs = tuple(specs(*part) for part in parts)
-        # Kernels do not say over which axes their results vary, so that cannot be checked.
-        each = jax.shard_map(function, mesh=self.plan.mesh, in_specs=in_specs, out_specs=in_specs[0], check_vma=False)
-        return each(*arguments)
+        return OnMesh(self.mesh, self.tables, self.parallel.context, self.zigzag, self.dtype)
 
 
 def make(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Plan:
@@ -129,18 +113,16 @@ def make(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pla
         )
     if used < len(devices):
         logging.warning("%s = %d of %d devices are used; the others stay idle.", _product(sizes), used, len(devices))
-    shape = _mesh_shape(sizes)
-    axis_types = (AxisType.Auto,) * len(shape)
-    mesh = jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=axis_types, devices=devices[:used])
-    return _checked(Plan(mesh, rules.RULES), config)
+    axis_types = (AxisType.Auto,) * len(sizes)
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices[:used])
+    return _plan(mesh, config)
 
 
 def make_abstract(config: ConfigDict) -> Plan:
     """The same without devices, for checks and memory plans; a size of -1 counts as 1."""
-    sizes = {axis: max(config.parallel[axis], 1) for axis in SIZES}
-    shape = _mesh_shape(sizes)
-    mesh = AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
-    return _checked(Plan(mesh, rules.RULES), config)
+    sizes = {axis: max(config.parallel[axis], 1) for axis in rules.MESH_AXES}
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    return _plan(mesh, config)
 
 
 def shard_bytes(shardings: Any, abstract: Any) -> int:
@@ -158,7 +140,7 @@ def _is_axes(node: Any) -> bool:
 
 def _fill(config: ConfigDict, devices: int) -> dict[str, int]:
     """Sizes of the mesh axes, with -1 replaced by what the others leave over."""
-    sizes = {axis: config.parallel[axis] for axis in SIZES}
+    sizes = {axis: config.parallel[axis] for axis in rules.MESH_AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
         raise ValueError(
@@ -178,12 +160,25 @@ def _fill(config: ConfigDict, devices: int) -> dict[str, int]:
     return {axis: devices // taken if size == -1 else size for axis, size in sizes.items()}
 
 
-def _mesh_shape(sizes: Mapping[str, int]) -> dict[str, int]:
-    return {axis: sizes.get(axis, 1) for axis in rules.MESH_AXES}
-
-
 def _product(sizes: Mapping[str, int]) -> str:
-    return " x ".join(f"parallel.{axis}" for axis in sizes)
+    """The axes that have more than one part, or all that the first versions of a config have."""
+    named = [axis for axis, size in sizes.items() if size != 1] or list(sizes)
+    return " x ".join(f"parallel.{axis}" for axis in named)
+
+
+def _plan(mesh: Mesh | AbstractMesh, config: ConfigDict) -> Plan:
+    causal = config.model.name in ("gpt", "llama")
+    return _checked(
+        Plan(
+            mesh,
+            rules.tables(config, mesh.shape["tensor"]),
+            config.parallel,
+            # What comes first in a row has less to do where nobody looks ahead; whole rows (ulysses) need no such order.
+            zigzag=causal and config.parallel.context == "ring" and mesh.shape["seq"] > 1,
+            dtype=jnp.dtype(config.precision.compute),
+        ),
+        config,
+    )
 
 
 def _checked(plan: Plan, config: ConfigDict) -> Plan:

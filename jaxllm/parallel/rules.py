@@ -1,16 +1,20 @@
 """The table that says which mesh axes share which dimension, and how a row of logical axes becomes a PartitionSpec.
 
 Mesh axes, outermost (slowest link) first:
-    pipe    stages of layers             data    copies of the model, each with its part of the batch
-    fsdp    parts of every parameter, and of the batch (ZeRO-3: Rajbhandari et al. 2020, arXiv:1910.02054, section 5)
-    seq     parts of a sequence          tensor  parts of each matrix product (Shoeybi et al. 2019, arXiv:1909.08053, section 3)
+    pipe    stages of layers (Huang et al. 2019, arXiv:1811.06965)
+    data    copies of the model, each with its part of the batch
+    fsdp    as data, but the copies share the training state (ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054, section 5)
+    seq     parts of each row (context parallelism: Liu et al. 2023, arXiv:2310.01889)
+    tensor  parts of each matrix product (Shoeybi et al. 2019, arXiv:1909.08053, section 3)
 """
 
 import difflib
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from jax.sharding import PartitionSpec
+from ml_collections import ConfigDict
 
 MESH_AXES = ("pipe", "data", "fsdp", "seq", "tensor")
 
@@ -18,21 +22,52 @@ Rules = Mapping[str, tuple[str, ...]]
 
 # logical axis -> the mesh axes that share it, together; () is not shared. A new logical axis is one line here.
 RULES: Rules = {
+    # of activations
     "batch": ("data", "fsdp"),
     "length": ("seq",),
-    "layers": ("pipe",),
+    "stream": (),  # the length of what passes between blocks; see SEQUENCE_PARALLEL
+    "embed_act": (),
+    # of parameters and activations
     "vocab": ("tensor",),
-    "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
     "features": ("tensor",),  # of the square matrices in BERT's heads
+    # of parameters
+    "layers": ("pipe",),
+    "embed": ("fsdp",),
+    "embed_rest": ("fsdp", "pipe"),  # in tables outside the layers, which no stage has to itself
+    "places": (),
     "classes": (),
     "token_types": (),
     "buckets": (),
-    "embed_act": (),  # the residual stream, whose batch has taken fsdp already
 }
+# Sequence parallelism: between blocks, where no product needs whole rows, the devices of `tensor` share the row, too (Korthikanti et al.
+# 2022, arXiv:2205.05198, section 4.2).
+SEQUENCE_PARALLEL: Rules = {"stream": ("tensor",)}
+# Key and value heads that are fewer than `tensor` are held by each of its devices.
+WHOLE_KV_HEADS: Rules = {"kv_heads": ()}
+# The lines that ZeRO is about, for what the devices of fsdp do not share.
+WHOLE_OVER_FSDP: Rules = {"embed": (), "embed_rest": ("pipe",)}
+
+
+class Tables(NamedTuple):
+    """parameters: how parameters and activations lie. state: optimizer state, averages, and the gradients that the optimizer is given."""
+
+    parameters: Rules
+    state: Rules
+
+
+def tables(config: ConfigDict, tensor: int) -> Tables:
+    """The tables of a config on a mesh whose axis `tensor` has this size.
+
+    ZeRO's stages differ in what takes `fsdp`: 1 the optimizer state, 2 also the gradients while they are summed up (see gather.py),
+    3 also the parameters.
+    """
+    kv_heads = config.model.kv_heads or config.model.heads
+    state = {**RULES, **(WHOLE_KV_HEADS if kv_heads % tensor else {}), **(SEQUENCE_PARALLEL if config.parallel.sequence else {})}
+    return Tables(state if config.parallel.zero_stage == 3 else {**state, **WHOLE_OVER_FSDP}, state)
 
 
 def spec(

@@ -57,6 +57,28 @@ def combine(mine: Any, rest: Any) -> Any:
     return jax.tree.map(lambda a, b: b if a is None else a, mine, rest, is_leaf=lambda leaf: leaf is None)
 
 
+def get(tree: Any, path: Sequence[str]) -> Any:
+    """`tree[path[0]][path[1]]...`."""
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def put(tree: Any, path: Sequence[str], value: Any) -> None:
+    """Sets `tree[path[0]][path[1]]...` to `value`, making what is not there."""
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value
+
+
+def without(tree: Any, path: Sequence[str]) -> Any:
+    """The tree without what is at this path; nothing is changed in place."""
+    first, *more = path
+    if more:
+        return {**tree, first: without(tree[first], more)}
+    return {name: part for name, part in tree.items() if name != first}
+
+
 def _is_stack(node: Any) -> bool:
     return isinstance(node, list)
 

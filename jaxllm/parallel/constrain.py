@@ -1,0 +1,92 @@
+"""`types.Constrain` on a mesh: what a model is built with, to lie on it.
+
+A model runs in one of two ways. Inside the region of a step (region.py) each device runs it on its own rows, stage and parts of rows, and the
+compiler shares out what is left, the axis `tensor`. Elsewhere, as in a sample, the compiler shares out everything.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from jaxllm.parallel import gather, order, rules
+from jaxllm.types import Context, PartAxes
+
+
+def by_hand() -> frozenset[str]:
+    """The mesh axes over which the code that is traced here runs on each device by itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return frozenset() if mesh.empty else frozenset(mesh.manual_axes)
+
+
+@dataclass(frozen=True, eq=False)
+class OnMesh:
+    """See `types.Constrain`. `dtype` is the compute dtype."""
+
+    mesh: Mesh | AbstractMesh
+    tables: rules.Tables
+    method: str
+    zigzag: bool
+    dtype: Any
+
+    def __call__(self, array: jax.Array, axes: PartAxes, /) -> jax.Array:
+        if self._left() == 1:
+            return array
+        return jax.lax.with_sharding_constraint(array, NamedSharding(self._mesh(), self._spec(array.shape, axes)))
+
+    def parts(self, axis: str) -> int:
+        return math.prod(self.mesh.shape[mesh_axis] for mesh_axis in self.tables.parameters[axis])
+
+    def gather(self, params: Any, axes: Any) -> Any:
+        if not by_hand():
+            return params
+
+        def one(leaf_axes: tuple[str, ...], leaf: Any) -> Any:
+            return gather.use(leaf, leaf_axes, self.tables.parameters, self.tables.state, self.mesh.shape, self.dtype)
+
+        return jax.tree.map(one, axes, params, is_leaf=lambda node: isinstance(node, tuple))
+
+    def places(self, tokens: int) -> jax.Array:
+        if "seq" not in by_hand() or self.mesh.shape["seq"] == 1:
+            return jnp.arange(tokens)
+        parts = self.mesh.shape["seq"]
+        whole = jnp.asarray(order.places(tokens * parts, parts) if self.zigzag else jnp.arange(tokens * parts))
+        return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index("seq") * tokens, tokens)
+
+    @property
+    def context(self) -> Context | None:
+        parts = self.mesh.shape["seq"]
+        return Context(self.method, "seq", parts, self.zigzag) if "seq" in by_hand() and parts > 1 else None
+
+    def refuse(self) -> str | None:
+        parts = self.parts("length")
+        return f"it needs whole rows, and the mesh cuts them into {parts} parts" if parts > 1 else None
+
+    def per_device(self, function: Callable[..., jax.Array], /, *parts: tuple[Any, PartAxes]) -> jax.Array:
+        arguments = tuple(arrays for arrays, _ in parts)
+        if self._left() == 1:
+            return function(*arguments)
+        in_specs = tuple(jax.tree.map(lambda array, axes=axes: self._spec(array.shape, axes), arrays) for arrays, axes in parts)
+        names = set(self.mesh.axis_names) - by_hand()
+        # Kernels do not say over which axes their results vary, so that cannot be checked.
+        each = jax.shard_map(
+            function, mesh=self._mesh(), in_specs=in_specs, out_specs=in_specs[0], axis_names=names, check_vma=False
+        )
+        return each(*arguments)
+
+    def _mesh(self) -> Mesh | AbstractMesh:
+        return jax.sharding.get_abstract_mesh() if by_hand() else self.mesh
+
+    def _left(self) -> int:
+        """Devices that the compiler shares arrays out over, here."""
+        return math.prod(size for axis, size in self.mesh.shape.items() if axis not in by_hand())
+
+    def _spec(self, shape: tuple[int, ...], axes: PartAxes) -> PartitionSpec:
+        here: Mapping[str, tuple[str, ...]] = {
+            axis: tuple(name for name in shared_by if name not in by_hand()) for axis, shared_by in self.tables.parameters.items()
+        }
+        return rules.spec(here, self.mesh.shape, axes, shape, f"an activation {axes}")
