@@ -60,7 +60,7 @@ def _differentiate(objective: Objective, region: Region, held: Held, batch: Batc
     held, batch = region.tie(held, batch)
 
     def total(watched: Params) -> tuple[jax.Array, tuple[Mean, Metrics]]:
-        params = region.open(tree.combine(region.attach(held.params, watched), held.frozen))
+        params = region.open(region.attach(tree.combine(held.params, held.frozen), watched))
         mean, metrics = objective(params, batch, rng)
         return mean.total, (mean, metrics)
 

@@ -71,9 +71,11 @@ class Region:
         return self._map(one, params)
 
     def attach(self, params: Params, watched: Params) -> Params:
-        """The parameters as functions of what is watched."""
+        """All parameters, those that are watched as functions of it."""
 
-        def one(axes: Axes, leaf: jax.Array, watched: jax.Array) -> Any:
+        def one(axes: Axes, leaf: jax.Array, watched: jax.Array | None) -> Any:
+            if watched is None:
+                return leaf
             return watched if self._how_tapped(axes) is None else gather.Tapped(leaf, watched)
 
         return self._map(one, params, watched)

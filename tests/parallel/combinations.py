@@ -1,0 +1,105 @@
+"""One model on one mesh beside the same model on one device: loss, metrics and gradients of one step."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxllm import config as configs
+from jaxllm import models, registry
+from jaxllm.engine import gradients, state
+from jaxllm.optim import build
+from jaxllm.parallel import plan as plans
+from jaxllm.parallel import rules
+from jaxllm.parallel.region import Region
+from jaxllm.transforms import tree
+
+VOCAB, ROWS, LENGTH, INPUTS = 64, 16, 32, 16
+OBJECTIVES = {"gpt": "causal_lm", "llama": "causal_lm", "bert": "masked_lm", "t5": "span_corruption", "transformer": "seq2seq"}
+SHAPE = {
+    "model.layers": 4,
+    "model.width": 32,
+    "model.heads": 4,
+    "model.mlp_width": 64,
+    "model.vocab_size": VOCAB,
+    "model.context_tokens": LENGTH,
+    "model.init_std": 0.1,
+    "train.batch_seqs": ROWS,
+    "train.loss_chunk_tokens": 64,
+    "parallel.data": 1,
+}
+
+
+def config_of(family: str, **overrides: Any) -> Any:
+    """A config of a few thousand parameters; keys of `overrides` have __ for the dot."""
+    config = configs.base()
+    own = {"model.name": family, "train.objective": OBJECTIVES[family]}
+    if family == "llama":
+        own["model.kv_heads"] = 2
+    for key, value in (SHAPE | own | {key.replace("__", "."): value for key, value in overrides.items()}).items():
+        section, _, name = key.rpartition(".")
+        config[section][name] = value
+    configs.check(config)
+    return config
+
+
+def batch_of(family: str, seed: int = 0) -> dict[str, np.ndarray]:
+    """Two documents a row and padding, of other lengths in each row; weights differ; one row has nothing to learn."""
+    rng = np.random.default_rng(seed)
+
+    def documents(length: int, prefix: str) -> dict[str, np.ndarray]:
+        place = np.broadcast_to(np.arange(length, dtype=np.int32), (ROWS, length))
+        ends, first = rng.integers(length // 2, length + 1, (ROWS, 1)), rng.integers(1, length // 2, (ROWS, 1))
+        segments = np.where(place >= ends, 0, np.where(place >= first, 2, 1)).astype(np.int32)
+        positions = np.where(place >= first, place - first, place).astype(np.int32)
+        return {f"{prefix}segments": segments, f"{prefix}positions": positions}
+
+    batch = {name: rng.integers(0, VOCAB, (ROWS, LENGTH), dtype=np.int32) for name in ("tokens", "targets")}
+    batch |= documents(LENGTH, "")
+    weights = (batch["segments"] > 0) * rng.choice([0.0, 0.5, 1.0], (ROWS, LENGTH), p=[0.2, 0.2, 0.6])
+    weights[3] = 0
+    batch["weights"] = weights.astype(np.float32)
+    if family in ("t5", "transformer"):
+        batch |= {"inputs": rng.integers(0, VOCAB, (ROWS, INPUTS), dtype=np.int32)} | documents(INPUTS, "input_")
+    if family == "bert":
+        batch["token_types"] = rng.integers(0, 2, (ROWS, LENGTH), dtype=np.int32)
+    return batch
+
+
+def make(config: Any) -> tuple[Any, Any, Any, Any]:
+    """(plan, region, model, gradients) of a config, on as many pretend devices as its mesh has."""
+    plan = plans.make(config, jax.devices()[: math.prod(config.parallel[axis] for axis in rules.MESH_AXES)])
+    model = models.build(config, plan.constrain)
+    objective = registry.resolve("objective", config.train.objective)(model, config)
+    region = Region(plan, model.axes, tuple(each.path for each in model.stacks))
+    return plan, region, model, gradients.make(objective, config.train.microbatches, region)
+
+
+def place(plan: Any, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """The batch on the mesh, its rows in the plan's order."""
+
+    def one(array: np.ndarray) -> np.ndarray:
+        order = plan.row_order(array.shape[1])
+        return array if order is None else array[:, order]
+
+    return jax.device_put({name: one(array) for name, array in batch.items()}, plan.batch_sharding())
+
+
+def run(config: Any, batch: dict[str, np.ndarray]) -> Any:
+    """engine.gradients.Sums of one batch and the initial parameters, on the host, layers stacked."""
+    plan, _, model, found = make(config)
+    initial = state.create(model, build.make(config, model.axes), config, plan)
+    sums = jax.device_get(jax.jit(lambda state, batch: found(state, batch, None))(initial, place(plan, batch)))
+    return sums._replace(gradients=tree.stack_layers(sums.gradients))
+
+
+def deviations(found: Any, expected: Any) -> dict[str, float]:
+    """Relative deviation of the loss, and of each array of gradients relative to its largest entry."""
+    result = {"loss": abs(found.mean.total - expected.mean.total) / abs(expected.mean.total)}
+    assert found.mean.weight == expected.mean.weight
+    for name, metric in expected.metrics.items():
+        np.testing.assert_allclose(found.metrics[name].total, metric.total, rtol=1e-5, err_msg=name)
+    for (name, a), (_, b) in zip(tree.named_leaves(found.gradients), tree.named_leaves(expected.gradients), strict=True):
+        result[name] = float(np.abs(a - b).max() / np.abs(b).max())
+    return result
