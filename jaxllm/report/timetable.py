@@ -19,7 +19,7 @@ COLOURS = {
     Op.BACKWARD_WEIGHT: (2, "backward, for the weights"),
 }
 # Inches of the picture, of a row, and around the rows of a panel. In a box narrower than a number, none is written.
-WIDTH, ROW, AROUND = 11.0, 0.21, 0.55
+WIDTH, ROW, AROUND = 9.0, 0.18, 0.5
 NUMBER_POINTS = 6.5
 
 
