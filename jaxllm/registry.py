@@ -55,6 +55,13 @@ TABLE: dict[str, dict[str, str]] = {
         "wsd": "jaxllm.optim.schedules:wsd",
         "inverse_sqrt": "jaxllm.optim.schedules:inverse_sqrt",
     },
+    # Factories of timetables; "forward_only" is not among them, because it does not train.
+    "pipeline": {
+        "gpipe": "jaxllm.pipeline.schedule:gpipe",
+        "1f1b": "jaxllm.pipeline.schedule:one_forward_one_backward",
+        "interleaved": "jaxllm.pipeline.schedule:interleaved",
+        "zb_h1": "jaxllm.pipeline.schedule:zb_h1",
+    },
     "documents": {
         "python_docs": "jaxllm.data.sources.python_docs:read",
         "text": "jaxllm.data.sources.text:read",

@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = (
     ("types", "config", "consistency", "registry", "ops", "data", "__init__"),
     ("transforms", "optim"),
-    ("models", "parallel"),
+    ("models", "parallel", "pipeline"),
     ("objectives", "decode", "evals", "report", "interop"),
     ("engine",),
     (
@@ -35,6 +35,7 @@ LEVELS = (
         "fill_mask",
         "classify",
         "chat",
+        "schedules",
     ),
 )
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
@@ -98,7 +99,7 @@ def test_forbidden_imports(path: Path) -> None:
         assert not re.match(r"(torch|transformers|pickle|qwix|jax\._src|flax\.nnx)(\.|$)", name), f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("area_name", ["data", "report", "config", "registry"])
+@pytest.mark.parametrize("area_name", ["data", "report", "pipeline", "config", "registry"])
 def test_no_jax_where_it_is_not_needed(area_name: str) -> None:
     for path in FILES:
         if area(module_name(path)) == area_name and path.name != "loader.py":
