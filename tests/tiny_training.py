@@ -76,7 +76,7 @@ def _make(overrides: tuple[tuple[str, Any], ...]) -> Training:
     optimizer = build.make(config, model.axes)
     objective = tokens.make(model, config)
     region = regions.Region(plan, model.axes, tuple(each.path for each in model.stacks))
-    found = gradients.make(objective, config.train.microbatches, region)
+    found = gradients.make(objective, model, config, region)
     made = step.make(found, optimizer, schedules.make(config), config, region)
     return Training(config, plan, model, optimizer, objective, made)
 

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxllm import registry
 from jaxllm.engine.state import TrainState
+from jaxllm.parallel import pipeline
 from jaxllm.parallel.region import Region
 from jaxllm.transforms import tree
-from jaxllm.types import Batch, Mean, Metrics, Objective, Params
+from jaxllm.types import Batch, Mean, Metrics, Model, Objective, Params
 
 
 class Sums(NamedTuple):
@@ -34,23 +36,47 @@ class Held(NamedTuple):
 Gradients = Callable[[TrainState, Batch, jax.Array | None], Sums]
 
 
-def held(state: TrainState) -> Held:
+def _held(state: TrainState) -> Held:
     return Held(state.params, state.frozen, None if state.loss_scale is None else state.loss_scale.scale)
 
 
-def make(objective: Objective, microbatches: int, region: Region) -> Gradients:
-    """gradients(state, batch, rng) of the trainable parameters, in so many micro-batches, on each device of the region by itself."""
+def make(objective: Objective, model: Model, config: Any, region: Region) -> Gradients:
+    """gradients(state, batch, rng) of the trainable parameters, in train.microbatches parts, on each device of the region by itself."""
+    if region.plan.mesh.shape["pipe"] > 1:
+        return _pipelined(objective, model, config, region)
 
     def own(params: Params, frozen: Params, batch: Batch, rng: jax.Array | None, loss_scale: jax.Array | None) -> Sums:
         one = partial(_differentiate, objective, region, Held(params, frozen, loss_scale))
-        found = accumulate(one, batch, region.fold(rng), microbatches)
+        found = _accumulate(one, batch, region.fold(rng), config.train.microbatches)
         return Sums(region.total(found.gradients), *region.sum((found.mean, found.metrics)))
 
     def gradients(state: TrainState, batch: Batch, rng: jax.Array | None) -> Sums:
-        params, frozen, scale = held(state)
+        params, frozen, scale = _held(state)
         out = Sums(region.gradient_specs(params), PartitionSpec(), PartitionSpec())
         found = region.run(own, (params, frozen), batch, rng, scale, out=out)
         return found._replace(gradients=region.narrow(found.gradients))
+
+    return gradients
+
+
+def _pipelined(objective: Objective, model: Model, config: Any, region: Region) -> Gradients:
+    """The same, the micro-batches passing through the stages of a pipeline."""
+    parallel, stacks = config.parallel, len(model.stacks)
+    number = parallel.chunks or (2 if parallel.schedule == "interleaved" and stacks == 1 else 1)
+    chunks = pipeline.Chunks.of(region, number)
+    make_schedule = registry.resolve("pipeline", parallel.schedule)
+    schedule = make_schedule(region.plan.mesh.shape["pipe"], config.train.microbatches, number * stacks)
+    interpreter = pipeline.Interpreter(model, objective, chunks.region, schedule)
+
+    def own(params: Params, frozen: Params, batch: Batch, rng: jax.Array | None) -> Sums:
+        gradients, mean, metrics = interpreter.run(params, frozen, batch, region.fold(rng))
+        return Sums(gradients, *region.sum((mean, metrics)))
+
+    def gradients(state: TrainState, batch: Batch, rng: jax.Array | None) -> Sums:
+        params, frozen = chunks.cut(state.params), chunks.cut(state.frozen)
+        out = Sums(chunks.region.gradient_specs(params), PartitionSpec(), PartitionSpec())
+        found = chunks.region.run(own, (params, frozen), batch, rng, out=out)
+        return found._replace(gradients=region.narrow(chunks.join(found.gradients)))
 
     return gradients
 
@@ -74,7 +100,7 @@ def _differentiate(objective: Objective, region: Region, held: Held, batch: Batc
     return Sums(jax.tree.map(lambda gradient: gradient / factor, gradients), mean, metrics)
 
 
-def accumulate(sums: Callable[[Batch, jax.Array | None], Sums], batch: Batch, rng: jax.Array | None, microbatches: int) -> Sums:
+def _accumulate(sums: Callable[[Batch, jax.Array | None], Sums], batch: Batch, rng: jax.Array | None, microbatches: int) -> Sums:
     """`sums` of the whole batch, a micro-batch at a time. Rows i, i + M, i + 2M ... make up one of M."""
     if microbatches == 1:
         return sums(batch, rng)

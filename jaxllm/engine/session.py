@@ -56,7 +56,7 @@ def build_session(config: ConfigDict, plan: Plan) -> Session:
     optimizer = build.make(config, model.axes)
     objective = registry.resolve("objective", config.train.objective)(model, config)
     region = Region(plan, model.axes, tuple(each.path for each in model.stacks))
-    found = gradients.make(objective, config.train.microbatches, region)
+    found = gradients.make(objective, model, config, region)
     update = step.make(found, optimizer, schedules.make(config), config, region)
     return Session(config, plan, model, optimizer, update, state.abstract(model, optimizer, config, plan))
 

@@ -54,7 +54,9 @@ def run_stacks(
     arch: Architecture, constrain: Constrain, stacks: Sequence[Stack], axes: Any
 ) -> Callable[[Params, Batch, jax.Array | None], jax.Array]:
     """hidden(params, batch, rng): one stack after the other; `axes` are those of the parameters."""
-    runners = [stack.make(arch.layers_as, each.layers, arch.remat, gatherer(arch, constrain, each, axes)) for each in stacks]
+    runners = [
+        stack.make(arch.layers_as, each.layers, arch.remat, gatherer(arch, constrain, tree.get(axes, each.path))) for each in stacks
+    ]
 
     def hidden(params: Params, batch: Batch, rng: jax.Array | None) -> jax.Array:
         parts: dict[str, jax.Array] = {}
@@ -67,9 +69,9 @@ def run_stacks(
     return hidden
 
 
-def gatherer(arch: Architecture, constrain: Constrain, each: Stack, axes: Any) -> Callable[[Any], Any]:
-    """What makes the parameters of one layer of a stack whole."""
-    layer_axes = stack.axes_of_one(arch.layers_as, tree.get(axes, each.path))
+def gatherer(arch: Architecture, constrain: Constrain, layers_axes: Any) -> Callable[[Any], Any]:
+    """What makes the parameters of one layer whole, given the axes of all of them."""
+    layer_axes = stack.axes_of_one(arch.layers_as, layers_axes)
     return lambda layer: constrain.gather(layer, layer_axes)
 
 

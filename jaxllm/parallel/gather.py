@@ -103,8 +103,10 @@ def tap(value: jax.Array, mine: jax.Array, how: How) -> jax.Array:
 tap.defvjp(lambda value, mine, how: (tap(value, mine, how), None), lambda how, _, gradient: (None, share(gradient, how)))
 
 
-def use(leaf: Any, axes: Axes, rules: Rules, state: Rules, mesh_shape: Mapping[str, int], dtype: Any) -> jax.Array:
+def use(leaf: Any, axes: Axes, rules: Rules, state: Rules, mesh_shape: Mapping[str, int], dtype: Any) -> Any:
     """A parameter as the model takes it, of what this device holds. `rules` and `state` are the tables of parameters and of their gradients."""
+    if hasattr(leaf, "kernel"):  # a leaf type
+        return dataclasses.replace(leaf, kernel=use(leaf.kernel, axes, rules, state, mesh_shape, dtype))
     # Vectors (norm scales, biases) are used in float32.
     dtype = dtype if len(axes) > 1 else None
     if isinstance(leaf, Tapped):

@@ -55,7 +55,7 @@ class Region:
         def one(axes: Axes) -> PartitionSpec:
             return PartitionSpec(*(_entry(tuple(name for name in table[axis] if name in BY_HAND)) for axis in axes))
 
-        return self._map(lambda axes, leaf: one(axes), params)
+        return self.map(lambda axes, leaf: one(axes), params)
 
     def watch(self, params: Params) -> Params:
         """What the loss is differentiated with respect to: the parameters, or zeros in the shape of a device's share (ZeRO-2)."""
@@ -68,7 +68,7 @@ class Region:
             shape[how.dimension] //= _size(self.plan, how.over)
             return jnp.zeros(shape, leaf.dtype)
 
-        return self._map(one, params)
+        return self.map(one, params)
 
     def attach(self, params: Params, watched: Params) -> Params:
         """All parameters, those that are watched as functions of it."""
@@ -78,7 +78,7 @@ class Region:
                 return leaf
             return watched if self._how_tapped(axes) is None else gather.Tapped(leaf, watched)
 
-        return self._map(one, params, watched)
+        return self.map(one, params, watched)
 
     def open(self, params: Params) -> Params:
         """The parameters as a model takes them: all but those of layers made whole."""
@@ -123,7 +123,14 @@ class Region:
             over = [axis for axis in over if axis not in mine]
             return jax.lax.psum(gradient, tuple(over)) if over else gradient
 
-        return self._map(one, gradients)
+        return self.map(one, gradients)
+
+    def cut(self, axes: Axes, gradient: jax.Array) -> jax.Array:
+        """The gradient of a whole parameter, summed over fsdp and cut up where gradients are cut while they are summed (ZeRO-2 and 3)."""
+        if self.plan.parallel.zero_stage == 1:
+            return gradient
+        how = gather.how(axes, self.plan.tables.state, self.plan.mesh.shape, ("fsdp",))
+        return gradient if how is None else gather.share(gradient, how)
 
     def narrow(self, params: Params) -> Params:
         """Outside the region: parameters or gradients laid out by the table of state, as the optimizer works on them."""
@@ -140,7 +147,7 @@ class Region:
         def one(axes: Axes, leaf: jax.Array) -> jax.Array:
             return jax.lax.with_sharding_constraint(leaf, self.plan.sharding(axes, leaf.shape, "a parameter", table))
 
-        return self._map(one, params)
+        return self.map(one, params)
 
     def _how_tapped(self, axes: Axes) -> gather.How | None:
         """How the gradient of a parameter is cut while it is summed up, where the parameter itself is whole (ZeRO-2)."""
@@ -152,7 +159,7 @@ class Region:
             return None
         return gather.how(axes, self.plan.tables.state, self.plan.mesh.shape, ("fsdp",))
 
-    def _map(self, function: Callable[..., Any], params: Params, *more: Params) -> Any:
+    def map(self, function: Callable[..., Any], params: Params, *more: Params) -> Any:
         """function(axes, leaf, ...) of each parameter; holes stay holes."""
 
         def one(axes: Axes, leaf: Any, *others: Any) -> Any:

@@ -36,6 +36,7 @@ RULES: Rules = {
     "features": ("tensor",),  # of the square matrices in BERT's heads
     # of parameters
     "layers": ("pipe",),
+    "chunks": (),  # runs of layers, in a pipeline
     "embed": ("fsdp",),
     "embed_rest": ("fsdp", "pipe"),  # in tables outside the layers, which no stage has to itself
     "places": (),

@@ -1,26 +1,16 @@
 """What a kernel can do: multiply and be looked up. The only place that looks inside a kernel."""
 
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxllm.transforms.product import product
 
-def einsum(spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`jnp.einsum(spec, x, kernel)` in x.dtype: master weights are float32, compute may be narrower.
 
-    Where the last axes of x meet the first ones of the kernel, in order, both are folded into matrices: the gradient of a kernel
-    over two batch axes makes XLA's CPU backend transpose its operands, which took a quarter of a small model's step.
-    """
-    kernel = kernel.astype(x.dtype)
-    inputs, _, result = spec.partition("->")
-    x_axes, kernel_axes = inputs.split(",")
-    summed = sum(axis in kernel_axes for axis in x_axes)
-    kept = len(x_axes) - summed
-    if x_axes[kept:] != kernel_axes[:summed] or result != x_axes[:kept] + kernel_axes[summed:]:
-        return jnp.einsum(spec, x, kernel)
-    rows, width = math.prod(x.shape[:kept]), math.prod(x.shape[kept:])
-    return (x.reshape(rows, width) @ kernel.reshape(width, -1)).reshape(*x.shape[:kept], *kernel.shape[summed:])
+def einsum(spec: str, x: jax.Array, kernel: Any) -> jax.Array:
+    """`jnp.einsum(spec, x, kernel)` in x.dtype, of an array or a leaf type, which says itself how it multiplies."""
+    return kernel.multiply(spec, x) if hasattr(kernel, "multiply") else product(spec, x, kernel)
 
 
 def take(embedding_VD: jax.Array, ids: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

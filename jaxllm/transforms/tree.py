@@ -71,6 +71,12 @@ def put(tree: Any, path: Sequence[str], value: Any) -> None:
     tree[path[-1]] = value
 
 
+def replaced(tree: Any, path: Sequence[str], value: Any) -> Any:
+    """The tree with another value at this path; nothing is changed in place."""
+    first, *more = path
+    return {**tree, first: replaced(tree[first], more, value) if more else value}
+
+
 def without(tree: Any, path: Sequence[str]) -> Any:
     """The tree without what is at this path; nothing is changed in place."""
     first, *more = path

@@ -73,7 +73,7 @@ def make(config: Any) -> tuple[Any, Any, Any, Any]:
     model = models.build(config, plan.constrain)
     objective = registry.resolve("objective", config.train.objective)(model, config)
     region = Region(plan, model.axes, tuple(each.path for each in model.stacks))
-    return plan, region, model, gradients.make(objective, config.train.microbatches, region)
+    return plan, region, model, gradients.make(objective, model, config, region)
 
 
 def place(plan: Any, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
