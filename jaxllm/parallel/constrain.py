@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jaxllm.parallel import gather, order, rules
+from jaxllm.data import places
+from jaxllm.parallel import gather, rules
 from jaxllm.types import Context, PartAxes
 
 
@@ -54,7 +55,7 @@ class OnMesh:
         if "seq" not in by_hand() or self.mesh.shape["seq"] == 1:
             return jnp.arange(tokens)
         parts = self.mesh.shape["seq"]
-        whole = jnp.asarray(order.places(tokens * parts, parts) if self.zigzag else jnp.arange(tokens * parts))
+        whole = jnp.asarray(places.zigzag(tokens * parts, parts) if self.zigzag else places.plain(tokens * parts))
         return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index("seq") * tokens, tokens)
 
     @property

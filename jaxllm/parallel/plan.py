@@ -4,7 +4,7 @@ Axes are Auto (the compiler places what nobody placed), and every placement that
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ from absl import logging
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jaxllm.parallel import order, rules
+from jaxllm.data import places
+from jaxllm.parallel import rules
 from jaxllm.parallel.constrain import OnMesh
 from jaxllm.transforms import tree
 from jaxllm.types import Constrain, PartAxes
@@ -25,7 +26,7 @@ from jaxllm.types import Constrain, PartAxes
 class Plan:
     """A mesh and the tables that map logical axes onto it. An abstract mesh plans for devices that are not there.
 
-    parallel: config.parallel. zigzag: rows that `seq` cuts lie in the order of order.py. dtype: of gathered matrices.
+    parallel: config.parallel. zigzag: rows that `seq` cuts lie in the order of data/places.py. dtype: of gathered matrices.
     """
 
     mesh: Mesh | AbstractMesh
@@ -90,9 +91,19 @@ class Plan:
         """In how many parts the mesh cuts a logical axis."""
         return math.prod(self.mesh.shape[mesh_axis] for mesh_axis in self.tables.parameters[axis])
 
-    def row_order(self, tokens: int) -> np.ndarray | None:
-        """int [tokens]: which token of a row lies at each index of the rows of a batch; None: they lie in their order."""
-        return order.places(tokens, self.mesh.shape["seq"]) if self.zigzag else None
+    def arrange(self, make_batch: Callable[..., dict[str, np.ndarray]]) -> Callable[..., dict[str, np.ndarray]]:
+        """What makes batches (data/examples/contract.py), with the tokens of each row in the order in which the devices share it."""
+        if not self.zigzag:
+            return make_batch
+
+        def arranged(*given: Any, **named: Any) -> dict[str, np.ndarray]:
+            return {name: self.in_order(array) for name, array in make_batch(*given, **named).items()}
+
+        return arranged
+
+    def in_order(self, array: np.ndarray) -> np.ndarray:
+        """An array [B, T] of a batch in that order."""
+        return array[:, places.zigzag(array.shape[1], self.mesh.shape["seq"])] if self.zigzag else array
 
     @property
     def constrain(self) -> Constrain:

@@ -79,11 +79,7 @@ def make(config: Any) -> tuple[Any, Any, Any, Any]:
 def place(plan: Any, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """The batch on the mesh, its rows in the plan's order."""
 
-    def one(array: np.ndarray) -> np.ndarray:
-        order = plan.row_order(array.shape[1])
-        return array if order is None else array[:, order]
-
-    return jax.device_put({name: one(array) for name, array in batch.items()}, plan.batch_sharding())
+    return jax.device_put({name: plan.in_order(array) for name, array in batch.items()}, plan.batch_sharding())
 
 
 def run(config: Any, batch: dict[str, np.ndarray]) -> Any:
