@@ -89,8 +89,8 @@ def _backward(how: How, residuals: tuple, dout_NBGRTK: jax.Array) -> tuple[Block
     zero = jnp.zeros(blocks.q_NBGRTK.shape, jnp.float32)
     gradients = online.differentiate(blocks, how, saved, zero, blocks.k_MBGSK.dtype)
     arrays = blocks.q_NBGRTK, blocks.k_MBGSK, blocks.v_MBGSK, blocks.bias_XHTS
-    dq, dk, dv, dbias = (None if d is None else d.astype(x.dtype) for d, x in zip(gradients, arrays, strict=True))
-    return (Blocks(dq, dk, dv, dbias, *[None] * 6),)
+    cast = [None if d is None else d.astype(x.dtype) for d, x in zip(gradients, arrays, strict=True)]
+    return (Blocks._make((*cast, *[None] * 6)),)
 
 
 _flash.defvjp(_forward, _backward)
