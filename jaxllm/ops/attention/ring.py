@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxllm.ops.attention import online
 from jaxllm.ops.attention.blocked import fold, unfold
 from jaxllm.ops.attention.mask import HIDDEN, Mask, check
-from jaxllm.ops.attention.online import Blocks, How, Saved, State, cut, pad
+from jaxllm.ops.attention.online import Blocks, Gradients, How, Saved, State, cut, pad
 from jaxllm.ops.attention.share import HEADS, KEYS, QUERIES, ROWS, TOKENS, Share, bias_axes, here, own_rng
 from jaxllm.types import PartAxes
 
@@ -47,13 +47,13 @@ class _Rows(NamedTuple):
 
 
 class _Keys(NamedTuple):
-    """What goes round."""
+    """What goes round, in blocks as of `Blocks`."""
 
-    k_BSGK: jax.Array
-    v_BSGK: jax.Array
-    segments_BS: jax.Array | None
-    prefix_BS: jax.Array | None
-    places_S: jax.Array
+    k_MBGSK: jax.Array
+    v_MBGSK: jax.Array
+    key_segments_MBS: jax.Array | None
+    prefix_MBS: jax.Array | None
+    slots_MS: jax.Array
 
 
 class _Ring(NamedTuple):
@@ -156,18 +156,17 @@ _attend.defvjp(_forward, _backward)
 def _absorb_all(how: _Ring, *arrays: Any) -> tuple[jax.Array, jax.Array]:
     """(out_BTHK, log_total_BHT) of a device's queries."""
     rows = _Rows(*arrays)
-    _check(rows, how)
-    group = rows.q_BTHK.shape[2] // rows.k_BSGK.shape[2]
+    own, part = _cut(rows, how)
 
     def absorb(keys: _Keys, states: State) -> State:
         """A part more."""
-        blocks, part = _cut(rows, keys, how)
+        blocks = _meet(own, keys)
 
         def row(_: None, n: Any) -> tuple[None, State]:
             block, start, stop, state = n
             return None, online.absorb(blocks, part, block, start, stop, state)
 
-        order = jnp.arange(len(blocks.q_NBGRTK)), *online.reach(blocks, part), states
+        order = jnp.arange(len(own.q_NBGRTK)), *online.reach(blocks, part), states
         return jax.lax.scan(row, None, order)[1]
 
     def step(carry: tuple[_Keys, State], _: None) -> tuple[tuple[_Keys, State], None]:
@@ -175,8 +174,8 @@ def _absorb_all(how: _Ring, *arrays: Any) -> tuple[jax.Array, jax.Array]:
         coming = _send_on(keys, how)  # does not wait for what follows, nor this for it
         return (coming, absorb(keys, states)), None
 
-    states = online.begin(cut(fold(rows.q_BTHK, group), 3, _block(rows.q_BTHK, how)))
-    (keys, states), _ = jax.lax.scan(step, (_own_keys(rows), states), None, length=jax.lax.axis_size(how.axis) - 1)
+    begun = _own_keys(own), online.begin(own.q_NBGRTK)
+    (keys, states), _ = jax.lax.scan(step, begun, None, length=jax.lax.axis_size(how.axis) - 1)
     out_NBGRTK, log_total_NBGRT = online.finish(absorb(keys, states))
     out_BTHK = unfold(_join(out_NBGRTK, 3, rows.q_BTHK.shape[1]), rows.q_BTHK.dtype)
     log_total_BGRT = _join(log_total_NBGRT, 3, rows.q_BTHK.shape[1])
@@ -186,7 +185,8 @@ def _absorb_all(how: _Ring, *arrays: Any) -> tuple[jax.Array, jax.Array]:
 def _differentiate_all(how: _Ring, out_BTHK: jax.Array, log_total_BHT: jax.Array, dout_BTHK: jax.Array, *arrays: Any) -> tuple:
     """(dq_BTHK, dk_BSGK, dv_BSGK, dbias_XHTS in float32 or None) of a device's queries and keys."""
     rows = _Rows(*arrays)
-    group, block = rows.q_BTHK.shape[2] // rows.k_BSGK.shape[2], _block(rows.q_BTHK, how)
+    own, part = _cut(rows, how)
+    group, block = own.q_NBGRTK.shape[3], own.q_NBGRTK.shape[4]
     mean_BTH = jnp.sum(dout_BTHK.astype(jnp.float32) * out_BTHK.astype(jnp.float32), axis=-1)
     saved = Saved(
         cut(fold(dout_BTHK, group), 3, block),
@@ -195,32 +195,28 @@ def _differentiate_all(how: _Ring, out_BTHK: jax.Array, log_total_BHT: jax.Array
         cut(fold(mean_BTH[..., None], group)[..., 0], 3, block),
     )
 
-    def add(keys: _Keys, slopes: tuple) -> tuple:
-        """What a part adds to (dq_NBGRTK, dbias_XHTS, and of the part itself dk_BSGK, dv_BSGK)."""
-        dq_NBGRTK, dbias_XHTS, dk_BSGK, dv_BSGK = slopes
-        blocks, part = _cut(rows, keys, how)
-        gradients = online.differentiate(blocks, part, saved, dq_NBGRTK, jnp.float32)
-        tokens = dk_BSGK.shape[1]
+    def add(keys: _Keys, sums: Gradients) -> Gradients:
+        """What a part adds to the gradients of the queries, the bias, and the part itself."""
+        found = online.differentiate(_meet(own, keys), part, saved, sums.q_NBGRTK, jnp.float32)
+        dbias_XHTS = sums.bias_XHTS
         if dbias_XHTS is not None:
-            own = gradients.bias_XHTS[:, :, : rows.q_BTHK.shape[1], :tokens]  # type: ignore[index]
-            dbias_XHTS = dbias_XHTS.at[..., keys.places_S].set(own, unique_indices=True)
-        dk, dv = (_join(d, 2, tokens).swapaxes(1, 2) for d in (gradients.k_MBGSK, gradients.v_MBGSK))
-        return gradients.q_NBGRTK, dbias_XHTS, dk_BSGK + dk, dv_BSGK + dv
+            dbias_XHTS = dbias_XHTS.at[..., keys.slots_MS.reshape(-1)].set(found.bias_XHTS, mode="drop")
+        return Gradients(found.q_NBGRTK, sums.k_MBGSK + found.k_MBGSK, sums.v_MBGSK + found.v_MBGSK, dbias_XHTS)
 
-    def step(carry: tuple, _: None) -> tuple[tuple, None]:
-        keys, (dq_NBGRTK, dbias_XHTS, *dkeys) = carry
-        coming, dkeys = _send_on((keys, dkeys), how)
-        return (coming, add(keys, (dq_NBGRTK, dbias_XHTS, *dkeys))), None
+    def step(carry: tuple[_Keys, Gradients], _: None) -> tuple[tuple[_Keys, Gradients], None]:
+        keys, sums = carry
+        coming, dk_MBGSK, dv_MBGSK = _send_on((keys, sums.k_MBGSK, sums.v_MBGSK), how)
+        return (coming, add(keys, sums._replace(k_MBGSK=dk_MBGSK, v_MBGSK=dv_MBGSK))), None
 
-    keys = _own_keys(rows)
-    zero = jnp.zeros(saved.dout_NBGRTK.shape, jnp.float32)
-    no_bias = None if rows.bias_XHTS is None else jnp.zeros(rows.bias_XHTS.shape, jnp.float32)
-    no_keys = jnp.zeros(keys.k_BSGK.shape, jnp.float32), jnp.zeros(keys.v_BSGK.shape, jnp.float32)
-    begun = _send_on(keys, how), add(keys, (zero, no_bias, *no_keys))
-    (_, (dq_NBGRTK, dbias_XHTS, *dkeys)), _ = jax.lax.scan(step, begun, None, length=jax.lax.axis_size(how.axis) - 1)
-    dk_BSGK, dv_BSGK = _send_on(dkeys, how)  # the last step home
-    dq_BTHK = unfold(_join(dq_NBGRTK, 3, rows.q_BTHK.shape[1]), rows.q_BTHK.dtype)
-    return dq_BTHK, dk_BSGK.astype(rows.k_BSGK.dtype), dv_BSGK.astype(rows.v_BSGK.dtype), dbias_XHTS
+    arrays = own.q_NBGRTK, own.k_MBGSK, own.v_MBGSK, own.bias_XHTS
+    zero = Gradients._make(None if x is None else jnp.zeros(x.shape, jnp.float32) for x in arrays)
+    # Keys are sent a step before the gradients that belong to them, so that no sending has to wait for a result.
+    begun = _send_on(_own_keys(own), how), add(_own_keys(own), zero)
+    (_, sums), _ = jax.lax.scan(step, begun, None, length=jax.lax.axis_size(how.axis) - 1)
+    dkeys = _send_on((sums.k_MBGSK, sums.v_MBGSK), how)  # the last step, home
+    dk_BSGK, dv_BSGK = (_join(d, 2, rows.k_BSGK.shape[1]).swapaxes(1, 2).astype(rows.k_BSGK.dtype) for d in dkeys)
+    dq_BTHK = unfold(_join(sums.q_NBGRTK, 3, rows.q_BTHK.shape[1]), rows.q_BTHK.dtype)
+    return dq_BTHK, dk_BSGK, dv_BSGK, None if sums.bias_XHTS is None else sums.bias_XHTS[:, :, : rows.q_BTHK.shape[1]]
 
 
 def _check(rows: _Rows, how: _Ring) -> None:
@@ -244,8 +240,37 @@ def _check(rows: _Rows, how: _Ring) -> None:
             )
 
 
-def _own_keys(rows: _Rows) -> _Keys:
-    return _Keys(rows.k_BSGK, rows.v_BSGK, rows.key_segments_BS, rows.prefix_BS, rows.key_places_S)
+def _cut(rows: _Rows, how: _Ring) -> tuple[Blocks, How]:
+    """A device's queries and its own keys, as blocks; of the bias only the queries are padded."""
+    _check(rows, how)
+    group, key_tokens = rows.q_BTHK.shape[2] // rows.k_BSGK.shape[2], rows.k_BSGK.shape[1]
+    height, width = (_block_tokens(x.shape[1], how.block_tokens) for x in (rows.q_BTHK, rows.k_BSGK))
+    rng = rows.rng
+    if rows.rows_B is not None and rows.heads_H is not None:
+        rng = own_rng(rng, rows.rows_B[0], rows.heads_H[0], rows.places_T[0])
+    blocks = Blocks(
+        cut(fold(rows.q_BTHK, group), 3, height),
+        cut(rows.k_BSGK.swapaxes(1, 2), 2, width),
+        cut(rows.v_BSGK.swapaxes(1, 2), 2, width),
+        None if rows.bias_XHTS is None else pad(rows.bias_XHTS, 2, height),
+        None if rows.segments_BT is None else cut(rows.segments_BT, 1, height),
+        None if rows.key_segments_BS is None else cut(rows.key_segments_BS, 1, width),
+        None if rows.prefix_BS is None else cut(rows.prefix_BS, 1, width),
+        online.cut_slots(rows.places_T, height),
+        cut(rows.key_places_S, 0, width, online.NOWHERE),
+        rng,
+    )
+    return blocks, How(how.causal, how.window_tokens, how.scale, how.dropout_frac, padded=key_tokens % width != 0)
+
+
+def _block_tokens(tokens: int, most: int) -> int:
+    """Tokens of equal blocks of half a part, since in a row laid out for balance the halves do not follow each other."""
+    half = -(-tokens // 2)
+    return -(-half // -(-half // most))
+
+
+def _own_keys(blocks: Blocks) -> _Keys:
+    return _Keys(blocks.k_MBGSK, blocks.v_MBGSK, blocks.key_segments_MBS, blocks.prefix_MBS, blocks.slots_MS)
 
 
 def _send_on(tree: Any, how: _Ring) -> Any:
@@ -254,33 +279,12 @@ def _send_on(tree: Any, how: _Ring) -> Any:
     return jax.lax.ppermute(tree, how.axis, [(device, (device + 1) % devices) for device in range(devices)])
 
 
-def _block(x_BTHK: jax.Array, how: _Ring) -> int:
-    """Tokens of a block: equal blocks of half a part, since in a row laid out for balance the halves do not follow each other."""
-    half = -(-x_BTHK.shape[1] // 2)
-    return -(-half // -(-half // how.block_tokens))
-
-
-def _cut(rows: _Rows, keys: _Keys, how: _Ring) -> tuple[Blocks, How]:
-    """The device's queries and a part of the keys, as blocks."""
-    group, tokens = rows.q_BTHK.shape[2] // rows.k_BSGK.shape[2], keys.k_BSGK.shape[1]
-    height, width = _block(rows.q_BTHK, how), _block(keys.k_BSGK, how)
-    bias_XHTS = None if rows.bias_XHTS is None else jnp.take(rows.bias_XHTS, keys.places_S, axis=3, mode="clip")
-    rng = rows.rng
-    if rows.rows_B is not None and rows.heads_H is not None:
-        rng = own_rng(rng, rows.rows_B[0], rows.heads_H[0], rows.places_T[0], keys.places_S[0])
-    blocks = Blocks(
-        cut(fold(rows.q_BTHK, group), 3, height),
-        cut(keys.k_BSGK.swapaxes(1, 2), 2, width),
-        cut(keys.v_BSGK.swapaxes(1, 2), 2, width),
-        None if bias_XHTS is None else pad(pad(bias_XHTS, 2, height), 3, width),
-        None if rows.segments_BT is None else cut(rows.segments_BT, 1, height),
-        None if keys.segments_BS is None else cut(keys.segments_BS, 1, width),
-        None if keys.prefix_BS is None else cut(keys.prefix_BS, 1, width),
-        online.cut_slots(rows.places_T, height),
-        cut(keys.places_S, 0, width, online.NOWHERE),
-        rng,
-    )
-    return blocks, How(how.causal, how.window_tokens, how.scale, how.dropout_frac, padded=tokens % width != 0)
+def _meet(own: Blocks, keys: _Keys) -> Blocks:
+    """A device's queries and a part of the keys."""
+    bias_XHTS, rng, slots_MS = own.bias_XHTS, own.rng, keys.slots_MS
+    if bias_XHTS is not None:
+        bias_XHTS = jnp.take(bias_XHTS, slots_MS.reshape(-1), axis=3, mode="clip")
+    return own._replace(**keys._asdict(), bias_XHTS=bias_XHTS, rng=own_rng(rng, slots_MS[0, 0]))
 
 
 def _join(x: jax.Array, axis: int, tokens: int) -> jax.Array:
