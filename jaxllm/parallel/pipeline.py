@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxllm import registry
 from jaxllm.models import assembly, stack
-from jaxllm.parallel import gather
+from jaxllm.parallel import fits, gather
 from jaxllm.parallel.region import Region
 from jaxllm.parallel.rules import Tables
 from jaxllm.parallel.stage import Carry, Rest, Row, Stage, put
@@ -169,10 +169,9 @@ def make(
     model: Model, objective: Objective, config: Any, region: Region, forward_only: bool = False
 ) -> tuple[Interpreter, "Chunks"]:
     """The interpreter of the config's schedule (or of its forwards alone), and what cuts parameters for it."""
-    parallel, stacks = config.parallel, len(model.stacks)
-    chunks = Chunks.of(region, parallel.chunks or (2 if parallel.schedule == "interleaved" and stacks == 1 else 1))
-    make_schedule = schedule.forward_only if forward_only else registry.resolve("pipeline", parallel.schedule)
-    made = make_schedule(region.plan.mesh.shape["pipe"], config.train.microbatches, chunks.number * stacks)
+    chunks = Chunks.of(region, fits.chunks_a_stack(config))
+    make_schedule = schedule.forward_only if forward_only else registry.resolve("pipeline", config.parallel.schedule)
+    made = make_schedule(region.plan.mesh.shape["pipe"], config.train.microbatches, chunks.number * len(model.stacks))
     return Interpreter(model, objective, chunks.region, made), chunks
 
 

@@ -93,8 +93,13 @@ def spec(
                 )
             owner[mesh_axis] = str(axis)
         _check_divides(mesh_shape, shared_by, size, f"dimension {dimension} ('{axis}') of '{name}'")
-        entries.append(shared_by if len(shared_by) > 1 else shared_by[0] if shared_by else None)
+        entries.append(entry(shared_by))
     return PartitionSpec(*entries)
+
+
+def entry(shared_by: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    """These mesh axes as an entry of a PartitionSpec."""
+    return shared_by if len(shared_by) > 1 else shared_by[0] if shared_by else None
 
 
 def _look_up(rules: Rules, axis: str, name: str) -> tuple[str, ...]:
