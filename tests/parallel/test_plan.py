@@ -72,7 +72,7 @@ def test_impossible_meshes(sizes: tuple, batch: tuple, words: str) -> None:
 
 def test_a_dimension_that_does_not_divide_names_the_parameter() -> None:
     config = tiny(1, 1, 4, heads=2)
-    words = r"parallel.tensor = 4 does not divide dimension 1 \('heads'\) of 'layers/attention/q/kernel', which is 2.\n  Accepted: 1, 2."
+    words = r"parallel.tensor = 4 does not divide dimension 0 \('heads'\) of 'layers/attention/o/kernel', which is 2.\n  Accepted: 1, 2."
     model = models.build(config)
     with pytest.raises(ValueError, match=words):
         plan.make_abstract(config).shardings(model.axes, abstract(model))
