@@ -114,7 +114,7 @@ def deviations(found: Any, expected: Any) -> dict[str, float]:
 
     But keys have a bias without any effect on softmax, whose gradient is rounding: it is measured by that of the queries.
     """
-    result = {"loss": abs(found.mean.total - expected.mean.total) / abs(expected.mean.total)}
+    result = {"loss": float(abs(found.mean.total - expected.mean.total) / abs(expected.mean.total))}
     assert found.mean.weight == expected.mean.weight
     for name, metric in expected.metrics.items():
         np.testing.assert_allclose(found.metrics[name].total, metric.total, rtol=1e-5, err_msg=name)
