@@ -27,6 +27,7 @@ RULES: Rules = {
     "length": ("seq",),
     "stream": (),  # the length of what passes between blocks; see SEQUENCE_PARALLEL
     "embed_act": (),
+    "kv_heads_act": ("tensor",),  # repeated until they divide (models/layers.py)
     # of parameters and activations
     "vocab": ("tensor",),
     "heads": ("tensor",),

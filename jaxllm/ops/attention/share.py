@@ -16,7 +16,7 @@ from jaxllm.types import PartAxes
 Share = Callable[[Callable[..., tuple], Sequence[tuple[Any, PartAxes]], Sequence[PartAxes]], tuple]
 
 QUERIES: PartAxes = ("batch", "length", "heads", "head_dim")
-KEYS: PartAxes = ("batch", "length", "kv_heads", "head_dim")
+KEYS: PartAxes = ("batch", "length", "kv_heads_act", "head_dim")
 TOKENS: PartAxes = ("batch", "length")
 ROWS: PartAxes = ("batch",)
 HEADS: PartAxes = ("heads",)
