@@ -38,7 +38,9 @@ def metrics(step: int, **changes: object) -> dict:
 def run(update, hooks=(), total=6, start=0, stop=lambda: None, **options):  # noqa: ANN001, ANN003, ANN201
     rows, messages = [], []
     settings = {"log_every_steps": 2, "max_nonfinite_steps": 2, "positions_a_step": 8} | options
-    monitor = Monitor(Numbers(), rows.append, messages.append, parameter_names=("a", "b"), **settings)
+    monitor = Monitor(
+        Numbers(), rows.append, messages.append, parameter_names=("a", "b"), tell=lambda doing, step: None, **settings
+    )
     step, state = train(update, [], Numbers(), monitor, hooks, start=start, total=total, stop=stop)
     return step, state, rows, messages
 
