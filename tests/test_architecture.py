@@ -35,6 +35,7 @@ LEVELS = (
         "fill_mask",
         "classify",
         "chat",
+        "hosts",
     ),
 )
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

@@ -56,7 +56,7 @@ ON_DEVICES = (Doing.DISPATCH, Doing.READ)
 ON_THE_DEVICES = "a collective that a host has not joined, a kernel or a callback that does not return, or a device that failed."
 USUALLY = {
     Doing.DATA: "the data does not come: see where the thread loader_0 is, and the disk that it reads from.",
-    Doing.DISPATCH: f"an earlier step does not end: {ON_THE_DEVICES}",
+    Doing.DISPATCH: f"this step or the one before does not end: {ON_THE_DEVICES}",
     Doing.READ: ON_THE_DEVICES,
     Doing.WRITE: "a tracker does not return: the disk of the run directory, or the service named in train.trackers.",
 }

@@ -1,4 +1,4 @@
-"""A training run that hangs in its 6th step, after a compilation, a validation and a save that all take longer than a step may.
+"""A training run that hangs in its 6th step; on the devices after a compilation, a validation and a save that take longer than a step may.
 
 python hanging_run.py data|devices WORKDIR
 """
@@ -84,9 +84,10 @@ def main(where: str, workdir: Path) -> int:
     text = workdir / "text.txt"
     text.write_text("".join(f"line {number}: the square of {number} is {number * number}.\n" for number in range(300)))
     {"data": hang_in_data, "devices": hang_on_devices}[where](workdir)
-    session.Session.compile = slowed(session.Session.compile)
-    Validation.run = slowed(Validation.run)
-    Checkpoints.save = slowed(Checkpoints.save)
+    if where == "devices":
+        session.Session.compile = slowed(session.Session.compile)
+        Validation.run = slowed(Validation.run)
+        Checkpoints.save = slowed(Checkpoints.save)
     config = small()
     config.data.source = str(text)
     with open_workdir(workdir) as opened:
