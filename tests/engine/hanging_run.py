@@ -19,7 +19,7 @@ from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.hooks import Validation
 from jaxllm.engine.workdir import open_workdir
 
-STEP_SECS, SLOW_SECS, HANGING_STEP = 2.0, 2.6, 6
+STEP_SECS, SLOW_SECS, HANGING_STEP = 3.0, 3.5, 6
 
 
 def small() -> Any:
