@@ -115,15 +115,6 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
     return 0
 
 
-def _end_at_hang(checkpoints: Checkpoints, record: Record, done: int) -> str:
-    """A line about where the same command would go on; called by the watchdog while the main thread hangs."""
-    saved = checkpoints.settle(SETTLE_SECS)
-    if jax.process_index() == 0:
-        record.end(done, "hang")
-    lost = "" if saved else " One more was being written, and is lost."
-    return f"the newest checkpoint is that of step {checkpoints.latest()}.{lost} The same command goes on from there."
-
-
 def _next_command(config: ConfigDict, workdir: Workdir) -> str:
     """What to do with the trained model."""
     run = f"--run {shlex.quote(str(workdir.path))}"
@@ -249,6 +240,15 @@ def _make_evaluation(session: Session, prepared: Prepared, watchdog: Watchdog) -
 
 def _sample(sampler: samples.Sampler, state: TrainState, step: int) -> list[str]:
     return sampler.generate(eval_params(state), step)
+
+
+def _end_at_hang(checkpoints: Checkpoints, record: Record, done: int) -> str:
+    """A line about where the same command would go on; called by the watchdog while the main thread hangs."""
+    saved = checkpoints.settle(SETTLE_SECS)
+    if jax.process_index() == 0:
+        record.end(done, "hang")
+    lost = "" if saved else " One more was being written, and is lost."
+    return f"the newest checkpoint is that of step {checkpoints.latest()}.{lost} The same command goes on from there."
 
 
 def _same_command() -> str:

@@ -125,7 +125,10 @@ def train(
     clock = Clock(start, monitor.positions_a_step)
     waiting: tuple[int, Mapping[str, Any]] | None = None
     step = start
-    while step < total and stop() is None:
+    while step < total:
+        monitor.tell(Doing.AGREE, step + 1)
+        if stop() is not None:
+            break
         monitor.tell(Doing.DATA, step + 1)
         batch = source.batch(step)
         monitor.tell(Doing.DISPATCH, step + 1)

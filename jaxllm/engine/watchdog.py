@@ -46,15 +46,17 @@ SKEW_SECS = 60.0
 class Doing(StrEnum):
     """The phases of a step."""
 
+    AGREE = "agreeing with the other hosts to go on with"
     DATA = "waiting for the batch of"
     DISPATCH = "dispatching"
     READ = "waiting for the devices to finish"
     WRITE = "writing the metrics of"
 
 
-ON_DEVICES = (Doing.DISPATCH, Doing.READ)
+ON_DEVICES = (Doing.AGREE, Doing.DISPATCH, Doing.READ)
 ON_THE_DEVICES = "a collective that a host has not joined, a kernel or a callback that does not return, or a device that failed."
 USUALLY = {
+    Doing.AGREE: f"an earlier step does not end on the devices, or a host has left the loop: {ON_THE_DEVICES}",
     Doing.DATA: "the data does not come: see where the thread loader_0 is, and the disk that it reads from.",
     Doing.DISPATCH: f"this step or the one before does not end: {ON_THE_DEVICES}",
     Doing.READ: ON_THE_DEVICES,
@@ -93,7 +95,7 @@ class Watchdog:
         self._directory = Path(directory)
         self._step_secs, self._beside_secs = step_secs, beside_secs
         self._process, self._processes, self._host = process, processes, socket.gethostname()
-        self._phase = Phase("starting", 0, 0.0, "", time.monotonic())
+        self._phase = Phase("preparing the run", 0, 0.0, "", time.monotonic())
         # Seconds of the last steps, and of the present one: all, and outside of the devices.
         self._steps: deque[tuple[float, float]] = deque(maxlen=WINDOW_STEPS)
         self._secs = self._host_secs = 0.0
