@@ -244,11 +244,13 @@ def _sample(sampler: samples.Sampler, state: TrainState, step: int) -> list[str]
 
 def _end_at_hang(checkpoints: Checkpoints, record: Record, done: int) -> str:
     """A line about where the same command would go on; called by the watchdog while the main thread hangs."""
-    saved = checkpoints.settle(SETTLE_SECS)
+    saved, newest = checkpoints.settle(SETTLE_SECS), checkpoints.latest()
     if jax.process_index() == 0:
         record.end(done, "hang")
     lost = "" if saved else " One more was being written, and is lost."
-    return f"the newest checkpoint is that of step {checkpoints.latest()}.{lost} The same command goes on from there."
+    if newest is None:
+        return f"there is no checkpoint yet.{lost} The same command begins again."
+    return f"the newest checkpoint is that of step {newest}.{lost} The same command goes on from there."
 
 
 def _same_command() -> str:

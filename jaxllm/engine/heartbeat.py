@@ -14,6 +14,8 @@ from statistics import median
 from jaxllm.report.units import clock
 
 RUNNING, HUNG, ENDED, FAILED = "running", "hung", "ended", "failed"
+# Where a phase spends its time: in a wait for the devices, on this host's part of a step, or beside the steps.
+DEVICES, HOST, BESIDE = "devices", "host", "beside"
 # So many times what the other hosts need counts as clearly behind.
 BEHIND = 1.5
 # More than this share of a step must be the host's own time, or it hides behind the work of the devices.
@@ -30,8 +32,8 @@ LISTED = 32
 class Heartbeat:
     """What a process does. secs: of the present phase. time: when this was written, seconds since 1970 by the clock of its host.
 
-    on_devices: the phase is a wait for the devices. step_secs: median of the last steps, without what happens beside them.
-    host_secs: the part of it outside of the devices. Both None before the second step.
+    status: RUNNING, ... where: DEVICES, ... step_secs: median of the last steps, without what happens beside them. host_secs: the part
+    of it outside of the devices. Both None before the second step.
     """
 
     process: int
@@ -42,7 +44,7 @@ class Heartbeat:
     doing: str
     step: int
     secs: float
-    on_devices: bool
+    where: str
     step_secs: float | None
     host_secs: float | None
     time: float
@@ -115,7 +117,7 @@ def straggler(beats: Sequence[Heartbeat], now: float) -> str | None:
 def table(beats: Sequence[Heartbeat], now: float) -> list[str]:
     """Lines with aligned columns, a heading first; the lowest steps on top, LISTED hosts at most."""
     rows: list[tuple[str, ...]] = [("process", "host", "pid", "step", "status", "phase", "for", "a step", "on the host", "heard")]
-    listed = sorted(beats, key=lambda beat: (beat.step, beat.on_devices, beat.process))
+    listed = sorted(beats, key=lambda beat: (beat.step, beat.where == DEVICES, beat.process))
     for beat in listed[:LISTED]:
         status = "silent" if beat.is_silent(now) else beat.status
         times = [_secs(beat.secs), _secs(beat.step_secs), _secs(beat.host_secs), f"{_secs(beat.age_secs(now))} ago"]
@@ -141,7 +143,7 @@ def suspects(beats: Sequence[Heartbeat], processes: int, now: float) -> list[str
     gone += [f"process {process}: not heard of in this session" for process in range(processes) if process not in heard]
     if gone:
         return gone
-    others = [beat for beat in beats if not beat.on_devices]
+    others = [beat for beat in beats if beat.where != DEVICES]
     if 0 < len(others) < len(beats):
         return [f"{beat.name}: {beat.doing}, while others wait for the devices" for beat in others]
     lowest = [beat for beat in beats if beat.step == min(each.step for each in beats)]

@@ -35,6 +35,8 @@ WINDOW_STEPS = 32
 COMPARE_SECS = 10.0
 # How long the other hosts have to find that they hang, too, before this process breaks their connections by its end.
 LINGER_SECS = 5.0
+# For a look at the heartbeats of the other hosts.
+LOOK_SECS = 3.0
 # For all that a diagnosis does with disks and pipes.
 FILES_SECS = 15.0
 # After the deadline: then the interpreter is stuck itself, and the stacks are printed without it.
@@ -76,6 +78,12 @@ class Phase(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.doing.value} step {self.step}" if isinstance(self.doing, Doing) else f"{self.doing} (step {self.step})"
+
+    @property
+    def where(self) -> str:
+        if not isinstance(self.doing, Doing):
+            return heartbeat.BESIDE
+        return heartbeat.DEVICES if self.doing in ON_DEVICES else heartbeat.HOST
 
     @property
     def done_steps(self) -> int:
@@ -136,9 +144,9 @@ class Watchdog:
 
     def _enter(self, phase: Phase) -> None:
         before, self._phase = self._phase, phase
-        if isinstance(before.doing, Doing):
+        if before.where != heartbeat.BESIDE:
             self._secs += phase.began - before.began
-            self._host_secs += 0.0 if before.doing in ON_DEVICES else phase.began - before.began
+            self._host_secs += phase.began - before.began if before.where == heartbeat.HOST else 0.0
 
     def around(self, doing: str, run: Callable[[int, Any], None]) -> Callable[[int, Any], None]:
         """`run(step, state)` that tells first."""
@@ -175,7 +183,7 @@ class Watchdog:
             doing=str(phase),
             step=phase.step,
             secs=round(time.monotonic() - phase.began, 3),
-            on_devices=phase.doing in ON_DEVICES,
+            where=phase.where,
             step_secs=round(median(secs for secs, _ in steps), 6) if steps else None,
             host_secs=round(median(secs for _, secs in steps), 6) if steps else None,
             time=time.time(),
@@ -207,11 +215,32 @@ class Watchdog:
             seen, before = self._phase, now
             faulthandler.cancel_dump_traceback_later()
             if seen.deadline_secs and waited > seen.deadline_secs:
-                self._end(seen)
-                return
+                if not self._others_come(seen):
+                    self._end(seen)
+                    return
+                waited = seen.deadline_secs / 2
             if seen.deadline_secs:
                 faulthandler.dump_traceback_later(seen.deadline_secs - waited + STUCK_SECS, file=STDERR)
         faulthandler.cancel_dump_traceback_later()
+
+    def _others_come(self, phase: Phase) -> bool:
+        """Whether this process waits on the devices for one that is alive and on its way: beside its steps, or just back from there."""
+        if self._processes == 1 or phase.where != heartbeat.DEVICES:
+            return False
+        coming: list[Heartbeat] = []
+
+        def look() -> None:
+            for beat in self._hosts():
+                alive = beat.status == heartbeat.RUNNING and not beat.is_silent(time.time())
+                moving = beat.where == heartbeat.BESIDE or (beat.step <= phase.step and beat.secs < phase.deadline_secs / 2)
+                if beat.process != self._process and alive and moving:
+                    coming.append(beat)
+
+        looking = threading.Thread(target=look, daemon=True)
+        looking.start()
+        # The disk may hang as well.
+        looking.join(LOOK_SECS)
+        return bool(coming)
 
     def _end(self, phase: Phase) -> None:
         """Tells what is known and ends the process. What may block has a thread of its own."""

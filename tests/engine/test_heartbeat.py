@@ -9,14 +9,14 @@ import pytest
 
 from jaxllm import hosts
 from jaxllm.engine import heartbeat
-from jaxllm.engine.heartbeat import ENDED, FAILED, HUNG, Heartbeat
+from jaxllm.engine.heartbeat import DEVICES, ENDED, FAILED, HOST, HUNG, Heartbeat
 
 NOW = 1e9
 
 
 def beat(process: int, processes: int = 4, **changes: Any) -> Heartbeat:
     """A process in step, which waits for the devices most of the time."""
-    steady = Heartbeat(process, processes, f"h{process}", 100 + process, "running", "waiting", 7, 0.5, True, 1.0, 0.1, NOW - 1)
+    steady = Heartbeat(process, processes, f"h{process}", 100 + process, "running", "waiting", 7, 0.5, DEVICES, 1.0, 0.1, NOW - 1)
     return replace(steady, **changes)
 
 
@@ -77,7 +77,7 @@ def test_one_of_two_can_be_behind_and_one_alone_cannot() -> None:
     [
         ({}, []),
         ({"step": 6}, ["process 2 on h2: waiting, the lowest step"]),
-        ({"step": 8, "on_devices": False, "doing": "reading"}, ["process 2 on h2: reading, while others wait for the devices"]),
+        ({"step": 8, "where": HOST, "doing": "reading"}, ["process 2 on h2: reading, while others wait for the devices"]),
         ({"time": NOW - 60, "step": 6}, ["process 2 on h2: no sign of life for 60 s"]),
         ({"status": FAILED}, ["process 2 on h2: failed at waiting"]),
     ],

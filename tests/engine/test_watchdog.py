@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,31 @@ def test_what_is_no_hang(act: Callable[[Watchdog], None], tmp_path: Path, exits:
     assert heartbeat.read(tmp_path)[0].status == heartbeat.ENDED
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_hang"),
+    [
+        ({"where": heartbeat.BESIDE, "secs": 1000.0}, False),  # it compiles, or saves
+        ({"where": heartbeat.DEVICES, "secs": 0.0}, False),  # and is back just now
+        ({"where": heartbeat.DEVICES, "secs": 1000.0}, True),
+        ({"where": heartbeat.HOST, "secs": 1000.0}, True),
+        ({"where": heartbeat.DEVICES, "secs": 0.0, "step": 6}, True),  # it goes on without this one
+        ({"where": heartbeat.BESIDE, "secs": 1000.0, "time": 0.0}, True),
+        ({"where": heartbeat.BESIDE, "secs": 1000.0, "status": heartbeat.FAILED}, True),
+    ],
+)
+def test_another_host_may_be_slow_in_what_is_beside_its_steps(
+    changes: dict, is_hang: bool, tmp_path: Path, exits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then this one waits for it on the devices, for longer than a step may take."""
+    monkeypatch.setattr(watchdog, "LINGER_SECS", 0.0)
+    other = heartbeat.Heartbeat(1, 2, "other", 7, heartbeat.RUNNING, "compiling", 5, 0.0, "", None, None, time.time())
+    heartbeat.write(tmp_path, replace(other, **changes))
+    with Watchdog(tmp_path, step_secs=DEADLINE, beside_secs=60.0, process=0, processes=2) as watched:
+        watched.step(Doing.READ, 5)
+        time.sleep(LONGER)
+    assert exits == ([HANG] if is_hang else [])
+
+
 def test_each_batch_of_a_validation_is_a_sign_of_life(tmp_path: Path, exits: list[int]) -> None:
     with watching(tmp_path, beside_secs=DEADLINE) as watched:
         watched.beside("validation", 1)
@@ -274,7 +300,7 @@ def test_the_seconds_of_a_step_are_the_medians_without_what_is_beside(
     beat = watched._heartbeat()
     assert beat.step_secs == 2.0 + 10 + 20 + 0.5
     assert beat.host_secs == 2.0 + 0.5
-    assert (beat.step, beat.on_devices) == (4, False)
+    assert (beat.step, beat.where) == (4, heartbeat.HOST)
 
 
 def test_a_run_that_fails_is_not_one_that_ended(tmp_path: Path, exits: list[int]) -> None:
