@@ -33,7 +33,7 @@ class Heartbeat:
     """What a process does. secs: of the present phase. time: when this was written, seconds since 1970 by the clock of its host.
 
     status: RUNNING, ... where: DEVICES, ... step_secs: median of the last steps, without what happens beside them. host_secs: the part
-    of it outside of the devices. Both None before the second step.
+    of it outside of the devices. Both None in the first steps of a session.
     """
 
     process: int

@@ -29,10 +29,10 @@ Item = TypeVar("Item")
 # explained, 128 + n a signal.
 HANG = 75
 STDERR = 2
-# Steps behind a median.
-WINDOW_STEPS = 32
+# Steps behind a median: at most, and at least.
+WINDOW_STEPS, LEAST_STEPS = 32, 8
 # How often process 0 compares the hosts.
-COMPARE_SECS = 10.0
+COMPARE_SECS = 60.0
 # How long the other hosts have to find that they hang, too, before this process breaks their connections by its end.
 LINGER_SECS = 5.0
 # For a look at the heartbeats of the other hosts.
@@ -174,6 +174,7 @@ class Watchdog:
 
     def _heartbeat(self) -> Heartbeat:
         phase, steps = self._phase, list(self._steps)
+        timed = len(steps) >= LEAST_STEPS
         return Heartbeat(
             process=self._process,
             processes=self._processes,
@@ -184,8 +185,8 @@ class Watchdog:
             step=phase.step,
             secs=round(time.monotonic() - phase.began, 3),
             where=phase.where,
-            step_secs=round(median(secs for secs, _ in steps), 6) if steps else None,
-            host_secs=round(median(secs for _, secs in steps), 6) if steps else None,
+            step_secs=round(median(secs for secs, _ in steps), 6) if timed else None,
+            host_secs=round(median(secs for _, secs in steps), 6) if timed else None,
             time=time.time(),
         )
 

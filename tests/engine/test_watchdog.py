@@ -283,6 +283,7 @@ def test_the_seconds_of_a_step_are_the_medians_without_what_is_beside(
     tmp_path: Path, exits: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
+    monkeypatch.setattr(watchdog, "LEAST_STEPS", 3)
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now)
     watched = watching(tmp_path, step_secs=0.0, beside_secs=0.0)
     for step, wait in enumerate((1.0, 2.0, 9.0), start=1):
@@ -296,6 +297,7 @@ def test_the_seconds_of_a_step_are_the_medians_without_what_is_beside(
         now += 0.5
         watched.beside("validation", step)
         now += 1000.0
+    assert watched._heartbeat().step_secs is None  # two steps are known
     watched.step(Doing.DATA, 4)
     beat = watched._heartbeat()
     assert beat.step_secs == 2.0 + 10 + 20 + 0.5
