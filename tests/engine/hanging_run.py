@@ -1,4 +1,4 @@
-"""A training run that hangs in its 6th step; on the devices after a compilation, a validation and a save that take longer than a step may.
+"""A training run that hangs in its 7th step; on the devices after a compilation, a validation and a save that take longer than a step may.
 
 python hanging_run.py data|devices WORKDIR
 """
@@ -19,7 +19,8 @@ from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.hooks import Validation
 from jaxllm.engine.workdir import open_workdir
 
-STEP_SECS, SLOW_SECS, HANGING_STEP = 3.0, 3.5, 6
+# The batch of this step is read ahead only after what happens beside step 4.
+STEP_SECS, SLOW_SECS, HANGING_STEP = 3.0, 3.5, 7
 
 
 def small() -> Any:

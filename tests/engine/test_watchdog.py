@@ -55,8 +55,8 @@ def hung(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, int,
 @pytest.mark.parametrize(
     ("where", "phase", "stacks"),
     [
-        ("data", "waiting for the batch of step 6", ("Loader.batch", "read_from_a_dead_disk", "thread loader_0:")),
-        ("devices", "waiting for the devices to finish step 6", ("Monitor.read", "a_callback_that_waits", "not started by Python")),
+        ("data", "waiting for the batch of step 7", ("Loader.batch", "read_from_a_dead_disk", "thread loader_0:")),
+        ("devices", "waiting for the devices to finish step 7", ("Monitor.read", "a_callback_that_waits", "not started by Python")),
     ],
 )
 def test_a_run_that_hangs_is_diagnosed_and_ended(
@@ -78,10 +78,10 @@ def test_a_run_that_hangs_is_diagnosed_and_ended(
     # Sharded parameters are gathered before the gradients are summed.
     assert said.index("all-gather of") < said.index("all-reduce of")
     assert process.doing == phase
-    assert process.step == 6
+    assert process.step == 7
     assert f"0        {process.host}" in said
     assert said.endswith("the newest checkpoint is that of step 4. The same command goes on from there.\n")
-    assert '"end_step": 5' in (run / "run.json").read_text()
+    assert '"end_step": 6' in (run / "run.json").read_text()
     assert '"reason": "hang"' in (run / "run.json").read_text()
     shown = subprocess.run(
         [sys.executable, "-m", "jaxllm.hosts", "--run", run], cwd=ROOT, capture_output=True, text=True, check=True
