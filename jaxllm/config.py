@@ -190,6 +190,14 @@ SCHEMA: dict[str, Field] = {
     "sample.prompts": Field(("The ",), TEXTS, "continued by the model"),
     "sample.tokens": Field(64, at_least(0), "length of a sample; 0 means no samples"),
     "sample.temperature": Field(0.8, at_least(0), "0 is greedy"),
+    "watchdog.step_secs": Field(
+        1800.0,
+        at_least(0),
+        "a part of a step (its batch, the devices) that takes longer ends the run with a diagnosis; 0 means never",
+    ),
+    "watchdog.beside_secs": Field(
+        14400.0, at_least(0), "the same for compiling, restoring, samples, a checkpoint, each batch of validation; 0 means never"
+    ),
     # Where it runs: sizes of the mesh axes, slowest link first, and how they are used.
     "parallel.pipe": Field(1, SIZE, "stages of layers; the micro-batches of train.microbatches pass through them"),
     "parallel.data": Field(-1, SIZE, "copies of the model"),

@@ -24,7 +24,7 @@ from jaxllm.config import with_classes, with_vocabulary
 from jaxllm.data import loader
 from jaxllm.data.prepare import Prepared, place, prepare
 from jaxllm.decode import samples
-from jaxllm.engine import compilation, hooks, trackers
+from jaxllm.engine import compilation, hang, hooks, trackers
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.environment import Record
 from jaxllm.engine.loop import Hook, Monitor, train
@@ -34,11 +34,15 @@ from jaxllm.engine.session import Session, build_session, check, count
 from jaxllm.engine.signals import Interrupts
 from jaxllm.engine.state import TrainState, eval_params
 from jaxllm.engine.step import Compiled
+from jaxllm.engine.watchdog import Watchdog
 from jaxllm.engine.workdir import Workdir, check_space, open_workdir, write_json
 from jaxllm.evals import baseline, perplexity
 from jaxllm.parallel import plan
 from jaxllm.report.training import write_report
 from jaxllm.transforms import tree
+
+# How long a save in progress may still take when the run hangs.
+SETTLE_SECS = 5.0
 
 
 def main(arguments: list[str]) -> int:
@@ -54,8 +58,16 @@ def main(arguments: list[str]) -> int:
 
 
 def run(config: ConfigDict, workdir: Workdir, console: Console) -> int:
-    """Trains in an open run directory; the exit code: 0, or 128 + the signal that ended the run early."""
+    """Trains in an open run directory; the exit code: 0, or 128 + the signal that ended the run early.
 
+    A run that hangs ends the process with `watchdog.HANG`.
+    """
+    limits = {"step_secs": config.watchdog.step_secs, "beside_secs": config.watchdog.beside_secs}
+    with Watchdog(workdir.hosts, **limits, process=jax.process_index(), processes=jax.process_count()) as watchdog:
+        return _run(config, workdir, console, watchdog)
+
+
+def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watchdog) -> int:
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False)
 
@@ -73,6 +85,7 @@ def run(config: ConfigDict, workdir: Workdir, console: Console) -> int:
     session = build_session(config, mesh_plan)
     checkpoints.remove_incomplete()
     check_space(workdir.checkpoints, _bytes_to_come(session, checkpoints))
+    watchdog.beside("restoring or creating the state", 0)
     state = checkpoints.restore(session.abstract).tree if resuming else session.create()
     start = int(state.step)
     if start >= config.train.steps:
@@ -83,10 +96,16 @@ def run(config: ConfigDict, workdir: Workdir, console: Console) -> int:
     begin = f"resuming at step {start}" if resuming else "starting"
     say(f"{begin}: {config.model.name}, {count(session.abstract.params):,} trainable parameters")
     say(f"{session.positions_a_step:,} tokens a step, {config.train.steps:,} steps; compiling ...")
+    watchdog.beside("compiling", start)
     compiled = session.compile()
+    watchdog.collectives = hang.collectives(compiled.executable.as_text()) if mesh_plan.mesh.size > 1 else []
     record = Record(workdir.environment, session, compiled, start)
+    watchdog.at_hang(lambda done: _end_at_hang(checkpoints, record, done))
     with Interrupts() as interrupts:
-        step, state, reason = _train(session, compiled, state, prepared, sampler, checkpoints, workdir, console, interrupts)
+        step, state, reason = _train(
+            session, compiled, state, prepared, sampler, checkpoints, workdir, console, interrupts, watchdog
+        )
+    watchdog.beside("writing the report", step)
     record.end(step, reason)
     say(f"report: {write_report(workdir.path)}")
     if interrupts.received is not None and step < config.train.steps:
@@ -144,6 +163,7 @@ def _train(
     workdir: Workdir,
     console: Console,
     interrupts: Interrupts,
+    watchdog: Watchdog,
 ) -> tuple[int, TrainState, str]:
     """(updates done, state, why it ended). Everything that needs closing is closed, whatever happens."""
     config, start, total = session.config, int(state.step), session.config.train.steps
@@ -165,6 +185,8 @@ def _train(
         def write(row: Mapping[str, Any]) -> None:
             tracker.write(row)
             progress.update(row)
+            if news := watchdog.news():
+                progress.message(news)
 
         monitor = Monitor(
             source=source,
@@ -174,13 +196,15 @@ def _train(
             max_nonfinite_steps=config.train.max_nonfinite_steps,
             positions_a_step=session.positions_a_step,
             parameter_names=[name for name, _ in tree.named_leaves(session.abstract.params)],
+            tell=watchdog.step,
         )
-        validation = hooks.Validation(_make_evaluation(session, prepared), write, progress.message)
+        validation = hooks.Validation(_make_evaluation(session, prepared, watchdog), write, progress.message)
 
         def save(step: int, state: TrainState) -> None:
+            watchdog.beside("saving a checkpoint", step)
             checkpoints.save(step, state, loss=validation.loss(step), meta={"rows": prepared.train.fingerprint})
 
-        beside = [Hook(validation.run, config.eval.every_steps)]
+        beside = [Hook(watchdog.around("validation", validation.run), config.eval.every_steps)]
         if sampler is not None:
             keep = hooks.samples(
                 partial(_sample, sampler),
@@ -188,15 +212,16 @@ def _train(
                 lambda step, said: tracker.text(step, "samples", said),
                 progress.message,
             )
-            beside.append(Hook(keep, config.sample.every_steps))
+            beside.append(Hook(watchdog.around("samples", keep), config.sample.every_steps))
         beside.append(Hook(save, config.checkpoint.every_steps))
         step, state = train(compiled, state, source, monitor, beside, start=start, total=total, stop=lambda: interrupts.received)
         if step < total:
             save(step, state)
+        watchdog.beside("finishing the checkpoint and the trackers", step)
     return step, state, "done" if interrupts.received is None or step == total else interrupts.received.name
 
 
-def _make_evaluation(session: Session, prepared: Prepared) -> Any:
+def _make_evaluation(session: Session, prepared: Prepared, watchdog: Watchdog) -> Any:
     """evaluate(state) -> the row of a validation, with what a guess that reads nothing would get."""
     config, shards = session.config, prepared.validation
     measure = perplexity.make_eval(session.model, config, session.region)
@@ -209,7 +234,7 @@ def _make_evaluation(session: Session, prepared: Prepared) -> Any:
         batches = loader.sweep(
             shards, session.plan.arrange(make_batch), session.eval_seqs, session.plan.batch_sharding(), config.eval.max_seqs
         )
-        row = measure(eval_params(state), batches, shards.bytes_per_token)
+        row = measure(eval_params(state), watchdog.each(batches), shards.bytes_per_token)
         return row | {"baseline_loss": guess.loss, "baseline_accuracy": guess.accuracy}
 
     return evaluate
@@ -217,6 +242,17 @@ def _make_evaluation(session: Session, prepared: Prepared) -> Any:
 
 def _sample(sampler: samples.Sampler, state: TrainState, step: int) -> list[str]:
     return sampler.generate(eval_params(state), step)
+
+
+def _end_at_hang(checkpoints: Checkpoints, record: Record, done: int) -> str:
+    """A line about where the same command would go on; called by the watchdog while the main thread hangs."""
+    saved, newest = checkpoints.settle(SETTLE_SECS), checkpoints.latest()
+    if jax.process_index() == 0:
+        record.end(done, "hang")
+    lost = "" if saved else " One more was being written, and is lost."
+    if newest is None:
+        return f"there is no checkpoint yet.{lost} The same command begins again."
+    return f"the newest checkpoint is that of step {newest}.{lost} The same command goes on from there."
 
 
 def _same_command() -> str:

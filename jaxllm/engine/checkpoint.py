@@ -5,6 +5,7 @@ with their digests joins them, and one rename commits both. State is stored in c
 be read under any mesh and either form of the layer stack.
 """
 
+import concurrent.futures
 import json
 import math
 import re
@@ -124,6 +125,11 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    def settle(self, secs: float) -> bool:
+        """Waits at most `secs` for a save in progress, from any thread and without raising; whether none is left."""
+        pending = self._pending
+        return pending is None or not concurrent.futures.wait([pending], timeout=secs).not_done
 
     def close(self) -> None:
         """Waits as `wait` does; nothing can be saved afterwards. A save that was not waited for may be lost."""

@@ -25,7 +25,7 @@ class Record:
         self._write()
 
     def end(self, step: int, reason: str) -> None:
-        """The session ended after update number `step`. `reason`: "done" or the signal's name."""
+        """The session ended after update number `step`. `reason`: "done", the signal's name, or "hang"."""
         ended = datetime.now(UTC)
         secs = round((ended - self._began).total_seconds(), 1)
         self._current |= {"ended": ended.isoformat(timespec="seconds"), "end_step": step, "secs": secs, "reason": reason}

@@ -30,7 +30,7 @@ CHANGEABLE = (
     "model.remat",
     "data.dir",
 )
-CHANGEABLE_SECTIONS = ("eval", "checkpoint", "sample", "parallel")
+CHANGEABLE_SECTIONS = ("eval", "checkpoint", "sample", "parallel", "watchdog")
 
 
 class Workdir:
@@ -49,6 +49,7 @@ class Workdir:
         self.checkpoints = self.path / "checkpoints"
         self.tokenizer = self.path / "tokenizer"
         self.data = self.path / "data"
+        self.hosts = self.path / "hosts"
         self.lock = self.path / "lock"
         self._held: IO[str] | None = None
 
