@@ -14,6 +14,7 @@ from typing import IO, Any
 from ml_collections import ConfigDict
 
 from jaxllm import config as schema
+from jaxllm.parallel import processes
 
 # Fields that a resumed run may change: they alter neither the model, the data nor the recipe. A number in the end: how long it
 # runs, what is written when, and how the same sums are computed.
@@ -90,19 +91,27 @@ class Workdir:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+        # On a network file system other hosts see it only then.
+        os.fsync(file.fileno())
         self._held = file
 
     def adopt_config(self, config: ConfigDict, *, resuming: bool) -> None:
-        """Writes config.json. If `resuming`, ValueError first if it changes what the checkpoints were trained with."""
+        """Writes config.json, on the first process. If `resuming`, ValueError if it changes what the checkpoints were trained with."""
         if resuming and self.config.is_file():
             check_continues(schema.load(self.config), config, self.config)
-        write_text(self.config, schema.to_json(config))
+        if processes.is_first():
+            write_text(self.config, schema.to_json(config))
 
 
 def open_workdir(path: str | Path) -> Workdir:
-    """The run directory, made if need be and locked until `close` or the end of the process. See `Workdir.acquire` for errors."""
+    """The run directory, made if need be and locked until `close` or the end of the process. See `Workdir.acquire` for errors.
+
+    Of several processes the first holds the lock; ValueError on one that does not share the directory with it.
+    """
     workdir = Workdir(path)
-    workdir.acquire()
+    if processes.is_first():
+        workdir.acquire()
+    processes.check_shared(workdir.lock, "--workdir")
     return workdir
 
 

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from jaxllm import registry
 from jaxllm.config import to_json
 from jaxllm.engine.trackers.tracker import Row, Tracker
+from jaxllm.parallel import processes
 
 ALWAYS = ("jsonl", "tensorboard")
 
@@ -17,7 +18,7 @@ ALWAYS = ("jsonl", "tensorboard")
 def open_all(
     config: ConfigDict, workdir: str | Path, resume_step: int, warn: Callable[[str], None] = logging.warning
 ) -> "Trackers":
-    """One tracker that writes to all. Only one process of a run may have it open.
+    """One tracker that writes to all. Of several processes the first one writes, the others' trackers do nothing.
 
     Services are opened first: if one is not installed or not logged in, the run stops before it has changed a file.
     `warn` receives a line when a service fails later; then training goes on without it.
@@ -26,7 +27,7 @@ def open_all(
     fields = json.loads(to_json(config))
     opened: list[tuple[str, Tracker]] = []
     try:
-        for name in dict.fromkeys([*config.train.trackers, *ALWAYS]):
+        for name in dict.fromkeys([*config.train.trackers, *ALWAYS] if processes.is_first() else []):
             opened.append((name, registry.resolve("tracker", name)(directory, fields, resume_step)))
     except BaseException:
         for _, tracker in opened:
