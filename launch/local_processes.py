@@ -4,9 +4,10 @@
   launch/local_processes.py N COMMAND [ARGUMENT ...]
 
 Each line of output is prefixed by the number of its process. When one fails, the others are stopped, and its exit code is that of
-this script. Ctrl-C and SIGTERM are passed on, so that training saves and ends. Needs nothing but Python.
+this script. Ctrl-C and SIGTERM are passed on, so that training saves and ends; a second one kills. Needs nothing but Python.
 """
 
+import math
 import os
 import signal
 import socket
@@ -27,16 +28,19 @@ def main(arguments: list[str]) -> int:
     count, command = int(arguments[0]), arguments[1:]
     place = {"JAXLLM_COORDINATOR": f"localhost:{free_port()}", "JAXLLM_PROCESSES": str(count)}
     children: list[subprocess.Popen[str]] = []
+    passed: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         del frame
-        send(children, signal.Signals(number))
+        send(children, signal.SIGKILL if passed else signal.Signals(number))
+        passed.append(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
     try:
         for index in range(count):
             children.append(begin(command, place | {"JAXLLM_PROCESS_ID": str(index)}))
+            print(f"[{index}] is process {children[-1].pid} of this machine", flush=True)
         readers = [threading.Thread(target=prefix, args=(child, index)) for index, child in enumerate(children)]
         for reader in readers:
             reader.start()
@@ -77,17 +81,19 @@ def prefix(child: "subprocess.Popen[str]", index: int) -> None:
 
 def wait(children: list["subprocess.Popen[str]"]) -> int:
     """The exit code of the first process that fails, or 0 when all have ended well."""
-    first = 0
-    failed_at: float | None = None
-    while any(child.poll() is None for child in children):
-        codes = [child.returncode for child in children if child.returncode]
-        if codes and failed_at is None:
-            first, failed_at = codes[0], time.monotonic()
-        if failed_at is not None and time.monotonic() - failed_at > PATIENCE_SECS:
-            send(children, signal.SIGKILL if time.monotonic() - failed_at > 2 * PATIENCE_SECS else signal.SIGTERM)
+    first, failed_at, asked = 0, math.inf, False
+    while True:
+        codes = [child.poll() for child in children]
+        if not first and any(codes):
+            first, failed_at = next(code for code in codes if code), time.monotonic()
+        if None not in codes:
+            return first if first >= 0 else 128 - first
+        if time.monotonic() - failed_at > 2 * PATIENCE_SECS:
+            send(children, signal.SIGKILL)
+        elif time.monotonic() - failed_at > PATIENCE_SECS and not asked:
+            send(children, signal.SIGTERM)
+            asked = True
         time.sleep(0.05)
-    first = first or next((child.returncode for child in children if child.returncode), 0)
-    return first if first >= 0 else 128 - first
 
 
 def send(children: list["subprocess.Popen[str]"], number: signal.Signals) -> None:

@@ -10,7 +10,7 @@ import math
 import socket
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from jaxllm.parallel.environments import COORDINATOR, PROCESS, Place
@@ -43,7 +43,8 @@ def _call(host: str, port: int, place: Place, timeout_secs: float) -> None:
     """Process 0: collects the others."""
     until = time.monotonic() + timeout_secs
     here: dict[int, socket.socket] = {}
-    with _listen(host, port, place) as listening:
+    with ExitStack() as open_sockets:
+        listening = open_sockets.enter_context(_listen(host, port, place))
         try:
             while len(here) < place.processes - 1:
                 listening.settimeout(max(until - time.monotonic(), 0.01))
@@ -51,6 +52,7 @@ def _call(host: str, port: int, place: Place, timeout_secs: float) -> None:
                     connection, address = listening.accept()
                 except TimeoutError:
                     raise _missing(place, set(here), timeout_secs) from None
+                open_sockets.enter_context(connection)
                 _register(connection, address[0], place, here)
         except ValueError as error:
             for connection in here.values():
@@ -58,11 +60,11 @@ def _call(host: str, port: int, place: Place, timeout_secs: float) -> None:
             raise
         for connection in here.values():
             _send(connection, {"go": True})
+        # The side that closes first keeps the port busy for a while: that is to be the other one.
         for connection in here.values():
-            # The side that closes first keeps the port busy for a while: that is to be the other one.
+            connection.settimeout(MESSAGE_SECS)
             with suppress(OSError):
                 connection.recv(1)
-            connection.close()
 
 
 def _register(connection: socket.socket, address: str, place: Place, here: dict[int, socket.socket]) -> None:
