@@ -146,7 +146,7 @@ def _tpu(environ: Environ) -> Metadata | Alone:
 def _job_set(environ: Environ) -> Place | Alone:
     name, job = environ.get("JOBSET_NAME"), environ.get("JOBSET_REPLICATED_JOB")
     if not name:
-        return Alone("Kubernetes", "this indexed job does not say JOBSET_NAME, as launch/kubernetes/jobset.yaml does")
+        return Alone("Kubernetes", "this indexed job does not say JOBSET_NAME, as launch/jobset.yaml does")
     processes = _number(environ, "JOBSET_PROCESSES")
     if processes == 1:
         return Alone("Kubernetes JobSet", "JOBSET_PROCESSES is 1")
