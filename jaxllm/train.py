@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> int:
     with distributed.started(partial(_say, console)), command.Explained():
         if not processes.is_first():
             console = Console(quiet=True, force_terminal=False)
-        with open_workdir(path) as workdir:
+        with _open(path) as workdir:
             return run(config, workdir, console)
 
 
@@ -102,6 +103,13 @@ def run(config: ConfigDict, workdir: Workdir, console: Console) -> int:
 
 def _say(console: Console, line: str) -> None:
     console.print(line, markup=False, highlight=False)
+
+
+def _open(path: Path) -> Workdir:
+    """The run directory, which the first process locks; ValueError on one that does not share it."""
+    workdir = open_workdir(path) if processes.is_first() else Workdir(path)
+    processes.check_shared(workdir.lock, "--workdir")
+    return workdir
 
 
 def _report(workdir: Workdir, say: Callable[[str], None]) -> None:
@@ -187,7 +195,7 @@ def _train(
     with ExitStack() as stack:
         stack.callback(checkpoints.close)
         progress = stack.enter_context(Progress(total, start, console))
-        tracker = trackers.open_all(config, workdir.path, start, progress.message)
+        tracker = trackers.open_all(config, workdir.path, start, progress.message) if processes.is_first() else trackers.Trackers()
         stack.callback(tracker.close)
         source = stack.enter_context(
             loader.make(

@@ -136,7 +136,7 @@ def test_scripts_are_sound(path: Path) -> None:
 def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """run(script, *arguments) -> the commands that it gave, as lists, to programs that only write down their arguments."""
     record = tmp_path / "told"
-    for name in ("srun", "gcloud"):
+    for name in ("srun", "gcloud", "git"):
         stub = tmp_path / "bin" / name
         stub.parent.mkdir(exist_ok=True)
         stub.write_text(
@@ -169,7 +169,8 @@ def test_a_tpu_pod_gets_the_files_and_the_command(told: Any) -> None:
     (create,) = told("tpu_pod.sh", "create")
     assert create[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "create", "jaxllm"]
     assert {"--accelerator-type", "--version", "--zone"} <= set(create)
-    copy, install = told("tpu_pod.sh", "copy")
+    pack, copy, install = told("tpu_pod.sh", "copy")
+    assert pack[:2] == ["git", "archive"] and pack[-2] == copy[5]
     assert copy[4] == "scp" and copy[5].endswith("jaxllm.tar.gz") and "--worker=all" in copy
     assert not Path(copy[5]).exists()
     assert "pip install --quiet --editable '.[tpu]'" in install[-1]

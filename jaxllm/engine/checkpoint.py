@@ -46,7 +46,9 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run. One process writes (see engine/workdir.py); any number may read at the same time.
+    """The checkpoints of one run. One run writes (see engine/workdir.py); any number may read at the same time.
+
+    Of a run with several processes all save and restore together, each its own part of the arrays; the first one renames and deletes.
 
     keep_last: how many of the newest are kept. keep_best: how many are kept besides, by the lowest validation loss.
     """

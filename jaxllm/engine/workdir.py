@@ -14,7 +14,6 @@ from typing import IO, Any
 from ml_collections import ConfigDict
 
 from jaxllm import config as schema
-from jaxllm.parallel import processes
 
 # Fields that a resumed run may change: they alter neither the model, the data nor the recipe. A number in the end: how long it
 # runs, what is written when, and how the same sums are computed.
@@ -96,22 +95,18 @@ class Workdir:
         self._held = file
 
     def adopt_config(self, config: ConfigDict, *, resuming: bool) -> None:
-        """Writes config.json, on the first process. If `resuming`, ValueError if it changes what the checkpoints were trained with."""
+        """Writes config.json, if this process holds the lock. If `resuming`, ValueError first if it changes what the checkpoints were
+        trained with."""
         if resuming and self.config.is_file():
             check_continues(schema.load(self.config), config, self.config)
-        if processes.is_first():
+        if self._held is not None:
             write_text(self.config, schema.to_json(config))
 
 
 def open_workdir(path: str | Path) -> Workdir:
-    """The run directory, made if need be and locked until `close` or the end of the process. See `Workdir.acquire` for errors.
-
-    Of several processes the first holds the lock; ValueError on one that does not share the directory with it.
-    """
+    """The run directory, made if need be and locked until `close` or the end of the process. See `Workdir.acquire` for errors."""
     workdir = Workdir(path)
-    if processes.is_first():
-        workdir.acquire()
-    processes.check_shared(workdir.lock, "--workdir")
+    workdir.acquire()
     return workdir
 
 

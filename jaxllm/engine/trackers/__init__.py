@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 from jaxllm import registry
 from jaxllm.config import to_json
 from jaxllm.engine.trackers.tracker import Row, Tracker
-from jaxllm.parallel import processes
 
 ALWAYS = ("jsonl", "tensorboard")
 
@@ -18,7 +17,7 @@ ALWAYS = ("jsonl", "tensorboard")
 def open_all(
     config: ConfigDict, workdir: str | Path, resume_step: int, warn: Callable[[str], None] = logging.warning
 ) -> "Trackers":
-    """One tracker that writes to all. Of several processes the first one writes, the others' trackers do nothing.
+    """One tracker that writes to all. Only one process of a run may have it open: `Trackers()` of the others does nothing.
 
     Services are opened first: if one is not installed or not logged in, the run stops before it has changed a file.
     `warn` receives a line when a service fails later; then training goes on without it.
@@ -27,7 +26,7 @@ def open_all(
     fields = json.loads(to_json(config))
     opened: list[tuple[str, Tracker]] = []
     try:
-        for name in dict.fromkeys([*config.train.trackers, *ALWAYS] if processes.is_first() else []):
+        for name in dict.fromkeys([*config.train.trackers, *ALWAYS]):
             opened.append((name, registry.resolve("tracker", name)(directory, fields, resume_step)))
     except BaseException:
         for _, tracker in opened:
@@ -39,7 +38,7 @@ def open_all(
 class Trackers:
     """Writes to several trackers; see `open_all`."""
 
-    def __init__(self, opened: Sequence[tuple[str, Tracker]], warn: Callable[[str], None]):
+    def __init__(self, opened: Sequence[tuple[str, Tracker]] = (), warn: Callable[[str], None] = logging.warning):
         self._opened, self._warn = dict(opened), warn
 
     def write(self, row: Row) -> None:
