@@ -2,16 +2,18 @@
 
   python -m jaxllm.train --config configs/NAME.py [--config.a.b=value ...] [--workdir DIR] [--dry_run]
 
-The same command again goes on from the last checkpoint.
+The same command again goes on from the last checkpoint. On several hosts the same command runs on each, and the environment says
+which is which (parallel/environments.py, launch/README.md): the first process writes all files, which must lie on a shared disk.
 """
 
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,7 +39,7 @@ from jaxllm.engine.step import Compiled
 from jaxllm.engine.watchdog import Watchdog
 from jaxllm.engine.workdir import Workdir, check_space, open_workdir, write_json
 from jaxllm.evals import baseline, perplexity
-from jaxllm.parallel import plan
+from jaxllm.parallel import distributed, plan, processes
 from jaxllm.report.training import write_report
 from jaxllm.transforms import tree
 
@@ -53,8 +55,11 @@ def main(arguments: list[str]) -> int:
         dry_run.show(config, place(config, path), console)
         return 0
     compilation.use_cache()
-    with open_workdir(path) as workdir:
-        return run(config, workdir, console)
+    with distributed.started(partial(_say, console)), command.Explained():
+        if not processes.is_first():
+            console = Console(quiet=True, force_terminal=False)
+        with _open(path) as workdir:
+            return run(config, workdir, console)
 
 
 def run(config: ConfigDict, workdir: Workdir, console: Console) -> int:
@@ -68,29 +73,29 @@ def run(config: ConfigDict, workdir: Workdir, console: Console) -> int:
 
 
 def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watchdog) -> int:
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False)
-
+    say = partial(_say, console)
     checkpoints = Checkpoints(workdir.checkpoints, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best)
-    resuming, rows = checkpoints.latest() is not None, _rows(checkpoints, workdir)
+    newest = _newest(checkpoints)
+    resuming, rows = newest is not None, _rows(checkpoints, newest, workdir)
     workdir.adopt_config(config, resuming=resuming)
     mesh_plan = plan.make(config)
+    processes.check_reach(mesh_plan.mesh.devices)
     check(config, mesh_plan)  # before hours may go into the preparation of data
-    prepared = prepare(config, place(config, workdir.path), rows=rows, log=say)
+    prepared = _prepare(config, workdir, rows, say)
     config = with_classes(with_vocabulary(config, prepared.tokenizer.vocab_size), len(prepared.labels))
     workdir.adopt_config(config, resuming=resuming)
-    shutil.copytree(prepared.directory / "tokenizer", workdir.tokenizer, dirs_exist_ok=True)
-    write_json(workdir.provenance, prepared.record)
-
     session = build_session(config, mesh_plan)
-    checkpoints.remove_incomplete()
-    check_space(workdir.checkpoints, _bytes_to_come(session, checkpoints))
+    if processes.is_first():
+        shutil.copytree(prepared.directory / "tokenizer", workdir.tokenizer, dirs_exist_ok=True)
+        write_json(workdir.provenance, prepared.record)
+        checkpoints.remove_incomplete()
+        check_space(workdir.checkpoints, _bytes_to_come(session, checkpoints))
     watchdog.beside("restoring or creating the state", 0)
-    state = checkpoints.restore(session.abstract).tree if resuming else session.create()
+    state = checkpoints.restore(session.abstract, newest).tree if resuming else session.create()
     start = int(state.step)
     if start >= config.train.steps:
         say(f"this run is at step {start} of {config.train.steps} already. Raise train.steps to go on. Writing its report again.")
-        say(f"report: {write_report(workdir.path)}")
+        _report(workdir, say)
         return 0
     sampler = samples.make(config, prepared.tokenizer, say)
     begin = f"resuming at step {start}" if resuming else "starting"
@@ -107,12 +112,53 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
         )
     watchdog.beside("writing the report", step)
     record.end(step, reason)
-    say(f"report: {write_report(workdir.path)}")
-    if interrupts.received is not None and step < config.train.steps:
+    _report(workdir, say)
+    if interrupts.decided is not None and step < config.train.steps:
         say(f"{reason} at step {step}: everything is saved. To go on, run the same command again:\n  {_same_command()}")
-        return 128 + interrupts.received
+        return 128 + interrupts.decided
     say(f"done. Try: {_next_command(config, workdir)}")
     return 0
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False)
+
+
+def _open(path: Path) -> Workdir:
+    """The run directory, which the first process locks; ValueError on one that does not share it."""
+    workdir = open_workdir(path) if processes.is_first() else Workdir(path)
+    processes.check_shared(workdir.lock, "--workdir")
+    return workdir
+
+
+def _report(workdir: Workdir, say: Callable[[str], None]) -> None:
+    """Writes the report, on the first process; the others need not wait for it."""
+    if processes.is_first():
+        say(f"report: {write_report(workdir.path)}")
+
+
+def _newest(checkpoints: Checkpoints) -> int | None:
+    """The newest step, as the first process sees it: another host may see a directory as it was some seconds ago."""
+    latest = checkpoints.latest()
+    step = processes.from_first(-1 if latest is None else latest)
+    return None if step < 0 else step
+
+
+def _prepare(config: ConfigDict, workdir: Workdir, rows: str | None, say: Callable[[str], None]) -> Prepared:
+    """The data, made by the first process while the others wait; they then find it, or make their own where data.dir is not shared.
+
+    ValueError on a process whose data is not that of the first one.
+    """
+    make = partial(prepare, config, place(config, workdir.path), rows=rows, log=say)
+    made = make() if processes.is_first() else None
+    processes.wait("data prepared")
+    prepared = made or make()
+    processes.check_same(
+        prepared.train.fingerprint + prepared.validation.fingerprint + prepared.record["tokenizer"]["fingerprint"],
+        f"the prepared data in '{prepared.directory}'",
+        "Use a data.dir that all hosts share, or the same source and the same versions on each.",
+    )
+    return prepared
 
 
 def _next_command(config: ConfigDict, workdir: Workdir) -> str:
@@ -134,12 +180,11 @@ def _bytes_to_come(session: Session, checkpoints: Checkpoints) -> int:
     return max(missing, 1) * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(session.abstract))
 
 
-def _rows(checkpoints: Checkpoints, workdir: Workdir) -> str | None:
+def _rows(checkpoints: Checkpoints, newest: int | None, workdir: Workdir) -> str | None:
     """Fingerprint of the rows behind the newest checkpoint. None without one, and with a damaged one, of which restoring it will tell.
 
     ValueError for a checkpoint of weights alone.
     """
-    newest = checkpoints.latest()
     try:
         rows = None if newest is None else checkpoints.record(newest).meta.get("rows")
     except DamagedError:
@@ -170,7 +215,7 @@ def _train(
     with ExitStack() as stack:
         stack.callback(checkpoints.close)
         progress = stack.enter_context(Progress(total, start, console))
-        tracker = trackers.open_all(config, workdir.path, start, progress.message)
+        tracker = trackers.open_all(config, workdir.path, start, progress.message) if processes.is_first() else trackers.Trackers()
         stack.callback(tracker.close)
         source = stack.enter_context(
             loader.make(
@@ -214,11 +259,11 @@ def _train(
             )
             beside.append(Hook(watchdog.around("samples", keep), config.sample.every_steps))
         beside.append(Hook(save, config.checkpoint.every_steps))
-        step, state = train(compiled, state, source, monitor, beside, start=start, total=total, stop=lambda: interrupts.received)
+        step, state = train(compiled, state, source, monitor, beside, start=start, total=total, stop=interrupts.agreed)
         if step < total:
             save(step, state)
         watchdog.beside("finishing the checkpoint and the trackers", step)
-    return step, state, "done" if interrupts.received is None or step == total else interrupts.received.name
+    return step, state, "done" if interrupts.decided is None or step == total else interrupts.decided.name
 
 
 def _make_evaluation(session: Session, prepared: Prepared, watchdog: Watchdog) -> Any:

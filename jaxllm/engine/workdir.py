@@ -91,13 +91,17 @@ class Workdir:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+        # On a network file system other hosts see it only then.
+        os.fsync(file.fileno())
         self._held = file
 
     def adopt_config(self, config: ConfigDict, *, resuming: bool) -> None:
-        """Writes config.json. If `resuming`, ValueError first if it changes what the checkpoints were trained with."""
+        """Writes config.json, if this process holds the lock. If `resuming`, ValueError first if it changes what the checkpoints were
+        trained with."""
         if resuming and self.config.is_file():
             check_continues(schema.load(self.config), config, self.config)
-        write_text(self.config, schema.to_json(config))
+        if self._held is not None:
+            write_text(self.config, schema.to_json(config))
 
 
 def open_workdir(path: str | Path) -> Workdir:
