@@ -28,7 +28,7 @@ from jaxllm.config import base
 def get_config():
     config = base()
     config.model.layers, config.model.width, config.model.heads, config.model.context_tokens = 2, 16, 2, 32
-    config.model.dropout_frac, config.model.vocab_size = 0.1, 264
+    config.model.vocab_size = 264
     config.tokenizer.kind = "byte"
     config.data.source = {{source!r}}
     config.data.split_by = "characters"
