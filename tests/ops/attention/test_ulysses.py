@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import shared_rows as rows
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.ops.attention import Mask, blocked, flash, plain, ulysses
+from jaxllm.ops.attention.share import QUERIES, TOKENS
 
 pytestmark = pytest.mark.usefixtures("compiled_anew")
 
@@ -113,13 +114,26 @@ def test_each_device_drops_others():
 
 
 def test_what_is_sent_is_heads_and_the_segments_of_whole_rows():
-    shapes = [jax.ShapeDtypeStruct((1, 64, heads, 16), jnp.float32) for heads in (8, 2, 2, 8)]
-    mask = Mask(causal=True, segments_BT=jnp.ones((1, 64), jnp.int32))
-    # A shard_map that is differentiated sums over its axes of size 1, too.
-    attend = partial(ulysses.attend, share=rows.share_on(rows.make_mesh(seq=4), ("seq",)))
-    program = rows.differentiate.lower(attend, mask, *shapes, None).compile()
-    # q, k, v and the result; and the gradient of each.
-    assert Counter(rows.collectives(program)) == {("all-to-all", "f32"): 4 + 4, ("all-gather", "s32"): 1}
+    mesh, name, cut = rows.make_mesh(data=2, seq=2, tensor=2), "all_with_one_bias", ("data", "fsdp", "seq", "tensor")
+
+    def place(array, axes):
+        return jax.device_put(array, NamedSharding(mesh, rows.spec(axes, cut)))
+
+    *arrays, bias = rows.draw(name)
+    arrays = [*[place(x, QUERIES) for x in arrays], place(bias, (None, "heads", "length", None))]
+    mask = jax.tree.map(lambda x: place(x, TOKENS), rows.CASES[name].mask)
+    shardings = [x.sharding for x in arrays]
+    run = jax.jit(
+        partial(rows.differentiate, attend_on(name, mesh, cut, blocked.attend)),
+        out_shardings=(shardings[0], (*shardings[:3], shardings[4])),
+    )
+    # q, k, v, the bias, the result, and the gradient of each; segments and prefix. Rows that share a bias sum its gradient.
+    assert Counter(rows.collectives(run.lower(mask, *arrays).compile())) == {
+        ("all-to-all", "f32"): 5 + 5,
+        ("all-gather", "s32"): 1,
+        ("all-gather", "pred"): 1,
+        ("all-reduce", "f32"): 1,
+    }
 
 
 def test_heads_that_cannot_be_shared_out_are_refused():
