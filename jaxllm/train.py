@@ -80,6 +80,7 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
     workdir.adopt_config(config, resuming=resuming)
     mesh_plan = plan.make(config)
     processes.check_reach(mesh_plan.mesh.devices)
+    compilation.distrust_cache(mesh_plan.mesh.devices.flat[0].platform, mesh_plan.mesh.size)
     check(config, mesh_plan)  # before hours may go into the preparation of data
     prepared = _prepare(config, workdir, rows, say)
     config = with_classes(with_vocabulary(config, prepared.tokenizer.vocab_size), len(prepared.labels))
