@@ -15,12 +15,12 @@ It holds for what acts on each number by itself: AdamW, Lion and SGD. Muon and A
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 
-from jaxllm.parallel import collectives
+from jaxllm.parallel import collectives, layout
 from jaxllm.parallel.collectives import Collective
 from jaxllm.parallel.plan import Plan
 from jaxllm.transforms import tree
@@ -151,7 +151,7 @@ def _arrays(plan: Plan, model: Model, params: Params, frozen: Params) -> Iterabl
 
     def one(path: Any, axes: Axes, leaf: Any) -> _Array:
         name = tree.path_name(path)
-        by_table = [_cut(plan.sharding(axes, leaf.shape, name, table).spec, mesh) for table in plan.tables]
+        by_table = [layout.cut_by(plan.sharding(axes, leaf.shape, name, table).spec) for table in plan.tables]
         held = math.prod(mesh[axis] for axis in by_table[0] if axis != "fsdp")
         count = leaf.shape[0] if axes[0] == "layers" else 1
         return _Array(name, axes, leaf.size // held, count, name.startswith(stacks), id(leaf) in trained, *by_table)
@@ -161,8 +161,3 @@ def _arrays(plan: Plan, model: Model, params: Params, frozen: Params) -> Iterabl
         is_leaf=lambda node: isinstance(node, _Array),
     )
     return found
-
-
-def _cut(spec: Any, mesh: Mapping[str, int]) -> tuple[str, ...]:
-    entries = (entry if isinstance(entry, tuple) else (entry,) for entry in spec if entry is not None)
-    return tuple(axis for entry in entries for axis in entry if mesh[axis] > 1)
