@@ -198,10 +198,8 @@ SCHEMA: dict[str, Field] = {
     "parallel.tensor": Field(1, SIZE, "devices that share each matrix product"),
     "parallel.zero_stage": Field(3, one_of((1, 2, 3)), "what fsdp shares: 1 optimizer state, 2 also gradients, 3 also parameters"),
     "parallel.sequence": Field(False, YES_NO, "the devices of tensor share rows between blocks (sequence parallelism)"),
-    "parallel.context": Field("ring", one_of(("ring", "ulysses")), "how attention crosses the parts of a row"),
-    "parallel.schedule": Field(
-        "1f1b", one_of(("gpipe", "1f1b", "interleaved", "zb_h1")), "order of forward and backward passes in the pipeline"
-    ),
+    "parallel.context": Field("ring", one_of(registry.names("context")), "how attention crosses the parts of a row"),
+    "parallel.schedule": Field("1f1b", one_of(registry.names("pipeline")), "order of forward and backward passes in the pipeline"),
     "parallel.chunks": Field(0, at_least(0), "runs of layers a stage has; 0: 2 if interleaved, one a stack otherwise"),
 }
 

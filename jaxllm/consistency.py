@@ -23,10 +23,9 @@ def check(config: ConfigDict) -> None:
     _check_sizes(config)
     _check_objective(config)
     _check_data(config)
-    if [config.parallel.data, config.parallel.fsdp, config.parallel.tensor].count(-1) > 1:
-        raise ValueError(
-            "more than one of parallel.data, parallel.fsdp, parallel.tensor is -1.\n  Accepted: one. Give the others a size."
-        )
+    open_sizes = [f"parallel.{axis}" for axis in ("pipe", "data", "fsdp", "seq", "tensor") if config.parallel[axis] == -1]
+    if len(open_sizes) > 1:
+        raise ValueError(f"{' and '.join(open_sizes)} are -1.\n  Accepted: one of them.\n  Give the others a size.")
 
 
 def _check_sizes(config: ConfigDict) -> None:
@@ -91,9 +90,13 @@ def _check_data(config: ConfigDict) -> None:
 
 
 def _divides(name: str, value: int, whole_name: str, whole: int, also: str) -> str:
-    accepted = [part for part in range(1, whole + 1) if whole % part == 0]
     return (
-        f"{name} = {value} does not divide {whole_name} = {whole}.\n  Accepted: {', '.join(map(str, accepted))}.\n"
+        f"{name} = {value} does not divide {whole_name} = {whole}.\n  Accepted: {divisors(whole)}.\n"
         f"  Set {name} to one of these {also}".rstrip()
         + "."
     )
+
+
+def divisors(whole: int) -> str:
+    """The numbers that divide it, listed."""
+    return ", ".join(str(part) for part in range(1, whole + 1) if whole % part == 0)

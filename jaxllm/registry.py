@@ -42,6 +42,11 @@ TABLE: dict[str, dict[str, str]] = {
         "plain": "jaxllm.ops.attention.plain:BACKEND",
         "splash": "jaxllm.ops.attention.splash:BACKEND",
     },
+    # How attention crosses the parts of rows that several devices share.
+    "context": {
+        "ring": "jaxllm.ops.attention.across:ring_round",
+        "ulysses": "jaxllm.ops.attention.across:exchange",
+    },
     "optimizer": {
         "adamw": "jaxllm.optim.build:adamw",
         "lion": "jaxllm.optim.build:lion",

@@ -155,7 +155,7 @@ def _train(
         source = stack.enter_context(
             loader.make(
                 prepared.train,
-                prepared.make_batch(config),
+                session.plan.arrange(prepared.make_batch(config)),
                 batch_seqs=config.train.batch_seqs,
                 seed=config.seed,
                 sharding=session.plan.batch_sharding(),
@@ -199,14 +199,16 @@ def _train(
 def _make_evaluation(session: Session, prepared: Prepared) -> Any:
     """evaluate(state) -> the row of a validation, with what a guess that reads nothing would get."""
     config, shards = session.config, prepared.validation
-    measure = perplexity.make_eval(session.model, config)
-    make_batch, batch_seqs = prepared.make_batch(config), config.train.batch_seqs // config.train.microbatches
+    measure = perplexity.make_eval(session.model, config, session.region)
+    make_batch = prepared.make_batch(config)
 
     outcomes = config.model.vocab_size if config.model.head == "lm" else config.model.classes
     guess = baseline.measure(prepared.train, shards, make_batch, outcomes, config.eval.max_seqs)
 
     def evaluate(state: TrainState) -> Mapping[str, Any]:
-        batches = loader.sweep(shards, make_batch, batch_seqs, session.plan.batch_sharding(), config.eval.max_seqs)
+        batches = loader.sweep(
+            shards, session.plan.arrange(make_batch), session.eval_seqs, session.plan.batch_sharding(), config.eval.max_seqs
+        )
         row = measure(eval_params(state), batches, shards.bytes_per_token)
         return row | {"baseline_loss": guess.loss, "baseline_accuracy": guess.accuracy}
 

@@ -7,7 +7,7 @@ Letters used in array names all over the package:
 B batch, T query length, S key length, D width, H heads, G key/value heads, K head width, F mlp width, V vocabulary, L layers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -62,7 +62,7 @@ class Objective(Protocol):
 class Context(NamedTuple):
     """How the rows of attention are cut, where they are: by `method` ("ring" or "ulysses") over the mesh axis `axis` in so many parts.
 
-    zigzag: they lie in the order of parallel/order.py.
+    zigzag: they lie in the order of data/places.py.
     """
 
     method: str
@@ -96,14 +96,16 @@ class Constrain(Protocol):
         ...
 
     def refuse(self) -> str | None:
-        """Why `per_device` cannot be used here, or None."""
+        """Why a kernel that needs whole rows cannot be shared out here, or None."""
         ...
 
-    def per_device(self, function: Callable[..., jax.Array], /, *parts: tuple[Any, PartAxes]) -> jax.Array:
-        """function(a, b, ...), an array that lies as a does, from `parts` (a, axes of a), (b, axes of b), ...
+    def share(
+        self, function: Callable[..., tuple], parts: Sequence[tuple[Any, PartAxes]], out_axes: Sequence[PartAxes], /
+    ) -> tuple:
+        """function(a, b, ...), a tuple of arrays with these axes, from `parts` (a, axes of a), (b, axes of b), ...
 
-        Each device calls it on what it holds of them: for a kernel that the compiler cannot share out. A part may be a tree, or
-        None; the axes are those of each array in it.
+        Each device calls it on what it holds of them: for what the compiler cannot share out. A part may be a tree, or None; the axes are
+        those of each array in it. A result may be None.
         """
         ...
 
@@ -136,7 +138,10 @@ class Unconstrained:
     def refuse(self) -> str | None:
         return self.reason
 
-    def per_device(self, function: Callable[..., jax.Array], /, *parts: tuple[Any, PartAxes]) -> jax.Array:
+    def share(
+        self, function: Callable[..., tuple], parts: Sequence[tuple[Any, PartAxes]], out_axes: Sequence[PartAxes], /
+    ) -> tuple:
+        del out_axes
         return function(*(arrays for arrays, _ in parts))
 
 

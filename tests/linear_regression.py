@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import tiny_training as tiny
 
+from jaxllm.engine import gradients
 from jaxllm.engine import state as states
 from jaxllm.engine import step as steps
 from jaxllm.optim import build
 from jaxllm.parallel import plan as plans
+from jaxllm.parallel.region import Region
 from jaxllm.transforms import tree
 from jaxllm.types import Mean, Model
 
@@ -43,9 +45,10 @@ def make(dtype=jnp.float32, objective=squared_error, **overrides):
     def init(rng):
         return {name: jax.random.normal(jax.random.fold_in(rng, len(name)), shape) for name, shape in shapes.items()}
 
-    model = Model("regression", None, axes, init, *[None] * 6)
+    model = Model("regression", None, axes, init, *[None] * 7)
     optimizer = build.make(config, axes)
-    step = steps.make(objective, optimizer, lambda n: jnp.float32(LR), config)
+    region = Region(plan, axes, ())
+    step = steps.make(gradients.make(objective, model, config, region), optimizer, lambda n: jnp.float32(LR), config, region)
     abstract = states.abstract(model, optimizer, config, plan)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=plan.batch_sharding()), batch())
     executable = steps.compile(step, abstract, like)

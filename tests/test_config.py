@@ -27,7 +27,7 @@ def test_base_passes_and_survives_json() -> None:
         ("data.cleaners", ("unicod",), "Accepted: a tuple of: control, min_chars, unicode, whitespace"),
         ("tokenizer.kind", "file", "tokenizer.path"),
         ("data.validation_frac", 0.0, "nothing to evaluate on"),
-        ("parallel.fsdp", -1, "more than one of parallel"),
+        ("parallel.fsdp", -1, "parallel.data and parallel.fsdp are -1"),
         ("parallel.fsdp", 0, "Accepted: -1"),
         ("optimizer.groups", (("embed", 1.0),), "pattern, learning-rate factor, weight-decay factor"),
         ("optimizer.learning_rate", float("nan"), "more than 0"),

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxllm import registry
 from jaxllm.engine.state import TrainState
 from jaxllm.parallel import pipeline
 from jaxllm.parallel.region import Region
@@ -61,12 +60,7 @@ def make(objective: Objective, model: Model, config: Any, region: Region) -> Gra
 
 def _pipelined(objective: Objective, model: Model, config: Any, region: Region) -> Gradients:
     """The same, the micro-batches passing through the stages of a pipeline."""
-    parallel, stacks = config.parallel, len(model.stacks)
-    number = parallel.chunks or (2 if parallel.schedule == "interleaved" and stacks == 1 else 1)
-    chunks = pipeline.Chunks.of(region, number)
-    make_schedule = registry.resolve("pipeline", parallel.schedule)
-    schedule = make_schedule(region.plan.mesh.shape["pipe"], config.train.microbatches, number * stacks)
-    interpreter = pipeline.Interpreter(model, objective, chunks.region, schedule)
+    interpreter, chunks = pipeline.make(model, objective, config, region)
 
     def own(params: Params, frozen: Params, batch: Batch, rng: jax.Array | None) -> Sums:
         gradients, mean, metrics = interpreter.run(params, frozen, batch, region.fold(rng))

@@ -28,6 +28,7 @@ class Session:
 
     config: ConfigDict
     plan: Plan
+    region: Region
     model: Model
     optimizer: optax.GradientTransformation
     update: step.Step
@@ -40,6 +41,12 @@ class Session:
     def compile(self) -> step.Compiled:
         """The train step, compiled once and ahead of time."""
         return step.compile(self.update, self.abstract, step.abstract_batch(self.config, self.plan))
+
+    @property
+    def eval_seqs(self) -> int:
+        """Rows of a batch of an evaluation: those of a micro-batch, or of all that pass through a pipeline together."""
+        train = self.config.train
+        return train.batch_seqs if self.plan.mesh.shape["pipe"] > 1 else train.batch_seqs // train.microbatches
 
     @property
     def row_tokens(self) -> int:
@@ -59,7 +66,7 @@ def build_session(config: ConfigDict, plan: Plan) -> Session:
     region = Region(plan, model.axes, tuple(each.path for each in model.stacks))
     found = gradients.make(objective, model, config, region)
     update = step.make(found, optimizer, schedules.make(config), config, region)
-    return Session(config, plan, model, optimizer, update, state.abstract(model, optimizer, config, plan))
+    return Session(config, plan, region, model, optimizer, update, state.abstract(model, optimizer, config, plan))
 
 
 def check(config: ConfigDict, plan: Plan) -> None:

@@ -18,24 +18,27 @@ from ml_collections import ConfigDict
 
 from jaxllm.data import tokenize
 from jaxllm.objectives import tokens
-from jaxllm.types import Batch, Mean, Metrics, Model, Params, Tokenizer
+from jaxllm.parallel import measure as on_mesh
+from jaxllm.parallel.region import Region
+from jaxllm.types import Batch, Metrics, Model, Params, Tokenizer
 
 Evaluate = Callable[[Params, Iterable[Batch], float], dict[str, Any]]
 
 
-def make_eval(model: Model, config: ConfigDict) -> Evaluate:
+def make_eval(model: Model, config: ConfigDict, region: Region | None = None) -> Evaluate:
     """evaluate(params, batches, bytes_per_token) -> {"loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "bytes"}.
 
     `bytes_per_token`: UTF-8 bytes that a weighted target of these batches stands for (`Shards.bytes_per_token`). "tokens" are
     the weighted targets, "bytes" the text that they spell; it and "bits_per_byte" are None unless the objective is causal_lm. Sums
-    first, divides once: the size of a batch does not matter. Dropout is off. Compiled once a batch shape; batches may lie on one
-    device or on a mesh.
+    first, divides once: the size of a batch does not matter. Dropout is off. Compiled once a batch shape. Parameters and batches lie
+    on one device, or on the mesh of the region.
     """
-    objective: Callable[..., tuple[Mean, Metrics]] = tokens.make(model, config)
+    objective = tokens.make(model, config)
 
-    @jax.jit
-    def measure(params: Params, batch: Batch) -> Metrics:
+    def alone(params: Params, batch: Batch) -> Metrics:
         return objective(params, batch, None)[1]
+
+    measure = jax.jit(alone if region is None else on_mesh.make(objective, model, config, region))
 
     def evaluate(params: Params, batches: Iterable[Batch], bytes_per_token: float) -> dict[str, Any]:
         nll = correct = weight = 0.0

@@ -232,6 +232,13 @@ class Attention(nn.Module):
             raise ValueError("cross-attention without the encoder's output.\n  Accepted: it, or a cache.\n  Pass `inputs`.")
         return self._attend(self._queries(x_BTD), *cache.read(slot, "cross_"), memory.mask)
 
+    def _spread(self, x_BSGK: jax.Array) -> jax.Array:
+        """Keys or values as they are shared out: heads that are too few are repeated just enough."""
+        heads, parts = x_BSGK.shape[2], self.constrain.parts("kv_heads_act")
+        repeats = math.lcm(heads, parts) // heads
+        x_BSGK = x_BSGK if repeats == 1 else jnp.repeat(x_BSGK, repeats, axis=2)
+        return self.constrain(x_BSGK, ("batch", "length", "kv_heads_act", "head_dim"))
+
     def _queries(self, x_BTD: jax.Array) -> jax.Array:
         return self.constrain(self.q(x_BTD), ("batch", "length", "heads", "head_dim"))
 
@@ -251,8 +258,8 @@ class Attention(nn.Module):
         drop = arch.dropout_frac > 0 and self.has_rng("dropout")
         return attention.attend(
             q_BTHK,
-            k_BSGK,
-            v_BSGK,
+            self._spread(k_BSGK),
+            self._spread(v_BSGK),
             mask,
             implementation=arch.attention,
             bias_XHTS=bias_XHTS,

@@ -5,7 +5,7 @@ compiler shares out what is left, the axis `tensor`. Elsewhere, as in a sample, 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jaxllm.parallel import gather, order, rules
+from jaxllm.data import places
+from jaxllm.parallel import gather, rules
 from jaxllm.types import Context, PartAxes
 
 
@@ -54,7 +55,7 @@ class OnMesh:
         if "seq" not in by_hand() or self.mesh.shape["seq"] == 1:
             return jnp.arange(tokens)
         parts = self.mesh.shape["seq"]
-        whole = jnp.asarray(order.places(tokens * parts, parts) if self.zigzag else jnp.arange(tokens * parts))
+        whole = jnp.asarray(places.zigzag(tokens * parts, parts) if self.zigzag else places.plain(tokens * parts))
         return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index("seq") * tokens, tokens)
 
     @property
@@ -66,16 +67,17 @@ class OnMesh:
         parts = self.parts("length")
         return f"it needs whole rows, and the mesh cuts them into {parts} parts" if parts > 1 else None
 
-    def per_device(self, function: Callable[..., jax.Array], /, *parts: tuple[Any, PartAxes]) -> jax.Array:
+    def share(
+        self, function: Callable[..., tuple], parts: Sequence[tuple[Any, PartAxes]], out_axes: Sequence[PartAxes], /
+    ) -> tuple:
         arguments = tuple(arrays for arrays, _ in parts)
         if self._left() == 1:
             return function(*arguments)
         in_specs = tuple(jax.tree.map(lambda array, axes=axes: self._spec(array.shape, axes), arrays) for arrays, axes in parts)
+        out_specs = tuple(map(self._spec_of_any_shape, out_axes))
         names = set(self.mesh.axis_names) - by_hand()
         # Kernels do not say over which axes their results vary, so that cannot be checked.
-        each = jax.shard_map(
-            function, mesh=self._mesh(), in_specs=in_specs, out_specs=in_specs[0], axis_names=names, check_vma=False
-        )
+        each = jax.shard_map(function, mesh=self._mesh(), in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
         return each(*arguments)
 
     def _mesh(self) -> Mesh | AbstractMesh:
@@ -86,7 +88,12 @@ class OnMesh:
         return math.prod(size for axis, size in self.mesh.shape.items() if axis not in by_hand())
 
     def _spec(self, shape: tuple[int, ...], axes: PartAxes) -> PartitionSpec:
-        here: Mapping[str, tuple[str, ...]] = {
-            axis: tuple(name for name in shared_by if name not in by_hand()) for axis, shared_by in self.tables.parameters.items()
-        }
-        return rules.spec(here, self.mesh.shape, axes, shape, f"an activation {axes}")
+        return rules.spec(self._here(), self.mesh.shape, axes, shape, f"an activation {axes}")
+
+    def _spec_of_any_shape(self, axes: PartAxes) -> PartitionSpec:
+        return PartitionSpec(*(rules.entry(() if axis is None else self._here()[axis]) for axis in axes))
+
+    def _here(self) -> rules.Rules:
+        """The table without what is cut by hand already."""
+        hand = by_hand()
+        return {axis: tuple(name for name in shared if name not in hand) for axis, shared in self.tables.parameters.items()}

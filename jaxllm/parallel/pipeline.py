@@ -20,11 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm import registry
 from jaxllm.models import assembly, stack
-from jaxllm.parallel import gather
+from jaxllm.parallel import fits, gather
 from jaxllm.parallel.region import Region
 from jaxllm.parallel.rules import Tables
 from jaxllm.parallel.stage import Carry, Rest, Row, Stage, put
+from jaxllm.pipeline import schedule
 from jaxllm.pipeline.buffers import allocate
 from jaxllm.pipeline.schedule import Backward, Op, Schedule
 from jaxllm.transforms import tree
@@ -34,18 +36,18 @@ from jaxllm.types import Batch, Mean, Metrics, Model, Objective, Params
 class Interpreter:
     """Runs one schedule for one model and objective. `region`: that of the parameters as `Chunks` cuts them."""
 
-    def __init__(self, model: Model, objective: Objective, region: Region, schedule: Schedule):
-        self._model, self._objective, self._region, self._schedule = model, objective, region, schedule
-        self._slots, self._trains = allocate(schedule), schedule.backward is not Backward.NONE
+    def __init__(self, model: Model, objective: Objective, region: Region, table: Schedule):
+        self._model, self._objective, self._region, self._schedule = model, objective, region, table
+        self._slots, self._trains = allocate(table), table.backward is not Backward.NONE
         # A stack's share of a device's chunks.
-        self._chunks = schedule.chunks // len(model.stacks)
+        self._chunks = table.chunks // len(model.stacks)
         plan, arch = region.plan, model.config
         # Of one chunk, [layers, ...], and of what is outside the layers once the stages have shared it with each other.
         self._axes = [_one_chunk(tree.get(region.axes, each.path)) for each in model.stacks]
         self._outside = Region(replace(plan, tables=Tables(*map(_whole_over_pipe, plan.tables))), region.rest(region.axes), ())
         self._runners = []
         for each, axes in zip(model.stacks, self._axes, strict=True):
-            count = each.layers // (schedule.stages * self._chunks)
+            count = each.layers // (table.stages * self._chunks)
             self._runners.append(stack.make("scan", count, arch.remat, assembly.gatherer(arch, plan.constrain, axes)))
 
     def run(self, params: Params, frozen: Params, batch: Batch, rng: jax.Array | None) -> tuple[Params | None, Mean, Metrics]:
@@ -115,10 +117,10 @@ class Interpreter:
 
     def _table(self) -> np.ndarray:
         """int32 [fields of Row, ticks, S]."""
-        schedule, slots = self._schedule, self._slots
+        table, slots = self._schedule, self._slots
         operations = 3 if self._trains else 1
-        branch = np.where(schedule.op == Op.IDLE, 0, operations * (schedule.chunk // self._chunks) + schedule.op)
-        columns = [branch, schedule.microbatch, schedule.chunk % self._chunks]
+        branch = np.where(table.op == Op.IDLE, 0, operations * (table.chunk // self._chunks) + table.op)
+        columns = [branch, table.microbatch, table.chunk % self._chunks]
         return np.stack([*columns, slots.arrive_x, slots.arrive_dy, slots.x_slot, slots.dy_slot, slots.w_slot]).astype(np.int32)
 
     def _start(self, stages: list[Stage], params: Params) -> Carry:
@@ -163,6 +165,16 @@ class Interpreter:
         return found
 
 
+def make(
+    model: Model, objective: Objective, config: Any, region: Region, forward_only: bool = False
+) -> tuple[Interpreter, "Chunks"]:
+    """The interpreter of the config's schedule (or of its forwards alone), and what cuts parameters for it."""
+    chunks = Chunks.of(region, fits.chunks_a_stack(config))
+    make_schedule = schedule.forward_only if forward_only else registry.resolve("pipeline", config.parallel.schedule)
+    made = make_schedule(region.plan.mesh.shape["pipe"], config.train.microbatches, chunks.number * len(model.stacks))
+    return Interpreter(model, objective, chunks.region, made), chunks
+
+
 class Chunks(NamedTuple):
     """Parameters as a pipeline has them: the layers of each stack, [L, ...], as [chunks, L / chunks, ...], of which each stage has a run.
 
@@ -187,6 +199,10 @@ class Chunks(NamedTuple):
             return jax.lax.with_sharding_constraint(leaf, self.region.plan.sharding(axes, leaf.shape, "a chunk of layers"))
 
         return self.region.map(one, params)
+
+    def nothing(self, params: Params) -> Params:
+        """A tree of holes only, for what is not frozen."""
+        return self.region.map(lambda axes, leaf: None, params)
 
     def join(self, gradients: Params) -> Params:
         """The inverse of `cut`."""

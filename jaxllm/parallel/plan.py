@@ -4,7 +4,7 @@ Axes are Auto (the compiler places what nobody placed), and every placement that
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ from absl import logging
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jaxllm.parallel import order, rules
+from jaxllm.data import places
+from jaxllm.parallel import fits, rules
 from jaxllm.parallel.constrain import OnMesh
 from jaxllm.transforms import tree
 from jaxllm.types import Constrain, PartAxes
@@ -25,7 +26,7 @@ from jaxllm.types import Constrain, PartAxes
 class Plan:
     """A mesh and the tables that map logical axes onto it. An abstract mesh plans for devices that are not there.
 
-    parallel: config.parallel. zigzag: rows that `seq` cuts lie in the order of order.py. dtype: of gathered matrices.
+    parallel: config.parallel. zigzag: rows that `seq` cuts lie in the order of data/places.py. dtype: of gathered matrices.
     """
 
     mesh: Mesh | AbstractMesh
@@ -90,9 +91,19 @@ class Plan:
         """In how many parts the mesh cuts a logical axis."""
         return math.prod(self.mesh.shape[mesh_axis] for mesh_axis in self.tables.parameters[axis])
 
-    def row_order(self, tokens: int) -> np.ndarray | None:
-        """int [tokens]: which token of a row lies at each index of the rows of a batch; None: they lie in their order."""
-        return order.places(tokens, self.mesh.shape["seq"]) if self.zigzag else None
+    def arrange(self, make_batch: Callable[..., dict[str, np.ndarray]]) -> Callable[..., dict[str, np.ndarray]]:
+        """What makes batches (data/examples/contract.py), with the tokens of each row in the order in which the devices share it."""
+        if not self.zigzag:
+            return make_batch
+
+        def arranged(*given: Any, **named: Any) -> dict[str, np.ndarray]:
+            return {name: self.in_order(array) for name, array in make_batch(*given, **named).items()}
+
+        return arranged
+
+    def in_order(self, array: np.ndarray) -> np.ndarray:
+        """An array [B, T] of a batch in that order."""
+        return array[:, places.zigzag(array.shape[1], self.mesh.shape["seq"])] if self.zigzag else array
 
     @property
     def constrain(self) -> Constrain:
@@ -105,14 +116,15 @@ def make(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pla
     devices = jax.devices() if devices is None else devices
     sizes = _fill(config, len(devices))
     used = math.prod(sizes.values())
+    several = {axis: size for axis, size in sizes.items() if size > 1}
     if used > len(devices):
         raise ValueError(
-            f"{_product(sizes)} = {' x '.join(map(str, sizes.values()))} = {used}, but there are {len(devices)} devices.\n"
+            f"{_product(several)} = {' x '.join(map(str, several.values()))} = {used}, but there are {len(devices)} devices.\n"
             f"  Accepted: a product of up to {len(devices)}. Lower one of them, or set one to -1.\n"
             f"  On a CPU the environment variable JAX_NUM_CPU_DEVICES={used} gives as many pretend devices."
         )
     if used < len(devices):
-        logging.warning("%s = %d of %d devices are used; the others stay idle.", _product(sizes), used, len(devices))
+        logging.warning("%s = %d of %d devices are used; the others stay idle.", _product(several or sizes), used, len(devices))
     axis_types = (AxisType.Auto,) * len(sizes)
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices[:used])
     return _plan(mesh, config)
@@ -142,14 +154,10 @@ def _fill(config: ConfigDict, devices: int) -> dict[str, int]:
     """Sizes of the mesh axes, with -1 replaced by what the others leave over."""
     sizes = {axis: config.parallel[axis] for axis in rules.MESH_AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
-    if len(free) > 1:
-        raise ValueError(
-            f"{' and '.join(f'parallel.{axis}' for axis in free)} are -1.\n  Accepted: one of them.\n  Give the others a size."
-        )
     if not free:
         return sizes
-    others = {axis: size for axis, size in sizes.items() if size != -1}
-    taken = math.prod(others.values())
+    taken = math.prod(size for size in sizes.values() if size != -1)
+    others = {axis: size for axis, size in sizes.items() if size > 1}
     if devices % taken:
         accepted = ", ".join(str(part) for part in range(1, devices + 1) if devices % part == 0)
         raise ValueError(
@@ -161,35 +169,15 @@ def _fill(config: ConfigDict, devices: int) -> dict[str, int]:
 
 
 def _product(sizes: Mapping[str, int]) -> str:
-    """The axes that have more than one part, or all that the first versions of a config have."""
-    named = [axis for axis, size in sizes.items() if size != 1] or list(sizes)
-    return " x ".join(f"parallel.{axis}" for axis in named)
+    return " x ".join(f"parallel.{axis}" for axis in sizes)
 
 
 def _plan(mesh: Mesh | AbstractMesh, config: ConfigDict) -> Plan:
-    causal = config.model.name in ("gpt", "llama")
-    return _checked(
-        Plan(
-            mesh,
-            rules.tables(config, mesh.shape["tensor"]),
-            config.parallel,
-            # What comes first in a row has less to do where nobody looks ahead; whole rows (ulysses) need no such order.
-            zigzag=causal and config.parallel.context == "ring" and mesh.shape["seq"] > 1,
-            dtype=jnp.dtype(config.precision.compute),
-        ),
-        config,
+    fits.check(config, mesh.shape)
+    return Plan(
+        mesh,
+        rules.tables(config, mesh.shape["tensor"]),
+        config.parallel,
+        zigzag=fits.zigzag(config, mesh.shape["seq"]),
+        dtype=jnp.dtype(config.precision.compute),
     )
-
-
-def _checked(plan: Plan, config: ConfigDict) -> Plan:
-    """The plan; ValueError unless each part of a batch gets as many rows."""
-    train, parts = config.train, plan.batch_parts
-    rows = train.batch_seqs // train.microbatches
-    if rows % parts:
-        raise ValueError(
-            f"train.batch_seqs / train.microbatches = {train.batch_seqs} / {train.microbatches} = {rows} rows cannot be shared out"
-            f" over parallel.data x parallel.fsdp = {parts}.\n  Accepted: multiples of {parts} rows.\n"
-            f"  Set train.batch_seqs to a multiple of {parts * train.microbatches}, such as"
-            f" {-(-rows // parts) * parts * train.microbatches}."
-        )
-    return plan

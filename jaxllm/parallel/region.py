@@ -53,7 +53,7 @@ class Region:
     def _specs(self, params: Params, table: rules.Rules) -> Any:
 
         def one(axes: Axes) -> PartitionSpec:
-            return PartitionSpec(*(_entry(tuple(name for name in table[axis] if name in BY_HAND)) for axis in axes))
+            return PartitionSpec(*(rules.entry(tuple(name for name in table[axis] if name in BY_HAND)) for axis in axes))
 
         return self.map(lambda axes, leaf: one(axes), params)
 
@@ -166,10 +166,6 @@ class Region:
             return None if leaf is None else function(axes, leaf, *others)
 
         return jax.tree.map(one, self.axes, params, *more, is_leaf=lambda node: isinstance(node, tuple))
-
-
-def _entry(names: tuple[str, ...]) -> Any:
-    return names if len(names) > 1 else names[0] if names else None
 
 
 def _size(plan: Plan, names: tuple[str, ...]) -> int:

@@ -31,6 +31,7 @@ from jaxllm.ops.attention.fallback import explain
 from jaxllm.ops.attention.mask import HIDDEN as HIDDEN
 from jaxllm.ops.attention.mask import Mask as Mask
 from jaxllm.ops.attention.mask import check
+from jaxllm.ops.attention.share import HEADS, KEYS, QUERIES, ROWS, TOKENS, own_rng
 from jaxllm.types import Constrain, unconstrained
 
 
@@ -53,18 +54,24 @@ def attend(
     bias_XHTS: added to the scores; X is 1 or B. scale: 1/sqrt(K) unless given. rng: drops a `dropout_frac` of the
     probabilities (inverted dropout); which ones differs between implementations. block_tokens: of `blocked` and `flash`.
     constrain: how the arrays lie, for a kernel that the compiler does not share out. What the implementation refuses, `blocked`
-    does, and the log says why.
+    does, and the log says why. Where the mesh cuts rows, `constrain.context` says how attention crosses the parts; "ring" does that in its
+    own way, whatever the implementation.
     Rows that see no key give exactly 0 and no gradient; what is hidden from a row changes no bit of it. ValueError for an
     unknown name and for shapes that do not fit each other, with the accepted ones.
     """
     backend: Backend = registry.resolve("attention", implementation)
     rng = rng if dropout_frac > 0 else None
+    cut = constrain.context
     reason = backend.refuse(q_BTHK, k_BSGK, mask, bias_XHTS, rng)
-    if reason is None and backend.per_device:
+    if reason is None and backend.per_device and cut is None:
         reason = constrain.refuse()
     if reason is not None:
         explain(implementation, "blocked", reason)
         backend = blocked.BACKEND
+    if cut is not None:
+        across = registry.resolve("context", cut.method)
+        given = {"bias_XHTS": bias_XHTS, "scale": scale, "rng": rng, "dropout_frac": dropout_frac, "block_tokens": block_tokens}
+        return across(q_BTHK, k_BSGK, v_BSGK, mask, constrain, backend.attend, **given)
     run: Callable[..., jax.Array] = partial(backend.attend, scale=scale, dropout_frac=dropout_frac, block_tokens=block_tokens)
     if backend.per_device:
         return _attend_on_each_device(run, constrain, q_BTHK, k_BSGK, v_BSGK, mask, bias_XHTS, rng)
@@ -83,8 +90,6 @@ def _attend_on_each_device(
 ) -> jax.Array:
     """`run` on the rows and heads of each device."""
     check(q_BTHK, k_BSGK, v_BSGK, mask, bias_XHTS)
-    q_axes, k_axes = (("batch", "length", heads, "head_dim") for heads in ("heads", "kv_heads"))
-    bias_axes = (None if bias_XHTS is None or bias_XHTS.shape[0] == 1 else "batch", "heads", None, None)
 
     def attend_own(
         q_BTHK: jax.Array,
@@ -95,19 +100,17 @@ def _attend_on_each_device(
         rng: jax.Array | None,
         row_B: jax.Array,
         head_H: jax.Array,
-    ) -> jax.Array:
-        if rng is not None:  # each device drops others
-            rng = jax.random.fold_in(jax.random.fold_in(rng, row_B[0]), head_H[0])
-        return run(q_BTHK, k_BSGK, v_BSGK, mask, bias_XHTS=bias_XHTS, rng=rng)
+    ) -> tuple[jax.Array]:
+        return (run(q_BTHK, k_BSGK, v_BSGK, mask, bias_XHTS=bias_XHTS, rng=own_rng(rng, row_B[0], head_H[0])),)
 
-    return constrain.per_device(
-        attend_own,
-        (q_BTHK, q_axes),
-        (k_BSGK, k_axes),
-        (v_BSGK, k_axes),
-        (mask, ("batch", "length")),
-        (bias_XHTS, bias_axes),
+    parts = (
+        (q_BTHK, QUERIES),
+        (k_BSGK, KEYS),
+        (v_BSGK, KEYS),
+        (mask, TOKENS),
+        (bias_XHTS, (None if bias_XHTS is None or bias_XHTS.shape[0] == 1 else "batch", "heads", None, None)),
         (rng, ()),
-        (jnp.arange(q_BTHK.shape[0]), ("batch",)),
-        (jnp.arange(q_BTHK.shape[2]), ("heads",)),
+        (jnp.arange(q_BTHK.shape[0]), ROWS),
+        (jnp.arange(q_BTHK.shape[2]), HEADS),
     )
+    return constrain.share(attend_own, parts, (QUERIES,))[0]

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxllm.ops.attention.flash import cut
 from jaxllm.ops.attention.mask import HIDDEN
+from jaxllm.ops.attention.online import cut
 
 BLOCK_TOKENS = 256
 # (first slot, how many) -> (k_BGSK, v_BGSK)

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType
 
 from jaxllm import registry
+from jaxllm.config import base
 from jaxllm.ops import attention
 from jaxllm.ops.attention import Backend, Mask, blocked, splash
 from jaxllm.parallel import plan, rules
@@ -34,7 +35,8 @@ ONE_BIAS, A_BIAS_A_ROW = 1, BATCH
 def spread(**sizes):
     """The plan of a mesh with these sizes."""
     shape = [sizes.get(axis, 1) for axis in rules.MESH_AXES]
-    return plan.Plan(jax.make_mesh(shape, rules.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape)), rules.RULES)
+    mesh = jax.make_mesh(shape, rules.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+    return plan.Plan(mesh, rules.Tables(rules.RULES, rules.RULES), base().parallel)
 
 
 EIGHT = spread(data=2, fsdp=2, tensor=2)

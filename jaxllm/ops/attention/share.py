@@ -1,0 +1,41 @@
+"""How attention over rows that several devices share is run on each of them: what `ring` and `ulysses` have in common.
+
+A mesh axis ("seq") cuts each row in parts of consecutive indices. What each device does is a function of its own parts, in which
+that axis is manual, so that it can send and receive.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxllm.types import PartAxes
+
+# share(function, ((a, axes of a), ...), (axes of a result, ...)) = function(a, ...), a tuple of arrays or None, where each device
+# calls function on its part of the arrays: a shard_map. An array may be None.
+Share = Callable[[Callable[..., tuple], Sequence[tuple[Any, PartAxes]], Sequence[PartAxes]], tuple]
+
+QUERIES: PartAxes = ("batch", "length", "heads", "head_dim")
+KEYS: PartAxes = ("batch", "length", "kv_heads_act", "head_dim")
+TOKENS: PartAxes = ("batch", "length")
+ROWS: PartAxes = ("batch",)
+HEADS: PartAxes = ("heads",)
+
+
+def here(function: Callable[..., tuple], parts: Sequence[tuple[Any, PartAxes]], out_axes: Sequence[PartAxes]) -> tuple:
+    """The `Share` of a caller whose arrays are a device's parts already."""
+    del out_axes
+    return function(*(arrays for arrays, _ in parts))
+
+
+def bias_axes(bias_XHTS: jax.Array | None, batch: int) -> PartAxes:
+    """Of the queries of a device against the keys of the whole row."""
+    return ("batch" if bias_XHTS is not None and len(bias_XHTS) == batch else None, "heads", "length", None)
+
+
+def own_rng(rng: jax.Array | None, *numbers: Any) -> jax.Array | None:
+    """A key for what has these numbers, so that no two devices draw the same."""
+    if rng is not None:
+        for number in numbers:
+            rng = jax.random.fold_in(rng, number)
+    return rng
