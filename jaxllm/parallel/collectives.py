@@ -131,7 +131,7 @@ def _split(text: str) -> tuple[str, dict[str, list[str]]]:
 def _visit(
     name: str, computations: dict[str, list[str]], devices: "_Devices", times: int | None, certain: bool
 ) -> Iterator[Collective]:
-    for line in computations[name]:
+    for line in computations.get(name, ()):
         found = _collective(line, devices, times, certain)
         if found is not None:
             yield found
