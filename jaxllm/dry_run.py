@@ -27,7 +27,7 @@ def show(config: ConfigDict, data: Path, console: Console) -> None:
     session = build_session(config, plan.make_abstract(config))
     console.print(schema.to_json(config), end="", markup=False)
     console.print(_facts(session, vocabulary))
-    console.print(_sharding(session))
+    console.print(sharding(session))
 
 
 def expected_vocabulary(config: ConfigDict, data: Path) -> tuple[int, str]:
@@ -64,7 +64,7 @@ def _facts(session: Session, vocabulary: str) -> Table:
     return table
 
 
-def _sharding(session: Session) -> Group:
+def sharding(session: Session) -> Group:
     """Where the parameters lie, what a device holds of the training state, and what a step moves between devices."""
     made, abstract, axes = session.plan, session.abstract, session.model.axes
     everything = tree.combine(abstract.params, abstract.frozen)
