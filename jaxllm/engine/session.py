@@ -13,6 +13,7 @@ from jaxllm.config import with_classes, with_vocabulary
 from jaxllm.data import examples
 from jaxllm.engine import gradients, state, step
 from jaxllm.optim import build, schedules
+from jaxllm.parallel import layout
 from jaxllm.parallel.plan import Plan, shard_bytes
 from jaxllm.parallel.region import Region
 from jaxllm.types import Model
@@ -88,7 +89,7 @@ def bytes_by_category(session: Session) -> Mapping[str, int]:
 
     return {
         "parameters": size(abstract.params) + size(abstract.frozen),
-        "gradients": size(abstract.params),
+        "gradients": layout.gradient_bytes(session.plan, session.model.axes, abstract.params),
         "optimizer": size(abstract.opt_state),
         "average": size(abstract.ema),
         "batch": size(step.abstract_batch(session.config, session.plan)),
