@@ -123,7 +123,13 @@ SCHEMA: dict[str, Field] = {
     "model.attention": Field("blocked", one_of(registry.names("attention")), "implementation; all give the same numbers"),
     "model.attention_block_tokens": Field(128, at_least(1), "block of the blocked and flash attention"),
     "model.layers_as": Field("unrolled", one_of(("unrolled", "scan")), "unrolled: faster on CPU; scan: compile time flat in depth"),
-    "model.remat": Field("none", one_of(("none", "dots", "full")), "recompute in the backward pass: nothing, all but matmuls, all"),
+    "model.remat": Field(
+        "none", one_of(("none", "attention", "dots", "named", "full")), "recomputed in the backward pass: see jaxllm/models/remat.py"
+    ),
+    "model.remat_save": Field(
+        ("q", "k", "v", "attended", "attention_out"), TEXTS, "arrays that remat=named keeps, by the names of jaxllm/models/remat.py"
+    ),
+    "model.remat_offload": Field((), TEXTS, "arrays that remat=named keeps in the host's memory (GPU, TPU), by the same names"),
     "precision.compute": Field("float32", one_of(("float32", "bfloat16", "float16")), "of matmuls; master weights stay float32"),
     "precision.loss_scale": Field(32768.0, above(0), "first dynamic loss scale (float16 only)"),
     "precision.loss_scale_growth_steps": Field(2000, at_least(1), "finite steps before the loss scale doubles (float16 only)"),

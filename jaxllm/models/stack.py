@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxllm.models import remat as remats
 from jaxllm.models.cache import Slot
 from jaxllm.transforms import tree
 
@@ -25,19 +26,14 @@ class Runner(Protocol):
     def __call__(self, block: Block, layers: Any, x: jax.Array, cache: Any = None, /) -> tuple[jax.Array, Any]: ...
 
 
-def make(layers_as: str, count: int, remat: str) -> Runner:
-    """The runner of `count` layers in the form `layers_as`.
-
-    `remat` says what the backward pass computes again instead of reading it from memory (Chen et al. 2016,
-    arXiv:1604.06174): nothing ("none"), all but the results of matrix products with a parameter ("dots"), or everything
-    but the input of each layer ("full").
-    """
+def make(layers_as: str, count: int, remat: remats.Remat) -> Runner:
+    """The runner of `count` layers in the form `layers_as`; `remat` says what the backward pass computes again (models/remat.py)."""
     loop = {"unrolled": _unrolled, "scan": _scan}[layers_as]
 
     def run(block: Block, layers: Any, x: jax.Array, cache: Any = None, /) -> tuple[jax.Array, Any]:
         _check(layers, layers_as, count)
-        # Decoding has no backward pass. The barrier against merging the two computations is not needed inside a scan.
-        return loop(block if cache is not None else _recompute(block, remat, layers_as == "unrolled"), layers, x, cache)
+        # Decoding has no backward pass.
+        return loop(block if cache is not None else remats.over("layer", remat, block, layers_as), layers, x, cache)
 
     return run
 
@@ -73,15 +69,6 @@ def _scan(block: Block, layers: Any, x: jax.Array, cache: Any) -> tuple[jax.Arra
 
     count = jax.tree.leaves(layers)[0].shape[0]
     return jax.lax.scan(body, (x, cache), (layers, jnp.arange(count)))[0]
-
-
-def _recompute(block: Block, remat: str, prevent_cse: bool) -> Block:
-    if remat == "none":
-        return block
-    # "dots" keeps products with parameters, which have no batch dimension, and not the attention scores, which have:
-    # these are the cheap ones for their size, T x S a head.
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-    return jax.checkpoint(block, policy=policy, prevent_cse=prevent_cse)
 
 
 def _check(layers: Any, layers_as: str, count: int) -> None:

@@ -10,6 +10,7 @@ import pytest
 from jaxllm import models
 from jaxllm.config import base
 from jaxllm.models import stack
+from jaxllm.models.remat import Remat
 from jaxllm.transforms import tree
 from jaxllm.types import Model
 
@@ -85,7 +86,7 @@ def test_remat_changes_no_gradient(layers_as: str) -> None:
 @pytest.mark.parametrize("layers_as", ["unrolled", "scan"])
 def test_the_runner_hands_each_layer_its_own(layers_as: str) -> None:
     """x -> (x + w_i) * (i + 1), whose result depends on the order and on which index meets which parameter."""
-    run = stack.make(layers_as, 3, "none")
+    run = stack.make(layers_as, 3, Remat())
     weights = np.array([3.0, 5.0, 7.0], np.float32)
     layers = {"w": weights} if layers_as == "scan" else [{"w": w} for w in weights]
     x, cache = run(lambda layer, index, x, slot: ((x + layer["w"]) * (index + 1), slot), layers, jnp.float32(1))

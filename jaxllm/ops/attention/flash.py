@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.ops.attention.backend import Backend
 from jaxllm.ops.attention.blocked import fold, unfold
@@ -124,6 +125,7 @@ def _forward(blocks: _Blocks, how: _How) -> tuple[jax.Array, tuple]:
 
     order = jnp.arange(len(how.reach_N)), *jnp.asarray(how.reach_N).T
     _, (out_NBGRTK, log_total_NBGRT) = jax.lax.scan(row, None, order)
+    out_NBGRTK, log_total_NBGRT = checkpoint_name(out_NBGRTK, "attended"), checkpoint_name(log_total_NBGRT, "attended")
     return out_NBGRTK, (blocks, out_NBGRTK, log_total_NBGRT)
 
 
