@@ -23,6 +23,7 @@ def check(config: ConfigDict) -> None:
     _check_sizes(config)
     _check_objective(config)
     _check_data(config)
+    _check_optimizer(config)
     if [config.parallel.data, config.parallel.fsdp, config.parallel.tensor].count(-1) > 1:
         raise ValueError(
             "more than one of parallel.data, parallel.fsdp, parallel.tensor is -1.\n  Accepted: one. Give the others a size."
@@ -64,6 +65,16 @@ def _check_objective(config: ConfigDict) -> None:
         raise ValueError(
             f"model.head = '{config.model.head}' does not fit train.objective = '{objective}'.\n  Accepted: {head}.\n"
             f"  Set model.head={head}, or another train.objective."
+        )
+
+
+def _check_optimizer(config: ConfigDict) -> None:
+    optimizer = config.optimizer
+    if optimizer.name == "adafactor" and optimizer.state != "float32":
+        raise ValueError(
+            f"optimizer.state = '{optimizer.state}' with optimizer.name = 'adafactor', whose state is a row and a column of each matrix.\n"
+            "  Accepted: float32 with adafactor; adamw, lion or muon with another state.\n"
+            "  Set optimizer.state=float32: there is next to nothing to save."
         )
 
 
