@@ -28,9 +28,9 @@ SMALLEST = 4096  # numbers of an array (within a layer) from which on it is narr
 
 class SmallState(NamedTuple):
     """`state`: that of the rule, some arrays narrow. `scales`: the same tree, with the scales of what is in 8 bits and None elsewhere.
-    `count`: updates done, from which the random numbers of the rounding come."""
+    `updates`: how many were done, from which the noise of the rounding comes."""
 
-    count: jax.Array
+    updates: jax.Array
     state: Any
     scales: Any
 
@@ -51,25 +51,28 @@ def narrowed(rule: optax.GradientTransformation, kind: str, axes: Any) -> optax.
     """
     stacked = {name for name, leaf in tree.named_leaves(axes, is_leaf=_is_axes) if leaf[0] == "layers"}
 
-    def narrow(count: jax.Array, wide: Any, params: Any) -> SmallState:
+    def narrow(done: jax.Array, wide: Any, params: Any) -> SmallState:
         moments = _moments(wide, params, stacked)
         paths, structure = jax.tree.flatten_with_path(wide)
-        pairs = [_narrow(leaf, moments[path], kind, count) if path in moments else (leaf, None) for path, leaf in paths]
-        return SmallState(count, *(jax.tree.unflatten(structure, [pair[side] for pair in pairs]) for side in (0, 1)))
-
-    def widen(small: SmallState) -> Any:
-        leaves, structure = jax.tree.flatten(small.state)
-        scales = structure.flatten_up_to(small.scales)
-        return jax.tree.unflatten(structure, [_widen(leaf, scale) for leaf, scale in zip(leaves, scales, strict=True)])
+        pairs = [_narrow(leaf, moments[path], kind, done) if path in moments else (leaf, None) for path, leaf in paths]
+        return SmallState(done, *(jax.tree.unflatten(structure, [pair[side] for pair in pairs]) for side in (0, 1)))
 
     def init(params: Any) -> SmallState:
-        return narrow(jnp.zeros((), jnp.int32), rule.init(params), params)
+        done, wide = jnp.zeros((), jnp.int32), rule.init(params)
+        small = jax.eval_shape(narrow, done, wide, params)
+        # Moments begin at 0, and so do codes and scales: narrowing constants would occupy the compiler for seconds.
+        state = jax.tree.map(lambda like, leaf: _zeros(like) if like.dtype != leaf.dtype else leaf, small.state, wide)
+        return SmallState(done, state, jax.tree.map(_zeros, small.scales))
 
     def update(gradients: Any, small: SmallState, params: Any) -> tuple[Any, SmallState]:
-        updates, wide = rule.update(gradients, widen(small), params)
-        return updates, narrow(small.count + 1, wide, params)
+        updates, wide = rule.update(gradients, jax.tree.map(_widen, small.state, small.scales), params)
+        return updates, narrow(small.updates + 1, wide, params)
 
     return optax.GradientTransformation(init, update)
+
+
+def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(like.shape, like.dtype)
 
 
 def _is_axes(node: Any) -> bool:
@@ -94,7 +97,7 @@ def _moments(state: Any, params: Any, stacked: set[str]) -> dict[Any, _Moment]:
     return found
 
 
-def _narrow(wide: jax.Array, moment: _Moment, kind: str, count: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+def _narrow(wide: jax.Array, moment: _Moment, kind: str, done: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """(narrow array, its scales or None)."""
     block = codes.block_of(wide.shape[-1])
     if kind == "int8" and block < SHORTEST_BLOCK:
@@ -102,7 +105,7 @@ def _narrow(wide: jax.Array, moment: _Moment, kind: str, count: jax.Array) -> tu
 
     def one(layer: jax.Array | int, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         # Other noise for each moment, update and layer, the same whether layers are a list or stacked.
-        noise = codes.noise(x.shape, zlib.crc32(moment.name.encode()), count, layer)
+        noise = codes.noise(x.shape, zlib.crc32(moment.name.encode()), done, layer)
         return (codes.to_bfloat16(x, noise), None) if kind == "bfloat16" else codes.to_codes(x, noise, block, moment.positive)
 
     return jax.vmap(one)(jnp.arange(len(wide)), wide) if moment.stacked else one(moment.layer, wide)
