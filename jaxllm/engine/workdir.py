@@ -28,6 +28,8 @@ CHANGEABLE = (
     "model.attention_block_tokens",
     "model.layers_as",
     "model.remat",
+    "model.remat_save",
+    "model.remat_offload",
     "data.dir",
 )
 CHANGEABLE_SECTIONS = ("eval", "checkpoint", "sample", "parallel", "watchdog")

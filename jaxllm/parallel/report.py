@@ -56,9 +56,7 @@ def traffic(rows: Iterable[Row]) -> Table:
 
 def comparison(differences: Iterable[Difference]) -> Table:
     """Predicted beside found in the compiled program."""
-    table = _table(
-        "What a step moves, predicted and found", "how", "over", ">arrays", ">found", ">bytes", ">found", ""
-    )
+    table = _table("What a step moves, predicted and found", "how", "over", ">arrays", ">found", ">bytes", ">found", "")
     for (kind, axes), predicted, found in differences:
         verdict = "equal" if predicted == found else "bytes equal" if predicted.bytes == found.bytes else "differs"
         numbers = (f"{number:,}" for number in (predicted.count, found.count, predicted.bytes, found.bytes))
