@@ -2,21 +2,23 @@
 
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
 from jaxllm import config as schema
 from jaxllm.data import folder, tokenize
 from jaxllm.engine.session import UNKNOWN_CLASSES, Session, build_session, bytes_by_category, count
-from jaxllm.parallel import plan
+from jaxllm.parallel import layout, plan, report, traffic
+from jaxllm.transforms import tree
 
 # Characters in ordinary Western text, for a tokenizer that does not exist before the data is read.
 ASSUMED_CHARACTERS = 128
 
 
 def show(config: ConfigDict, data: Path, console: Console) -> None:
-    """Prints the resolved config, parameters, bytes by category on one device, tokens and steps."""
+    """Prints the resolved config, tokens and steps, and the sharding report: where parameters lie, bytes, traffic."""
     vocabulary = ""
     if not config.model.vocab_size:
         size, vocabulary = expected_vocabulary(config, data)
@@ -25,7 +27,7 @@ def show(config: ConfigDict, data: Path, console: Console) -> None:
     session = build_session(config, plan.make_abstract(config))
     console.print(schema.to_json(config), end="", markup=False)
     console.print(_facts(session, vocabulary))
-    console.print(_bytes(session))
+    console.print(sharding(session))
 
 
 def expected_vocabulary(config: ConfigDict, data: Path) -> tuple[int, str]:
@@ -62,14 +64,16 @@ def _facts(session: Session, vocabulary: str) -> Table:
     return table
 
 
-def _bytes(session: Session) -> Table:
-    table = Table(
-        "bytes on one device", "MiB", title="Memory, by formula (activations and temporaries come on top)", title_justify="left"
-    )
-    table.columns[1].justify = "right"
-    sizes = bytes_by_category(session)
-    for name, size in sizes.items():
-        table.add_row(name, f"{size / 2**20:,.1f}")
-    table.add_section()
-    table.add_row("together", f"{sum(sizes.values()) / 2**20:,.1f}")
-    return table
+def sharding(session: Session) -> Group:
+    """Where the parameters lie, what a device holds of the training state, and what a step moves between devices."""
+    made, abstract, axes = session.plan, session.abstract, session.model.axes
+    everything = tree.combine(abstract.params, abstract.frozen)
+    tables = [report.parameters(layout.entries(made, axes, everything), made.mesh.shape)]
+    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract.opt_state))
+    uncut = {"parameters": layout.uncut(made, everything), "optimizer": layout.uncut(made, abstract.opt_state)}
+    textbook = layout.textbook(made, count(abstract.params), state_bytes)
+    tables.append(report.memory(bytes_by_category(session), textbook, uncut))
+    if made.mesh.size > 1:
+        rows = traffic.predict(made, session.model, abstract.params, abstract.frozen, session.config.train.microbatches)
+        tables.append(report.traffic(rows))
+    return report.group(*tables)

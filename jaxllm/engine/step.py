@@ -133,8 +133,7 @@ def compile(step: Step, state: TrainState, batch: Any) -> Compiled:
     The new state lies where the old one lay and in its memory; metrics are replicated.
     """
     began = time.perf_counter()
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    executable = jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step)).lower(state, batch).compile()
+    executable = lower(step, state, batch).compile()
     memory: Any = executable.memory_analysis()
     costs: Any = executable.cost_analysis()
     return Compiled(
@@ -149,6 +148,12 @@ def compile(step: Step, state: TrainState, batch: Any) -> Compiled:
         - memory.alias_size_in_bytes,
         flops=costs["flops"],
     )
+
+
+def lower(step: Step, state: TrainState, batch: Any) -> jax.stages.Lowered:
+    """`step`, traced for this abstract state and batch; what `compile` compiles."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step)).lower(state, batch)
 
 
 def abstract_batch(config: Any, plan: Any) -> dict[str, jax.ShapeDtypeStruct]:

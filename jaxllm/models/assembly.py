@@ -69,10 +69,10 @@ def run_stacks(
     return hidden
 
 
-def gatherer(arch: Architecture, constrain: Constrain, layers_axes: Any) -> Callable[[Any], Any]:
+def gatherer(arch: Architecture, constrain: Constrain, layers_axes: Any) -> stack.Gather:
     """What makes the parameters of one layer whole, given the axes of all of them."""
     layer_axes = stack.axes_of_one(arch.layers_as, layers_axes)
-    return lambda layer: constrain.gather(layer, layer_axes)
+    return stack.Gather(lambda layer: constrain.gather(layer, layer_axes), again=constrain.parts("embed") > 1)
 
 
 def caller(network: nn.Module) -> Callable[..., Any]:

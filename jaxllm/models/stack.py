@@ -7,11 +7,12 @@ Both give the same numbers from the same initial weights. transforms/tree.py tur
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from jaxllm.models import remat as remats
 from jaxllm.models.cache import Slot
 from jaxllm.transforms import tree
 
@@ -25,20 +26,26 @@ class Runner(Protocol):
     def __call__(self, block: Block, layers: Any, x: jax.Array, cache: Any = None, /) -> tuple[jax.Array, Any]: ...
 
 
-def make(layers_as: str, count: int, remat: str, gather: Callable[[Any], Any] = lambda layer: layer) -> Runner:
-    """The runner of `count` layers in the form `layers_as`. `gather` makes the parameters of a layer whole (types.Constrain).
+class Gather(NamedTuple):
+    """whole(parameters of a layer) -> the same as the layer takes them (types.Constrain). again: devices hold shares of them, which the
+    backward pass makes whole anew: kept from the forward pass, the whole model would be on each device (ZeRO-3)."""
 
-    `remat` says what the backward pass computes again instead of reading it from memory (Chen et al. 2016,
-    arXiv:1604.06174): nothing ("none"), all but the results of matrix products with a parameter ("dots"), or everything
-    but the input of each layer ("full").
-    """
+    whole: Callable[[Any], Any]
+    again: bool
+
+
+NO_GATHER = Gather(lambda layer: layer, again=False)
+
+
+def make(layers_as: str, count: int, remat: remats.Remat, gather: Gather = NO_GATHER) -> Runner:
+    """The runner of `count` layers in the form `layers_as`; `remat` says what the backward pass computes again (models/remat.py)."""
     loop = {"unrolled": _unrolled, "scan": _scan}[layers_as]
 
     def run(block: Block, layers: Any, x: jax.Array, cache: Any = None, /) -> tuple[jax.Array, Any]:
         _check(layers, layers_as, count)
-        block = _gathering(block, gather)
-        # Decoding has no backward pass. The barrier against merging the two computations is not needed inside a scan.
-        return loop(block if cache is not None else _recompute(block, remat, layers_as == "unrolled"), layers, x, cache)
+        block = _gathering(block, gather.whole)
+        # Decoding has no backward pass.
+        return loop(block if cache is not None else remats.over("layer", remat, block, layers_as, gather.again), layers, x, cache)
 
     return run
 
@@ -88,15 +95,6 @@ def _gathering(block: Block, gather: Callable[[Any], Any]) -> Block:
         return block(gather(params), index, x, slot)
 
     return run
-
-
-def _recompute(block: Block, remat: str, prevent_cse: bool) -> Block:
-    if remat == "none":
-        return block
-    # "dots" keeps products with parameters, which have no batch dimension, and not the attention scores, which have:
-    # these are the cheap ones for their size, T x S a head.
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-    return jax.checkpoint(block, policy=policy, prevent_cse=prevent_cse)
 
 
 def _check(layers: Any, layers_as: str, count: int) -> None:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxllm.parallel.rules import Rules
@@ -26,8 +25,6 @@ from jaxllm.types import Axes
 
 # Left to the compiler inside the region; all other axes of the mesh are by hand.
 AUTO = "tensor"
-# What a layer gathers has this name, so that the backward pass gathers it again and does not keep it (models/stack.py).
-GATHERED = "gathered"
 
 
 class How(NamedTuple):
@@ -114,4 +111,4 @@ def use(leaf: Any, axes: Axes, rules: Rules, state: Rules, mesh_shape: Mapping[s
         assert found is not None, "only what has a share is tapped"
         return tap(leaf.value, leaf.share, found)
     found = how(axes, rules, mesh_shape, ("fsdp", "pipe"), dtype)
-    return leaf if found is None else checkpoint_name(whole(leaf, found), GATHERED)
+    return leaf if found is None else whole(leaf, found)

@@ -27,6 +27,7 @@ RULES: Rules = {
     "length": ("seq",),
     "stream": (),  # the length of what passes between blocks; see SEQUENCE_PARALLEL
     "embed_act": (),
+    "kv_heads_act": ("tensor",),  # repeated until they divide (models/layers.py)
     # of parameters and activations
     "vocab": ("tensor",),
     "heads": ("tensor",),
@@ -119,7 +120,9 @@ def _check_divides(mesh_shape: Mapping[str, int], shared_by: tuple[str, ...], si
     product = " x ".join(f"parallel.{axis}" for axis in shared_by)
     # A mesh of more devices than this has not been built; listing more divisors would help nobody.
     accepted = [part for part in range(1, min(size, 4096) + 1) if size % part == 0]
+    # Rows of the embedding that no token needs do no harm; other sizes are the architecture.
+    more = f": model.vocab_size = {-(-size // parts) * parts} has rows to spare" if "('vocab')" in what else ""
     raise ValueError(
         f"{product} = {parts} does not divide {what}, which is {size}.\n"
-        f"  Accepted: {', '.join(map(str, accepted))}. Set {product} to one of these, or change that size."
+        f"  Accepted: {', '.join(map(str, accepted))}. Set {product} to one of these, or change that size{more}."
     )
