@@ -15,6 +15,11 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "matrix.md"
 RECORDED: dict[str, list[list[Any]]] = {"cell": [], "pipeline": [], "held": []}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _anew(compiled_anew: None) -> None:
+    """No program of a mesh comes out of the compilation cache."""
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Runs where the reports arrive: with several workers, in the process that started them."""
     for name, value in report.user_properties:
@@ -60,7 +65,11 @@ def _cells(recorded: list[list[Any]]) -> list[str]:
     for title, given in columns.COLUMNS.items():
         said = ", ".join(f"{key.replace('__', '.')}={value}" for key, value in given.items())
         lines.append(f"- {title}: `{said}`")
-    return [*lines, "", "Of T5 and the Transformer, whose stages have layers of both stacks, 1F1B is `parallel.schedule=interleaved`."]
+    return [
+        *lines,
+        "",
+        "Of T5 and the Transformer, whose stages have layers of both stacks, 1F1B is `parallel.schedule=interleaved`.",
+    ]
 
 
 def _pipelines(recorded: list[list[Any]]) -> list[str]:

@@ -1,7 +1,7 @@
 """The columns of the matrix of docs/matrix.md: ways to spread a model over pretend devices, each beside one device.
 
-Both forms of the layer stack occur, everywhere but in pipelines, which need it stacked. Learned, rotary and other positions, tied and untied
-heads, and key/value heads that are fewer than `tensor` come with the families.
+Both forms of the layer stack occur, everywhere but in pipelines, which need it stacked. Learned, rotary and other positions, tied and
+untied heads, and key/value heads that are fewer than `tensor` come with the families.
 """
 
 from functools import cache

@@ -1,7 +1,7 @@
 """A mesh computes what one device does: a few cells of the matrix (docs/matrix.md), all of which `make matrix` runs.
 
-They were chosen so that each mechanism is met once: every family, all five axes, ZeRO-1, 2 and 3, sequence parallelism, key/value heads that
-are fewer than `tensor`, ring and Ulysses, fused and split backward passes, one and two stacks in a pipeline, both forms of the layers.
+They were chosen so that each mechanism is met once: every family, all five axes, ZeRO-1, 2 and 3, sequence parallelism, key/value heads
+that are fewer than `tensor`, ring and Ulysses, fused and split backward passes, one and two stacks in a pipeline, both forms of the layers.
 """
 
 import pytest

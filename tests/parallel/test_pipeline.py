@@ -24,7 +24,9 @@ PASSES = {"forward": Op.FORWARD, "backward_input": Op.BACKWARD_INPUT, "backward_
 
 
 # Each schedule once; 2, 4 and 8 stages; S, 2 S and 4 S micro-batches; one and several chunks.
-@pytest.mark.parametrize(("schedule", "stages", "microbatches"), [("gpipe", 2, 8), ("1f1b", 8, 8), ("interleaved", 4, 8), ("zb_h1", 4, 16)])
+@pytest.mark.parametrize(
+    ("schedule", "stages", "microbatches"), [("gpipe", 2, 8), ("1f1b", 8, 8), ("interleaved", 4, 8), ("zb_h1", 4, 16)]
+)
 def test_a_pipeline_computes_what_one_device_does(schedule: str, stages: int, microbatches: int) -> None:
     found = pipelined.deviations(schedule, stages, microbatches)
     assert max(found.values()) <= 1e-6, found
@@ -62,7 +64,7 @@ def _gpipe_by_autodiff(config: Any, batch: dict[str, np.ndarray]) -> tuple[float
             part = {name: array[jnp.clip(t - stage, 0, count - 1)] for name, array in parts.items()}
             x = jnp.where(stage == 0, stack.enter(rest, part, None), x)
             block = stack.block(rest, {}, part, None)
-            x, _ = jax.lax.scan(lambda x, l: (block(l[0], l[1], x, None)[0], None), x, (layers, stage * each + jnp.arange(each)))
+            x, _ = jax.lax.scan(lambda x, one: (block(one[0], one[1], x, None)[0], None), x, (layers, stage * each + jnp.arange(each)))
             loss = objective.of_hidden(stack.leave(rest, x), model.head(rest), part)[0].total
             total += jnp.where((stage == stages - 1) & (t >= stages - 1), loss, 0.0)
             return (jax.lax.ppermute(x, "pipe", [(s, s + 1) for s in range(stages - 1)]), total), None
@@ -110,7 +112,8 @@ def test_what_is_executed_is_the_table(schedule: str, monkeypatch: pytest.Monkey
     (stack,) = model.stacks
     model = replace(model, stacks=(stack._replace(enter=at_the_ends("enter", stack.enter)),))
     objective = registry.resolve("objective", config.train.objective)(model, config)
-    monkeypatch.setattr(type(objective), "of_hidden", lambda self, *given, run=type(objective).of_hidden: at_the_ends("head", run)(self, *given))
+    of_hidden = type(objective).of_hidden
+    monkeypatch.setattr(type(objective), "of_hidden", at_the_ends("head", of_hidden))
     found = gradients.make(objective, model, config, Region(plan, model.axes, (stack.path,)))
     arguments = combinations.start(config, plan, model), combinations.place(plan, pipelined.batch()), None
     assert _scan_lengths(jax.make_jaxpr(found)(*arguments)) == {simulate(table).ticks}
@@ -130,7 +133,9 @@ def _scan_lengths(jaxpr: Any) -> set[int]:
     def equations(jaxpr: Any) -> Iterator[Any]:
         for equation in jaxpr.eqns:
             yield equation
-            for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            for inner in jax.tree.leaves(
+                list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+            ):
                 if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
                     yield from equations(getattr(inner, "jaxpr", inner))
 

@@ -55,7 +55,9 @@ def test_put_off_is_not_changed(spec: str, x_shape: tuple, kernel_shape: tuple, 
     letters, _, result = spec.partition("->")
     x_letters, kernel_letters = letters.split(",")
     by_hand = np.einsum(f"{x_letters},{result}->{kernel_letters}", np.asarray(x, np.float64), np.asarray(dy, np.float64))
-    np.testing.assert_allclose(np.asarray(dw, np.float64), by_hand, rtol=0, atol=np.abs(by_hand).max() * (1e-6 if dtype == jnp.float32 else 1e-2))
+    np.testing.assert_allclose(
+        np.asarray(dw, np.float64), by_hand, rtol=0, atol=np.abs(by_hand).max() * (1e-6 if dtype == jnp.float32 else 1e-2)
+    )
 
 
 def test_a_step_that_puts_a_gradient_off_multiplies_once_less() -> None:
