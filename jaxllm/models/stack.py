@@ -49,7 +49,9 @@ def make(layers_as: str, count: int, remat: str, gather: Gather = NO_GATHER) -> 
         _check(layers, layers_as, count)
         block = _gathering(block, gather.whole)
         # Decoding has no backward pass. The barrier against merging the two computations is not needed inside a scan.
-        return loop(block if cache is not None else _recompute(block, remat, gather.again, layers_as == "unrolled"), layers, x, cache)
+        return loop(
+            block if cache is not None else _recompute(block, remat, gather.again, layers_as == "unrolled"), layers, x, cache
+        )
 
     return run
 

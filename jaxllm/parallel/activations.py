@@ -1,11 +1,12 @@
 """What a step of a decoder moves between the devices of `tensor`, said beforehand (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
 
-A product whose summed dimension is cut gives each device a part of a sum over all of them. Each sub-block of a layer has one such product in
-the forward pass (o, down), and one set of them in the backward pass (of q, k and v; of gate and up), whose results are added before they are
-summed over the devices. Where the backward pass runs a layer again, it also runs o again, but not down, whose result nothing reads.
+A product whose summed dimension is cut gives each device a part of a sum over all of them. Each sub-block of a layer has one such
+product in the forward pass (o, down), and one set of them in the backward pass (of q, k and v; of gate and up), whose results are added
+before they are summed over the devices. Where the backward pass runs a layer again, it also runs o again, but not down, whose result
+nothing reads.
 
-Around the layers: the rows of the embedding, of which each device has some; per chunk of the loss four numbers a token (the largest logit, the
-sum of exponentials, the target's logit, the first of the likeliest tokens) and the gradient of the hidden states.
+Around the layers: the rows of the embedding, of which each device has some; per chunk of the loss four numbers a token (the largest
+logit, the sum of exponentials, the target's logit, the first of the likeliest tokens) and the gradient of the hidden states.
 
 XLA's CPU compiler does not add before it sums: there the backward pass sums once a product.
 """
@@ -37,7 +38,9 @@ def predict(plan: Plan, model: Model, config: Any, tokens: int, adds_first: bool
 
 def _known(plan: Plan, model: Model, config: Any) -> bool:
     mesh, arch, train = plan.mesh.shape, model.config, config.train
-    plain = arch.family.kind == "decoder" and arch.norm_order == "pre" and arch.head == "lm" and arch.remat in ("none", "dots", "full")
+    plain = (
+        arch.family.kind == "decoder" and arch.norm_order == "pre" and arch.head == "lm" and arch.remat in ("none", "dots", "full")
+    )
     losses = train.loss_chunk_tokens > 0 and not train.z_loss and not train.label_smoothing
     whole = mesh["pipe"] == mesh["seq"] == 1 and not plan.parallel.sequence and arch.kv_heads % mesh["tensor"] == 0
     return plain and losses and whole and config.train.trainable == ".*"
@@ -48,11 +51,11 @@ def _rows(plan: Plan, model: Model, config: Any, tokens: int, adds_first: bool) 
     here = config.train.batch_seqs // microbatches // plan.batch_parts * tokens
     size = here * arch.width * plan.dtype.itemsize
 
-    def row(what: str, count: int, bytes: int) -> Row:
-        return Row(what, "all-reduce", ("tensor",), plan.mesh.shape["tensor"], microbatches * count, microbatches * bytes)
+    def row(what: str, arrays: int, bytes: int) -> Row:
+        return Row(what, "all-reduce", ("tensor",), plan.mesh.shape["tensor"], microbatches * arrays, microbatches * bytes)
 
-    def activations(what: str, count: int) -> Row:
-        return row(what, count, count * size)
+    def activations(what: str, arrays: int) -> Row:
+        return row(what, arrays, arrays * size)
 
     yield activations(INTO, 1 + 2 * arch.layers)
     if arch.remat == "full":

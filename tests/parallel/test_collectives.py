@@ -16,7 +16,9 @@ def program(*lines: str, others: str = "") -> str:
 
 
 def gather(groups: str) -> str:
-    return f"%a = f32[16,4]{{1,0}} all-gather(%x), channel_id=1, replica_groups={groups}, dimensions={{0}}, use_global_device_ids=true"
+    return (
+        f"%a = f32[16,4]{{1,0}} all-gather(%x), channel_id=1, replica_groups={groups}, dimensions={{0}}, use_global_device_ids=true"
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ GROUPS = "replica_groups={{0,1},{2,3},{4,5},{6,7}}"
     ],
 )
 def test_bytes_of_each_kind(line: str, kind: str, arrays: tuple, numbers: tuple, sent: float) -> None:
-    done = "%b = f32[8]{0} all-reduce-done(%a), metadata={op_name=\"all-reduce(x)\"}"
+    done = '%b = f32[8]{0} all-reduce-done(%a), metadata={op_name="all-reduce(x)"}'
     found = collectives.read(program(line, done), MESH)
     assert [(each.kind, each.axes, each.arrays, each.numbers) for each in found] == [(kind, ("tensor",), arrays, numbers)]
     (total,) = collectives.summary(found)

@@ -77,7 +77,8 @@ def test_the_backward_pass_does_not_keep_what_was_gathered() -> None:
     """With 8 layers instead of 2 the temporaries grow by far less than the 6 layers that are gathered one after the other (ZeRO-3)."""
     shape = {"model__width": 128, "model__mlp_width": 512, "model__context_tokens": 8, "train__batch_seqs": 8}
     few, many = (
-        build("llama", **shape, parallel__fsdp=8, model__layers_as="scan", model__layers=layers, model__remat="none") for layers in (2, 8)
+        build("llama", **shape, parallel__fsdp=8, model__layers_as="scan", model__layers=layers, model__remat="none")
+        for layers in (2, 8)
     )
     more = compile(many).memory_analysis().temp_size_in_bytes - compile(few).memory_analysis().temp_size_in_bytes
     gathered = 4 * sum(leaf.size for leaf in jax.tree.leaves(many.abstract.params["layers"])) * 6 // 8
@@ -99,9 +100,7 @@ def test_multiples_of_the_model(microbatches: int) -> None:
     built = {stage: build("llama", **shape, parallel__zero_stage=stage) for stage in (1, 2, 3)}
     params = built[1].abstract.params
     psi, rest = (4 * sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, {**params, "layers": {}}))
-    moved = {
-        stage: sum(row.bytes for row in predict(session) if row.kind != "all-reduce") for stage, session in built.items()
-    }
+    moved = {stage: sum(row.bytes for row in predict(session) if row.kind != "all-reduce") for stage, session in built.items()}
     assert moved == {1: 2 * psi, 2: (microbatches + 1) * psi, 3: microbatches * (3 * psi - rest)}
     assert [sum(row.bytes for row in predict(session) if row.kind == "all-reduce") for session in built.values()] == [psi // 4] * 3
 
@@ -111,7 +110,7 @@ def test_tensor_parallelism_is_that_of_the_paper() -> None:
     session = build("gpt", parallel__tensor=4, model__remat="none")
     rows = activations.predict(session.plan, session.model, session.config, session.row_tokens)
     array = 4 * combinations.ROWS * combinations.LENGTH * 32
-    assert rows is not None and [(row.count, row.bytes) for row in rows[:2]] == [(1 + 2 * 4, 9 * array), (2 * 4, 8 * array)]
+    assert rows is not None and [(row.arrays, row.bytes) for row in rows[:2]] == [(1 + 2 * 4, 9 * array), (2 * 4, 8 * array)]
     assert rows[2].bytes == array + 4 * 4 * combinations.ROWS * combinations.LENGTH
     refused = build("gpt", parallel__tensor=4, parallel__sequence=True)
     assert activations.predict(refused.plan, refused.model, refused.config, refused.row_tokens) is None
