@@ -60,17 +60,16 @@ def devices(gpu: str | None, count: int) -> Any:
 
 
 def show(config: Any, devices: Any, listed: bool) -> None:
+    from jaxllm import dry_run
     from jaxllm.engine import session, step
-    from jaxllm.parallel import activations, collectives, plan, report, traffic
+    from jaxllm.parallel import collectives, plan, report, traffic
 
     console = Console()
     built = session.build_session(config, plan.make(config, devices))
     compiled = step.lower(built.update, built.abstract, step.abstract_batch(config, built.plan)).compile()
     found = collectives.read(compiled.as_text(), built.plan.mesh)
-    rows = traffic.predict(built.plan, built.model, built.abstract.params, built.abstract.frozen, config.train.microbatches)
-    adds_first = devices[0].platform != "cpu"
-    rows += activations.predict(built.plan, built.model, config, built.row_tokens, adds_first) or []
-    console.print(report.group(report.traffic(rows), report.comparison(traffic.compare(rows, found))))
+    rows, note = dry_run.moved(built, adds_first=devices[0].platform != "cpu")
+    console.print(report.group(report.traffic(rows, note), report.comparison(traffic.compare(rows, found))))
     for line in collectives.summary(found, numbers=True):
         console.print(f"besides {line.arrays} single numbers, {line.kind} over {' x '.join(line.axes)}")
     memory: Any = compiled.memory_analysis()

@@ -74,14 +74,19 @@ def sharding(session: Session) -> Group:
     textbook = layout.textbook(made, count(abstract.params), state_bytes)
     tables.append(report.memory(bytes_by_category(session), textbook, uncut))
     if made.mesh.size > 1:
-        rows = traffic.predict(made, session.model, abstract.params, abstract.frozen, session.config.train.microbatches)
-        within = activations.predict(made, session.model, session.config, session.row_tokens)
-        tables.append(report.traffic([*rows, *(within or ())], _unknown(session, within)))
+        tables.append(report.traffic(*moved(session)))
     return report.group(*tables)
 
 
-def _unknown(session: Session, within: object) -> str:
-    """Over which axes activations travel in a way that is not predicted."""
-    shape = session.plan.mesh.shape
-    axes = [axis for axis in ("pipe", "seq", "tensor") if shape[axis] > 1 and (axis != "tensor" or within is None)]
-    return f"Not predicted: what activations move over {', '.join(axes)}." if axes else ""
+def moved(session: Session, adds_first: bool = True) -> tuple[list[traffic.Row], str]:
+    """What a step moves, as far as it can be said, and a line that says what cannot; adds_first: see parallel/activations.py."""
+    made, model, config, abstract = session.plan, session.model, session.config, session.abstract
+    found = {
+        "parameters and gradients": traffic.predict(made, model, abstract.params, abstract.frozen, config.train.microbatches),
+        "activations over tensor": activations.over_tensor(made, model, config, session.row_tokens, adds_first),
+        "activations over pipe": activations.over_pipe(made, model, config, session.row_tokens),
+        "activations over seq": None if made.mesh.shape["seq"] > 1 else [],
+    }
+    unknown = [what for what, rows in found.items() if rows is None]
+    note = f"Not predicted: {', '.join(unknown)}." if unknown else ""
+    return [row for rows in found.values() for row in rows or ()], note

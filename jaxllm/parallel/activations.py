@@ -1,4 +1,5 @@
-"""What a step of a decoder moves between the devices of `tensor`, said beforehand (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
+"""What the activations of a decoder move in a step, said beforehand: over `tensor` (Shoeybi et al. 2019, arXiv:1909.08053, section 3)
+and, at the end, over `pipe`.
 
 A product whose summed dimension is cut gives each device a part of a sum over all of them. Each sub-block of a layer has one such
 product in the forward pass (o, down), and one set of them in the backward pass (of q, k and v; of gate and up), whose results are added
@@ -9,12 +10,15 @@ Around the layers: the rows of the embedding, of which each device has some; per
 logit, the sum of exponentials, the target's logit, the first of the likeliest tokens) and the gradient of the hidden states.
 
 XLA's CPU compiler does not add before it sums: there the backward pass sums once a product.
+
+In a pipeline each device sends, each tick, activations to the next stage and a gradient to the one before, whether they are of use or not.
 """
 
 import math
 from collections.abc import Iterator
 from typing import Any
 
+from jaxllm import registry
 from jaxllm.parallel.plan import Plan
 from jaxllm.parallel.traffic import Row
 from jaxllm.types import Model
@@ -22,11 +26,12 @@ from jaxllm.types import Model
 INTO = "activations, for the forward pass"
 BACK = "gradients of activations"
 AGAIN = "activations again, for the backward pass"
+STAGE = "activations and their gradients, one stage on"
 LOSS = "loss: four numbers a token, and the gradient of what enters it"
 
 
-def predict(plan: Plan, model: Model, config: Any, tokens: int, adds_first: bool = True) -> list[Row] | None:
-    """The rows of one step whose rows have so many tokens; None where this is not known, [] where tensor has one device.
+def over_tensor(plan: Plan, model: Model, config: Any, tokens: int, adds_first: bool = True) -> list[Row] | None:
+    """The rows of one step, for so many tokens a row of the batch; None where this is not known, [] where tensor has one device.
 
     Known for decoders that pre-normalize, on meshes without pipe and seq, with heads that divide and without sequence parallelism.
     adds_first: the compiler adds what several products give before it sums over devices.
@@ -66,3 +71,16 @@ def _rows(plan: Plan, model: Model, config: Any, tokens: int, adds_first: bool) 
     chunks = math.ceil(here / config.train.loss_chunk_tokens)
     padded = chunks * math.ceil(here / chunks)
     yield row(LOSS, 5 * chunks, 4 * padded * (4 + arch.width))
+
+
+def over_pipe(plan: Plan, model: Model, config: Any, tokens: int) -> list[Row] | None:
+    """The rows of one step; None for several stacks or chunks of layers, [] without a pipeline."""
+    stages, parallel, microbatches = plan.mesh.shape["pipe"], plan.parallel, config.train.microbatches
+    if stages == 1:
+        return []
+    if len(model.stacks) > 1 or parallel.chunks > 1 or parallel.schedule == "interleaved":
+        return None
+    schedule = registry.resolve("pipeline", parallel.schedule)(stages, microbatches, 1)
+    ticks, parts = schedule.ticks, plan.batch_parts * plan.parts("length") * plan.parts("stream")
+    size = config.train.batch_seqs // microbatches * tokens // parts * model.config.width * plan.dtype.itemsize
+    return [Row(STAGE, "collective-permute", ("pipe",), stages, 2 * ticks, 2 * ticks * size)]

@@ -9,7 +9,8 @@ ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, section 7), in bytes of a whole
 
 With M = 1 and all of one type these are the paper's 2, 2 and 3 times the model. Gradients G and new parameters W travel in float32,
 parameters P in the compute type, but vectors in float32. What fsdp does not cut (biases of q, k, v and up) is summed whole, once a step; so
-are all gradients over `data` and `seq`. What activations move over `tensor` is in activations.py; over `seq` and `pipe` nobody says it yet.
+are all gradients over `data` and `seq`. The stages of a pipeline share what is outside the layers
+once a step. What activations move is in activations.py.
 
 It holds for what acts on each number by itself: AdamW, Lion and SGD. Muon and Adafactor read whole matrices.
 """
@@ -66,10 +67,12 @@ SUMMED = "gradients, summed and cut up"
 UPDATED = "new parameters, made whole"
 TOTAL = "gradients, summed over the other copies"
 WHOLE = "gradients that fsdp does not cut, summed whole"
+STAGES = "parameters outside the layers, for all stages"
+FROM_STAGES = "their gradients, summed over the stages"
 
 
 class _Array(NamedTuple):
-    """A parameter as a device has it when it is whole over fsdp. layers: arrays that it is in a stacked form; else 1."""
+    """A parameter as a device uses it: whole over fsdp, and outside the layers over pipe. layers: of a stacked one; else 1."""
 
     name: str
     axes: Axes
@@ -82,8 +85,13 @@ class _Array(NamedTuple):
     cut_state: tuple[str, ...]
 
 
-def predict(plan: Plan, model: Model, params: Params, frozen: Params, microbatches: int) -> list[Row]:
-    """The rows of one step; none for a mesh of one device. params, frozen: as in a TrainState, of shapes."""
+def predict(plan: Plan, model: Model, params: Params, frozen: Params, microbatches: int) -> list[Row] | None:
+    """The rows of one step; [] for a mesh of one device. params, frozen: as in a TrainState, of shapes.
+
+    None where this is not known: in a pipeline whose stages also gather over fsdp, each in its own ticks.
+    """
+    if plan.mesh.shape["pipe"] > 1 and plan.mesh.shape["fsdp"] > 1:
+        return None
     arrays = list(_arrays(plan, model, params, frozen))
     stage, arch = plan.parallel.zero_stage, model.config
     rows = []
@@ -113,6 +121,11 @@ def predict(plan: Plan, model: Model, params: Params, frozen: Params, microbatch
     add(TOTAL, "all-reduce", ["data", "seq"], [Amount(1, 4 * array.size // parts) for array in cut])
     add(WHOLE, "all-reduce", ["data", "fsdp", "seq"], [_whole(array) for array in trained if "fsdp" not in array.cut_state])
     add(UPDATED, "all-gather", ["fsdp"], [_whole(array) for array in cut if "fsdp" not in array.cut])
+    outside = [array for array in arrays if not array.in_layers]
+    add(STAGES, "all-gather", ["pipe"], [_whole(array) for array in outside if "pipe" in array.cut])
+    outside = [array for array in outside if array.trained]
+    add(FROM_STAGES, "reduce-scatter", ["pipe"], [_whole(array) for array in outside if "pipe" in array.cut])
+    add(FROM_STAGES, "all-reduce", ["pipe"], [_whole(array) for array in outside if "pipe" not in array.cut])
     return rows
 
 
@@ -154,9 +167,10 @@ def _arrays(plan: Plan, model: Model, params: Params, frozen: Params) -> Iterabl
     def one(path: Any, axes: Axes, leaf: Any) -> _Array:
         name = tree.path_name(path)
         by_table = [layout.cut_by(plan.sharding(axes, leaf.shape, name, table).spec) for table in plan.tables]
-        held = math.prod(mesh[axis] for axis in by_table[0] if axis != "fsdp")
+        in_layers = name.startswith(stacks)
+        held = math.prod(mesh[axis] for axis in by_table[0] if axis == "tensor" or (axis == "pipe" and in_layers))
         layers = leaf.shape[0] if axes[0] == "layers" else 1
-        return _Array(name, axes, leaf.size // held, layers, name.startswith(stacks), id(leaf) in trained, *by_table)
+        return _Array(name, axes, leaf.size // held, layers, in_layers, id(leaf) in trained, *by_table)
 
     found: list[_Array] = jax.tree.leaves(
         jax.tree.map_with_path(one, model.axes, whole, is_leaf=lambda node: isinstance(node, tuple)),

@@ -10,6 +10,7 @@ import combinations
 import jax
 import pytest
 
+from jaxllm import dry_run
 from jaxllm.engine import step
 from jaxllm.engine.session import Session, build_session, bytes_by_category
 from jaxllm.parallel import activations, collectives, traffic
@@ -27,12 +28,10 @@ def build(family: str, **overrides: Any) -> Session:
 
 
 def predict(session: Session) -> list[traffic.Row]:
-    state, microbatches = session.abstract, session.config.train.microbatches
-    rows = traffic.predict(session.plan, session.model, state.params, state.frozen, microbatches)
     # XLA's CPU compiler sums the gradients of each product over tensor by themselves.
-    within = activations.predict(session.plan, session.model, session.config, session.row_tokens, adds_first=False)
-    assert within is not None
-    return rows + within
+    rows, note = dry_run.moved(session, adds_first=False)
+    assert not note
+    return rows
 
 
 def compile(session: Session) -> Any:
@@ -56,6 +55,7 @@ MIXED = {"parallel__data": 2, "parallel__fsdp": 4}
         ("gpt", {**UNROLLED, "parallel__data": 8}),
         ("llama", {**SCAN, "parallel__fsdp": 2, "parallel__tensor": 4, "model__kv_heads": 4, "model__remat": "full"}),
         ("gpt", {**SCAN, "parallel__fsdp": 4, "parallel__tensor": 2, "train__microbatches": 2}),
+        ("gpt", {**SCAN, "model__layers": 4, "parallel__pipe": 2, "parallel__data": 2, "train__microbatches": 4}),
         ("bert", {**SCAN, **MIXED, "parallel__zero_stage": 3, "model__remat": "full"}),
         ("t5", {**UNROLLED, **MIXED, "parallel__zero_stage": 1}),
         ("transformer", {**SCAN, **MIXED, "parallel__zero_stage": 3, "model__remat": "dots"}),
@@ -108,12 +108,12 @@ def test_multiples_of_the_model(microbatches: int) -> None:
 def test_tensor_parallelism_is_that_of_the_paper() -> None:
     """Shoeybi et al. 2019, figure 4: two sums of [B, T, D] a layer forward and two backward; and one for the embedding, cut by rows."""
     session = build("gpt", parallel__tensor=4, model__remat="none")
-    rows = activations.predict(session.plan, session.model, session.config, session.row_tokens)
+    rows = activations.over_tensor(session.plan, session.model, session.config, session.row_tokens)
     array = 4 * combinations.ROWS * combinations.LENGTH * 32
     assert rows is not None and [(row.arrays, row.bytes) for row in rows[:2]] == [(1 + 2 * 4, 9 * array), (2 * 4, 8 * array)]
     assert rows[2].bytes == array + 4 * 4 * combinations.ROWS * combinations.LENGTH
     refused = build("gpt", parallel__tensor=4, parallel__sequence=True)
-    assert activations.predict(refused.plan, refused.model, refused.config, refused.row_tokens) is None
+    assert activations.over_tensor(refused.plan, refused.model, refused.config, refused.row_tokens) is None
 
 
 def test_one_device_moves_nothing() -> None:
