@@ -10,7 +10,7 @@ from rich.table import Table
 from jaxllm import config as schema
 from jaxllm.data import folder, tokenize
 from jaxllm.engine.session import UNKNOWN_CLASSES, Session, build_session, bytes_by_category, count
-from jaxllm.parallel import layout, plan, report, traffic
+from jaxllm.parallel import activations, layout, plan, report, traffic
 from jaxllm.transforms import tree
 
 # Characters in ordinary Western text, for a tokenizer that does not exist before the data is read.
@@ -75,5 +75,13 @@ def sharding(session: Session) -> Group:
     tables.append(report.memory(bytes_by_category(session), textbook, uncut))
     if made.mesh.size > 1:
         rows = traffic.predict(made, session.model, abstract.params, abstract.frozen, session.config.train.microbatches)
-        tables.append(report.traffic(rows))
+        within = activations.predict(made, session.model, session.config, session.row_tokens)
+        tables.append(report.traffic([*rows, *(within or ())], _unknown(session, within)))
     return report.group(*tables)
+
+
+def _unknown(session: Session, within: object) -> str:
+    """Over which axes activations travel in a way that is not predicted."""
+    shape = session.plan.mesh.shape
+    axes = [axis for axis in ("pipe", "seq", "tensor") if shape[axis] > 1 and (axis != "tensor" or within is None)]
+    return f"Not predicted: what activations move over {', '.join(axes)}." if axes else ""
