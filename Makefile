@@ -8,13 +8,17 @@ WORKERS ?= 2
 # tinyshakespeare as one file, for `make bench`.
 DATA ?= input.txt
 
-.PHONY: quickstart test lint slow parity vocabularies parity-gguf bench clean
+.PHONY: quickstart test lint matrix slow parity vocabularies parity-gguf bench clean
 
 quickstart: $(VENV)/.core
 	$(BIN)/python -m jaxllm.train --config configs/quickstart.py --workdir runs/quickstart
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest $(TESTS) -n $(WORKERS) --dist loadfile --durations 15
+
+# Every family on every kind of mesh, and every schedule of a pipeline, beside one device; writes the figures of docs/matrix.md.
+matrix: $(VENV)/.test
+	$(BIN)/python -m pytest tests/matrix -n $(WORKERS) --durations 5
 
 # A real model from a package of the index (93 MB): loaded, chatted with, measured.
 slow: $(VENV)/.test .cache/smollm2/model.gguf

@@ -55,7 +55,7 @@ def run(main: Callable[[list[str]], int | None], positional: bool = False) -> No
     """
 
     def parse(argv: list[str]) -> list[str]:
-        with _Explained():
+        with Explained():
             _check_keys(argv)
             try:
                 return flags.FLAGS(argv)
@@ -66,7 +66,7 @@ def run(main: Callable[[list[str]], int | None], positional: bool = False) -> No
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
             logging.get_absl_handler().setFormatter(_Plain())
-        with _Explained():
+        with Explained():
             if argv[1:] and not positional:
                 raise ValueError(f"unexpected argument '{argv[1]}'.\n  Accepted: flags only, such as --name=value; see --help.")
             return main(argv[1:])
@@ -81,7 +81,7 @@ class _Plain(Formatter):
         return f"{record.levelname.lower()}: {record.getMessage()}"
 
 
-class _Explained:
+class Explained:
     """Turns errors that a person can act on into their text and exit code 2."""
 
     def __enter__(self) -> None: ...

@@ -123,7 +123,15 @@ SCHEMA: dict[str, Field] = {
     "model.attention": Field("blocked", one_of(registry.names("attention")), "implementation; all give the same numbers"),
     "model.attention_block_tokens": Field(128, at_least(1), "block of the blocked and flash attention"),
     "model.layers_as": Field("unrolled", one_of(("unrolled", "scan")), "unrolled: faster on CPU; scan: compile time flat in depth"),
-    "model.remat": Field("none", one_of(("none", "dots", "full")), "recompute in the backward pass: nothing, all but matmuls, all"),
+    "model.remat": Field(
+        "none",
+        one_of(("none", "attention", "dots", "named", "full")),
+        "recomputed in the backward pass: see jaxllm/models/remat.py",
+    ),
+    "model.remat_save": Field(
+        ("q", "k", "v", "attended", "attention_out"), TEXTS, "arrays that remat=named keeps, by the names of jaxllm/models/remat.py"
+    ),
+    "model.remat_offload": Field((), TEXTS, "arrays that remat=named keeps in the host's memory (GPU, TPU), by the same names"),
     "precision.compute": Field("float32", one_of(("float32", "bfloat16", "float16")), "of matmuls; master weights stay float32"),
     "precision.loss_scale": Field(32768.0, above(0), "first dynamic loss scale (float16 only)"),
     "precision.loss_scale_growth_steps": Field(2000, at_least(1), "finite steps before the loss scale doubles (float16 only)"),
@@ -175,6 +183,9 @@ SCHEMA: dict[str, Field] = {
     "optimizer.eps": Field(1e-8, above(0), "added to the root of the second moment"),
     "optimizer.weight_decay": Field(0.1, at_least(0), "decoupled, times the learning rate"),
     "optimizer.clip_norm": Field(1.0, at_least(0), "global gradient norm is cut to this; 0 means never"),
+    "optimizer.state": Field(
+        "float32", one_of(("float32", "bfloat16", "int8")), "how moments are stored: 4, 2 or about 1 byte a number"
+    ),
     "optimizer.groups": Field(((".*(scale|bias)", 1.0, 0.0),), GROUPS, "first match wins: (pattern, lr factor, decay factor)"),
     "schedule.name": Field("cosine", one_of(registry.names("schedule")), "of the learning rate"),
     "schedule.warmup_steps": Field(100, at_least(0), "linear from 0 to the peak"),
@@ -190,6 +201,14 @@ SCHEMA: dict[str, Field] = {
     "sample.prompts": Field(("The ",), TEXTS, "continued by the model"),
     "sample.tokens": Field(64, at_least(0), "length of a sample; 0 means no samples"),
     "sample.temperature": Field(0.8, at_least(0), "0 is greedy"),
+    "watchdog.step_secs": Field(
+        1800.0,
+        at_least(0),
+        "a part of a step (its batch, the devices) that takes longer ends the run with a diagnosis; 0 means never",
+    ),
+    "watchdog.beside_secs": Field(
+        14400.0, at_least(0), "the same for compiling, restoring, samples, a checkpoint, each batch of validation; 0 means never"
+    ),
     # Where it runs: sizes of the mesh axes, slowest link first, and how they are used.
     "parallel.pipe": Field(1, SIZE, "stages of layers; the micro-batches of train.microbatches pass through them"),
     "parallel.data": Field(-1, SIZE, "copies of the model"),

@@ -23,6 +23,7 @@ def check(config: ConfigDict) -> None:
     _check_sizes(config)
     _check_objective(config)
     _check_data(config)
+    _check_optimizer(config)
     open_sizes = [f"parallel.{axis}" for axis in ("pipe", "data", "fsdp", "seq", "tensor") if config.parallel[axis] == -1]
     if len(open_sizes) > 1:
         raise ValueError(f"{' and '.join(open_sizes)} are -1.\n  Accepted: one of them.\n  Give the others a size.")
@@ -63,6 +64,16 @@ def _check_objective(config: ConfigDict) -> None:
         raise ValueError(
             f"model.head = '{config.model.head}' does not fit train.objective = '{objective}'.\n  Accepted: {head}.\n"
             f"  Set model.head={head}, or another train.objective."
+        )
+
+
+def _check_optimizer(config: ConfigDict) -> None:
+    optimizer = config.optimizer
+    if optimizer.name == "adafactor" and optimizer.state != "float32":
+        raise ValueError(
+            f"optimizer.state = '{optimizer.state}' with optimizer.name = 'adafactor', whose state is a row and a column of each matrix.\n"
+            "  Accepted: float32 with adafactor; adamw, lion or muon with another state.\n"
+            "  Set optimizer.state=float32: there is next to nothing to save."
         )
 
 

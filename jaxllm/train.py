@@ -2,16 +2,18 @@
 
   python -m jaxllm.train --config configs/NAME.py [--config.a.b=value ...] [--workdir DIR] [--dry_run]
 
-The same command again goes on from the last checkpoint.
+The same command again goes on from the last checkpoint. On several hosts the same command runs on each, and the environment says
+which is which (parallel/environments.py, launch/README.md): the first process writes all files, which must lie on a shared disk.
 """
 
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +26,7 @@ from jaxllm.config import with_classes, with_vocabulary
 from jaxllm.data import loader
 from jaxllm.data.prepare import Prepared, place, prepare
 from jaxllm.decode import samples
-from jaxllm.engine import compilation, hooks, trackers
+from jaxllm.engine import compilation, hang, hooks, trackers
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.environment import Record
 from jaxllm.engine.loop import Hook, Monitor, train
@@ -34,11 +36,15 @@ from jaxllm.engine.session import Session, build_session, check, count
 from jaxllm.engine.signals import Interrupts
 from jaxllm.engine.state import TrainState, eval_params
 from jaxllm.engine.step import Compiled
+from jaxllm.engine.watchdog import Watchdog
 from jaxllm.engine.workdir import Workdir, check_space, open_workdir, write_json
 from jaxllm.evals import baseline, perplexity
-from jaxllm.parallel import plan
+from jaxllm.parallel import distributed, plan, processes
 from jaxllm.report.training import write_report
 from jaxllm.transforms import tree
+
+# How long a save in progress may still take when the run hangs.
+SETTLE_SECS = 5.0
 
 
 def main(arguments: list[str]) -> int:
@@ -49,51 +55,111 @@ def main(arguments: list[str]) -> int:
         dry_run.show(config, place(config, path), console)
         return 0
     compilation.use_cache()
-    with open_workdir(path) as workdir:
-        return run(config, workdir, console)
+    with distributed.started(partial(_say, console)), command.Explained():
+        if not processes.is_first():
+            console = Console(quiet=True, force_terminal=False)
+        with _open(path) as workdir:
+            return run(config, workdir, console)
 
 
 def run(config: ConfigDict, workdir: Workdir, console: Console) -> int:
-    """Trains in an open run directory; the exit code: 0, or 128 + the signal that ended the run early."""
+    """Trains in an open run directory; the exit code: 0, or 128 + the signal that ended the run early.
 
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False)
+    A run that hangs ends the process with `watchdog.HANG`.
+    """
+    limits = {"step_secs": config.watchdog.step_secs, "beside_secs": config.watchdog.beside_secs}
+    with Watchdog(workdir.hosts, **limits, process=jax.process_index(), processes=jax.process_count()) as watchdog:
+        return _run(config, workdir, console, watchdog)
 
+
+def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watchdog) -> int:
+    say = partial(_say, console)
     checkpoints = Checkpoints(workdir.checkpoints, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best)
-    resuming, rows = checkpoints.latest() is not None, _rows(checkpoints, workdir)
+    newest = _newest(checkpoints)
+    resuming, rows = newest is not None, _rows(checkpoints, newest, workdir)
     workdir.adopt_config(config, resuming=resuming)
     mesh_plan = plan.make(config)
+    processes.check_reach(mesh_plan.mesh.devices)
+    compilation.distrust_cache(mesh_plan.mesh.devices.flat[0].platform, mesh_plan.mesh.size)
     check(config, mesh_plan)  # before hours may go into the preparation of data
-    prepared = prepare(config, place(config, workdir.path), rows=rows, log=say)
+    prepared = _prepare(config, workdir, rows, say)
     config = with_classes(with_vocabulary(config, prepared.tokenizer.vocab_size), len(prepared.labels))
     workdir.adopt_config(config, resuming=resuming)
-    shutil.copytree(prepared.directory / "tokenizer", workdir.tokenizer, dirs_exist_ok=True)
-    write_json(workdir.provenance, prepared.record)
-
     session = build_session(config, mesh_plan)
-    checkpoints.remove_incomplete()
-    check_space(workdir.checkpoints, _bytes_to_come(session, checkpoints))
-    state = checkpoints.restore(session.abstract).tree if resuming else session.create()
+    if processes.is_first():
+        shutil.copytree(prepared.directory / "tokenizer", workdir.tokenizer, dirs_exist_ok=True)
+        write_json(workdir.provenance, prepared.record)
+        checkpoints.remove_incomplete()
+        check_space(workdir.checkpoints, _bytes_to_come(session, checkpoints))
+    watchdog.beside("restoring or creating the state", 0)
+    state = checkpoints.restore(session.abstract, newest).tree if resuming else session.create()
     start = int(state.step)
     if start >= config.train.steps:
         say(f"this run is at step {start} of {config.train.steps} already. Raise train.steps to go on. Writing its report again.")
-        say(f"report: {write_report(workdir.path)}")
+        _report(workdir, say)
         return 0
     sampler = samples.make(config, prepared.tokenizer, say)
     begin = f"resuming at step {start}" if resuming else "starting"
     say(f"{begin}: {config.model.name}, {count(session.abstract.params):,} trainable parameters")
     say(f"{session.positions_a_step:,} tokens a step, {config.train.steps:,} steps; compiling ...")
+    watchdog.beside("compiling", start)
     compiled = session.compile()
+    watchdog.collectives = hang.list_collectives(compiled.executable.as_text(), mesh_plan.mesh) if mesh_plan.mesh.size > 1 else []
     record = Record(workdir.environment, session, compiled, start)
+    watchdog.at_hang(lambda done: _end_at_hang(checkpoints, record, done))
     with Interrupts() as interrupts:
-        step, state, reason = _train(session, compiled, state, prepared, sampler, checkpoints, workdir, console, interrupts)
+        step, state, reason = _train(
+            session, compiled, state, prepared, sampler, checkpoints, workdir, console, interrupts, watchdog
+        )
+    watchdog.beside("writing the report", step)
     record.end(step, reason)
-    say(f"report: {write_report(workdir.path)}")
-    if interrupts.received is not None and step < config.train.steps:
+    _report(workdir, say)
+    if interrupts.decided is not None and step < config.train.steps:
         say(f"{reason} at step {step}: everything is saved. To go on, run the same command again:\n  {_same_command()}")
-        return 128 + interrupts.received
+        return 128 + interrupts.decided
     say(f"done. Try: {_next_command(config, workdir)}")
     return 0
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False)
+
+
+def _open(path: Path) -> Workdir:
+    """The run directory, which the first process locks; ValueError on one that does not share it."""
+    workdir = open_workdir(path) if processes.is_first() else Workdir(path)
+    processes.check_shared(workdir.lock, "--workdir")
+    return workdir
+
+
+def _report(workdir: Workdir, say: Callable[[str], None]) -> None:
+    """Writes the report, on the first process; the others need not wait for it."""
+    if processes.is_first():
+        say(f"report: {write_report(workdir.path)}")
+
+
+def _newest(checkpoints: Checkpoints) -> int | None:
+    """The newest step, as the first process sees it: another host may see a directory as it was some seconds ago."""
+    latest = checkpoints.latest()
+    step = processes.from_first(-1 if latest is None else latest)
+    return None if step < 0 else step
+
+
+def _prepare(config: ConfigDict, workdir: Workdir, rows: str | None, say: Callable[[str], None]) -> Prepared:
+    """The data, made by the first process while the others wait; they then find it, or make their own where data.dir is not shared.
+
+    ValueError on a process whose data is not that of the first one.
+    """
+    make = partial(prepare, config, place(config, workdir.path), rows=rows, log=say)
+    made = make() if processes.is_first() else None
+    processes.wait("data prepared")
+    prepared = made or make()
+    processes.check_same(
+        prepared.train.fingerprint + prepared.validation.fingerprint + prepared.record["tokenizer"]["fingerprint"],
+        f"the prepared data in '{prepared.directory}'",
+        "Use a data.dir that all hosts share, or the same source and the same versions on each.",
+    )
+    return prepared
 
 
 def _next_command(config: ConfigDict, workdir: Workdir) -> str:
@@ -115,12 +181,11 @@ def _bytes_to_come(session: Session, checkpoints: Checkpoints) -> int:
     return max(missing, 1) * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(session.abstract))
 
 
-def _rows(checkpoints: Checkpoints, workdir: Workdir) -> str | None:
+def _rows(checkpoints: Checkpoints, newest: int | None, workdir: Workdir) -> str | None:
     """Fingerprint of the rows behind the newest checkpoint. None without one, and with a damaged one, of which restoring it will tell.
 
     ValueError for a checkpoint of weights alone.
     """
-    newest = checkpoints.latest()
     try:
         rows = None if newest is None else checkpoints.record(newest).meta.get("rows")
     except DamagedError:
@@ -144,13 +209,14 @@ def _train(
     workdir: Workdir,
     console: Console,
     interrupts: Interrupts,
+    watchdog: Watchdog,
 ) -> tuple[int, TrainState, str]:
     """(updates done, state, why it ended). Everything that needs closing is closed, whatever happens."""
     config, start, total = session.config, int(state.step), session.config.train.steps
     with ExitStack() as stack:
         stack.callback(checkpoints.close)
         progress = stack.enter_context(Progress(total, start, console))
-        tracker = trackers.open_all(config, workdir.path, start, progress.message)
+        tracker = trackers.open_all(config, workdir.path, start, progress.message) if processes.is_first() else trackers.Trackers()
         stack.callback(tracker.close)
         source = stack.enter_context(
             loader.make(
@@ -165,6 +231,8 @@ def _train(
         def write(row: Mapping[str, Any]) -> None:
             tracker.write(row)
             progress.update(row)
+            if news := watchdog.news():
+                progress.message(news)
 
         monitor = Monitor(
             source=source,
@@ -174,13 +242,15 @@ def _train(
             max_nonfinite_steps=config.train.max_nonfinite_steps,
             positions_a_step=session.positions_a_step,
             parameter_names=[name for name, _ in tree.named_leaves(session.abstract.params)],
+            tell=watchdog.step,
         )
-        validation = hooks.Validation(_make_evaluation(session, prepared), write, progress.message)
+        validation = hooks.Validation(_make_evaluation(session, prepared, watchdog), write, progress.message)
 
         def save(step: int, state: TrainState) -> None:
+            watchdog.beside("saving a checkpoint", step)
             checkpoints.save(step, state, loss=validation.loss(step), meta={"rows": prepared.train.fingerprint})
 
-        beside = [Hook(validation.run, config.eval.every_steps)]
+        beside = [Hook(watchdog.around("validation", validation.run), config.eval.every_steps)]
         if sampler is not None:
             keep = hooks.samples(
                 partial(_sample, sampler),
@@ -188,15 +258,16 @@ def _train(
                 lambda step, said: tracker.text(step, "samples", said),
                 progress.message,
             )
-            beside.append(Hook(keep, config.sample.every_steps))
+            beside.append(Hook(watchdog.around("samples", keep), config.sample.every_steps))
         beside.append(Hook(save, config.checkpoint.every_steps))
-        step, state = train(compiled, state, source, monitor, beside, start=start, total=total, stop=lambda: interrupts.received)
+        step, state = train(compiled, state, source, monitor, beside, start=start, total=total, stop=interrupts.agreed)
         if step < total:
             save(step, state)
-    return step, state, "done" if interrupts.received is None or step == total else interrupts.received.name
+        watchdog.beside("finishing the checkpoint and the trackers", step)
+    return step, state, "done" if interrupts.decided is None or step == total else interrupts.decided.name
 
 
-def _make_evaluation(session: Session, prepared: Prepared) -> Any:
+def _make_evaluation(session: Session, prepared: Prepared, watchdog: Watchdog) -> Any:
     """evaluate(state) -> the row of a validation, with what a guess that reads nothing would get."""
     config, shards = session.config, prepared.validation
     measure = perplexity.make_eval(session.model, config, session.region)
@@ -209,7 +280,7 @@ def _make_evaluation(session: Session, prepared: Prepared) -> Any:
         batches = loader.sweep(
             shards, session.plan.arrange(make_batch), session.eval_seqs, session.plan.batch_sharding(), config.eval.max_seqs
         )
-        row = measure(eval_params(state), batches, shards.bytes_per_token)
+        row = measure(eval_params(state), watchdog.each(batches), shards.bytes_per_token)
         return row | {"baseline_loss": guess.loss, "baseline_accuracy": guess.accuracy}
 
     return evaluate
@@ -217,6 +288,17 @@ def _make_evaluation(session: Session, prepared: Prepared) -> Any:
 
 def _sample(sampler: samples.Sampler, state: TrainState, step: int) -> list[str]:
     return sampler.generate(eval_params(state), step)
+
+
+def _end_at_hang(checkpoints: Checkpoints, record: Record, done: int) -> str:
+    """A line about where the same command would go on; called by the watchdog while the main thread hangs."""
+    saved, newest = checkpoints.settle(SETTLE_SECS), checkpoints.latest()
+    if jax.process_index() == 0:
+        record.end(done, "hang")
+    lost = "" if saved else " One more was being written, and is lost."
+    if newest is None:
+        return f"there is no checkpoint yet.{lost} The same command begins again."
+    return f"the newest checkpoint is that of step {newest}.{lost} The same command goes on from there."
 
 
 def _same_command() -> str:

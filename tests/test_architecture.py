@@ -36,6 +36,7 @@ LEVELS = (
         "classify",
         "chat",
         "schedules",
+        "hosts",
     ),
 )
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

@@ -15,6 +15,7 @@ import numpy as np
 from jaxllm.decode import batching, network
 from jaxllm.decode.network import Network
 from jaxllm.ops import sampling
+from jaxllm.parallel import processes
 from jaxllm.types import Model, Params
 
 LARGEST_SEED = 2**32 - 1
@@ -158,7 +159,7 @@ def _run(
     most = int(prompts.limits_B.max())
     state, until = _start(program, params, prompts, np.array(stop_ids, np.int32), np.uint32(seed)), 1
     while True:
-        tokens_BN, counts_B, done_B = jax.device_get((state.tokens_BN, state.counts_B, state.done_B))
+        tokens_BN, counts_B, done_B = processes.fetch((state.tokens_BN, state.counts_B, state.done_B))
         yield [strip(row[:count].tolist(), stop_ids) for row, count in zip(tokens_BN, counts_B, strict=True)]
         if done_B.all():
             return

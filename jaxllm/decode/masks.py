@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxllm.decode import batching, marks
 from jaxllm.models import heads
+from jaxllm.parallel import processes
 from jaxllm.types import Model, Params, Tokenizer
 
 
@@ -39,7 +40,7 @@ def fill(model: Model, params: Params, tokenizer: Tokenizer, texts: Sequence[str
     for chosen in batching.group([len(row) for row in rows]):
         mine = [rows[index] for index in chosen]
         places = [[place for place, token in enumerate(row) if token == tokenizer.mask_id] for row in mine]
-        found = jax.device_get(_likeliest(model, params, mine, places, tokenizer.vocab_size, top_k))
+        found = processes.fetch(_likeliest(model, params, mine, places, tokenizer.vocab_size, top_k))
         for row, index in enumerate(chosen):
             guesses = [zip(*(part[row, order].tolist() for part in found), strict=True) for order in range(len(places[row]))]
             out[index] = [[Guess(marks.spell(tokenizer, token), token, p) for token, p in pairs] for pairs in guesses]

@@ -5,6 +5,7 @@ with their digests joins them, and one rename commits both. State is stored in c
 be read under any mesh and either form of the layer stack.
 """
 
+import concurrent.futures
 import json
 import math
 import re
@@ -24,6 +25,7 @@ from jaxllm.engine import canonical
 from jaxllm.engine.digest import digests
 from jaxllm.engine.record import CheckpointError, DamagedError, Leaf, Record, check_fits, check_meta, from_json
 from jaxllm.engine.workdir import sync_directory, write_json
+from jaxllm.parallel import processes
 
 STATE = "state"
 RECORD = "record.json"
@@ -45,7 +47,9 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run. One process writes (see engine/workdir.py); any number may read at the same time.
+    """The checkpoints of one run. One run writes (see engine/workdir.py); any number may read at the same time.
+
+    Of a run with several processes all save and restore together, each its own part of the arrays; the first one renames and deletes.
 
     keep_last: how many of the newest are kept. keep_best: how many are kept besides, by the lowest validation loss.
     """
@@ -109,6 +113,7 @@ class Checkpoints:
         record = Record(int(step), float(loss) if loss is not None and math.isfinite(loss) else None, leaves, meta or {}, {})
         if not self._holds(record):
             self._clear(step)
+            processes.wait("checkpoint begun")
             # When Orbax returns, the arrays are in host memory: on a CPU these are views of the same memory, which JAX does not
             # let a donating step reuse while somebody looks at it.
             try:
@@ -124,6 +129,11 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    def settle(self, secs: float) -> bool:
+        """Waits at most `secs` for a save in progress, from any thread and without raising; whether none is left."""
+        pending = self._pending
+        return pending is None or not concurrent.futures.wait([pending], timeout=secs).not_done
 
     def close(self) -> None:
         """Waits as `wait` does; nothing can be saved afterwards. A save that was not waited for may be lost."""
@@ -248,6 +258,8 @@ class Checkpoints:
                 # Also a power cut must find the new one before older ones are deleted.
                 sync_directory(self.directory)
                 shutil.rmtree(replaced, ignore_errors=True)
+            # Nobody goes on to look for it, or to save it again, before it is there.
+            processes.wait("checkpoint written")
         except Exception as error:
             self._clear(record.step)
             raise self._unwritten(record.step, error) from error

@@ -8,15 +8,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxllm.engine.session import Session, bytes_by_category, count
 from jaxllm.engine.step import Compiled
 from jaxllm.engine.workdir import write_json
+from jaxllm.parallel import processes
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
 
 
 class Record:
-    """Writes `path` when a session starts and, completed, when it ends; earlier sessions stay listed."""
+    """Writes `path`, on the first process, when a session starts and, completed, when it ends; earlier sessions stay listed."""
 
     def __init__(self, path: Path, session: Session, compiled: Compiled, start_step: int):
         self._path, self._began, self._before = path, datetime.now(UTC), _sessions(path)
@@ -25,7 +28,7 @@ class Record:
         self._write()
 
     def end(self, step: int, reason: str) -> None:
-        """The session ended after update number `step`. `reason`: "done" or the signal's name."""
+        """The session ended after update number `step`. `reason`: "done", the signal's name, or "hang"."""
         ended = datetime.now(UTC)
         secs = round((ended - self._began).total_seconds(), 1)
         self._current |= {"ended": ended.isoformat(timespec="seconds"), "end_step": step, "secs": secs, "reason": reason}
@@ -33,7 +36,8 @@ class Record:
 
     def _write(self) -> None:
         sessions = [*self._before, self._current]
-        write_json(self._path, {**self._facts, "started": sessions[0]["started"], "sessions": sessions})
+        if processes.is_first():
+            write_json(self._path, {**self._facts, "started": sessions[0]["started"], "sessions": sessions})
 
 
 def _facts(session: Session, compiled: Compiled) -> Mapping[str, Any]:
@@ -52,6 +56,7 @@ def _facts(session: Session, compiled: Compiled) -> Mapping[str, Any]:
         "flops_per_step": compiled.flops,
         "devices": [device.device_kind for device in session.plan.mesh.devices.flat],
         "mesh": dict(session.plan.mesh.shape),
+        "processes": jax.process_count(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
 

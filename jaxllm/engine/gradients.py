@@ -35,6 +35,12 @@ class Held(NamedTuple):
 Gradients = Callable[[TrainState, Batch, jax.Array | None], Sums]
 
 
+def _specs(region: Region, params: Params) -> Any:
+    """How Sums leave the region."""
+    same: Any = PartitionSpec()
+    return Sums(region.gradient_specs(params), same, same)
+
+
 def _held(state: TrainState) -> Held:
     return Held(state.params, state.frozen, None if state.loss_scale is None else state.loss_scale.scale)
 
@@ -51,7 +57,7 @@ def make(objective: Objective, model: Model, config: Any, region: Region) -> Gra
 
     def gradients(state: TrainState, batch: Batch, rng: jax.Array | None) -> Sums:
         params, frozen, scale = _held(state)
-        out = Sums(region.gradient_specs(params), PartitionSpec(), PartitionSpec())
+        out = _specs(region, params)
         found = region.run(own, (params, frozen), batch, rng, scale, out=out)
         return found._replace(gradients=region.narrow(found.gradients))
 
@@ -68,7 +74,7 @@ def _pipelined(objective: Objective, model: Model, config: Any, region: Region) 
 
     def gradients(state: TrainState, batch: Batch, rng: jax.Array | None) -> Sums:
         params, frozen = chunks.cut(state.params), chunks.cut(state.frozen)
-        out = Sums(chunks.region.gradient_specs(params), PartitionSpec(), PartitionSpec())
+        out = _specs(chunks.region, params)
         found = chunks.region.run(own, (params, frozen), batch, rng, out=out)
         return found._replace(gradients=region.narrow(chunks.join(found.gradients)))
 

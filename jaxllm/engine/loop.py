@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxllm.engine.errors import NonFiniteError, TrainingError
+from jaxllm.engine.watchdog import Doing
 from jaxllm.types import Source
 
 # Reads the flag of `Interrupts`: anything but None stops the loop after the step in flight.
@@ -32,7 +33,8 @@ class Hook:
 class Monitor:
     """Reads the metrics of finished steps: writes rows, counts skipped steps, and stops what cannot get better.
 
-    parameter_names: one name for each entry of the metric `moved`.
+    parameter_names: one name for each entry of the metric `moved`. tell: hears what is about to happen to which update, as
+    `watchdog.Watchdog.step` does.
     """
 
     source: Source
@@ -42,10 +44,13 @@ class Monitor:
     max_nonfinite_steps: int
     positions_a_step: int
     parameter_names: Sequence[str]
+    tell: Callable[[Doing, int], None]
 
     def read(self, step: int, metrics: Mapping[str, Any], clock: "Clock") -> None:
         """`metrics` of update number `step` (from 1), still on the device. Raises TrainingError if training must stop."""
+        self.tell(Doing.READ, step)
         values = jax.device_get(dict(metrics))
+        self.tell(Doing.WRITE, step)
         moved = values.pop("moved")
         scalars = {name: value.item() for name, value in values.items()}
         finite, in_a_row = scalars.pop("finite"), scalars.pop("skipped_in_a_row")
@@ -120,8 +125,14 @@ def train(
     clock = Clock(start, monitor.positions_a_step)
     waiting: tuple[int, Mapping[str, Any]] | None = None
     step = start
-    while step < total and stop() is None:
-        state, metrics = update(state, source.batch(step))
+    while step < total:
+        monitor.tell(Doing.AGREE, step + 1)
+        if stop() is not None:
+            break
+        monitor.tell(Doing.DATA, step + 1)
+        batch = source.batch(step)
+        monitor.tell(Doing.DISPATCH, step + 1)
+        state, metrics = update(state, batch)
         step += 1
         if waiting is not None:
             monitor.read(*waiting, clock)

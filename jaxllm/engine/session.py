@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxllm import models, registry
 from jaxllm.config import with_classes, with_vocabulary
 from jaxllm.data import examples
 from jaxllm.engine import gradients, state, step
+from jaxllm.models import remat
 from jaxllm.optim import build, schedules
 from jaxllm.parallel import layout
 from jaxllm.parallel.plan import Plan, shard_bytes
@@ -61,6 +63,8 @@ class Session:
 def build_session(config: ConfigDict, plan: Plan) -> Session:
     """The setup that the whole config describes on the mesh of `plan`. model.vocab_size must be filled in."""
     model = models.build(config, plan.constrain)
+    if isinstance(plan.mesh, Mesh):  # not a plan for devices that are not there
+        remat.check_offload(model.config.remat, plan.mesh.devices.flat)
     optimizer = build.make(config, model.axes)
     objective = registry.resolve("objective", config.train.objective)(model, config)
     region = Region(plan, model.axes, tuple(each.path for each in model.stacks))

@@ -28,9 +28,11 @@ CHANGEABLE = (
     "model.attention_block_tokens",
     "model.layers_as",
     "model.remat",
+    "model.remat_save",
+    "model.remat_offload",
     "data.dir",
 )
-CHANGEABLE_SECTIONS = ("eval", "checkpoint", "sample", "parallel")
+CHANGEABLE_SECTIONS = ("eval", "checkpoint", "sample", "parallel", "watchdog")
 
 
 class Workdir:
@@ -49,6 +51,7 @@ class Workdir:
         self.checkpoints = self.path / "checkpoints"
         self.tokenizer = self.path / "tokenizer"
         self.data = self.path / "data"
+        self.hosts = self.path / "hosts"
         self.lock = self.path / "lock"
         self._held: IO[str] | None = None
 
@@ -90,13 +93,17 @@ class Workdir:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+        # On a network file system other hosts see it only then.
+        os.fsync(file.fileno())
         self._held = file
 
     def adopt_config(self, config: ConfigDict, *, resuming: bool) -> None:
-        """Writes config.json. If `resuming`, ValueError first if it changes what the checkpoints were trained with."""
+        """Writes config.json, if this process holds the lock. If `resuming`, ValueError first if it changes what the checkpoints were
+        trained with."""
         if resuming and self.config.is_file():
             check_continues(schema.load(self.config), config, self.config)
-        write_text(self.config, schema.to_json(config))
+        if self._held is not None:
+            write_text(self.config, schema.to_json(config))
 
 
 def open_workdir(path: str | Path) -> Workdir:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from jaxllm.models import remat
+from jaxllm.models.remat import Remat
 from jaxllm.ops.positions import RopeScaling
 
 GATED = {"swiglu": "silu", "geglu": "gelu_tanh"}  # activation of the MLP -> the function of its gate
@@ -74,7 +76,7 @@ class Architecture:
     attention_block_tokens: int
     bidirectional_prompt: bool
     layers_as: str
-    remat: str
+    remat: Remat
     compute: str
 
     @property
@@ -130,7 +132,7 @@ def resolve(config: ConfigDict, family: Family) -> Architecture:
         attention_block_tokens=model.attention_block_tokens,
         bidirectional_prompt=config.train.objective == "prefix_lm",
         layers_as=model.layers_as,
-        remat=model.remat,
+        remat=remat.make(model),
         compute=config.precision.compute,
     )
     _check_positions(arch)

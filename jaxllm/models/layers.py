@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
-from jaxllm.models import cache
+from jaxllm.models import cache, remat
 from jaxllm.models.architecture import GATED, Architecture
 from jaxllm.ops import activations, attention, norms, positions
 from jaxllm.transforms import leaf
@@ -201,7 +202,8 @@ class Attention(nn.Module):
             out_BTHK, slot = self._see_itself(input_BTD, sight, slot)
         else:
             out_BTHK = self._see(input_BTD, memory, slot)
-        out_BTD = self.constrain(self.o(self.constrain(out_BTHK, ("batch", "length", "heads", "head_dim"))), STREAM)
+        out_BTD = checkpoint_name(self.o(self.constrain(out_BTHK, ("batch", "length", "heads", "head_dim"))), "attention_out")
+        out_BTD = self.constrain(out_BTD, STREAM)
         x_BTD = x_BTD + dropout(self, out_BTD, self.arch.dropout_frac)
         return x_BTD if pre else self.norm(x_BTD), slot
 
@@ -256,11 +258,9 @@ class Attention(nn.Module):
     ) -> jax.Array:
         arch = self.arch
         drop = arch.dropout_frac > 0 and self.has_rng("dropout")
-        return attention.attend(
-            q_BTHK,
-            self._spread(k_BSGK),
-            self._spread(v_BSGK),
-            mask,
+        attend = partial(
+            attention.attend,
+            mask=mask,
             implementation=arch.attention,
             bias_XHTS=bias_XHTS,
             scale=self._scale,
@@ -269,6 +269,10 @@ class Attention(nn.Module):
             block_tokens=arch.attention_block_tokens,
             constrain=self.constrain,
         )
+        k_BSGK, v_BSGK = self._spread(k_BSGK), self._spread(v_BSGK)
+        q_BTHK, k_BSGK, v_BSGK = (checkpoint_name(x, name) for x, name in ((q_BTHK, "q"), (k_BSGK, "k"), (v_BSGK, "v")))
+        out_BTHK = remat.over("attention", arch.remat, attend, arch.layers_as)(q_BTHK, k_BSGK, v_BSGK)
+        return checkpoint_name(out_BTHK, "attended")
 
 
 class Mlp(nn.Module):
@@ -288,14 +292,14 @@ class Mlp(nn.Module):
             inner_BTF = activations.FUNCTIONS[arch.activation](up_BTF)
         shape, axes = (arch.mlp_width, arch.width), ("mlp", "embed")
         out_BTD = Projection("BTF,FD->BTD", shape, axes, arch.residual_std, "mlp" in arch.biased, name="down")(inner_BTF)
-        out_BTD = self.constrain(out_BTD, STREAM)
+        out_BTD = self.constrain(checkpoint_name(out_BTD, "mlp_out"), STREAM)
         x_BTD = x_BTD + dropout(self, out_BTD, arch.dropout_frac)
         return x_BTD if pre else norm(x_BTD)
 
     def _wide(self, name: str, x_BTD: jax.Array) -> jax.Array:
         arch, shape = self.arch, (self.arch.width, self.arch.mlp_width)
         project = Projection("BTD,DF->BTF", shape, ("embed", "mlp"), arch.init_std, "mlp" in arch.biased, name=name)
-        return self.constrain(project(x_BTD), ("batch", "length", "mlp"))
+        return checkpoint_name(self.constrain(project(x_BTD), ("batch", "length", "mlp")), f"mlp_{name}")
 
 
 class Block(nn.Module):
@@ -314,7 +318,7 @@ class Block(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, sight: Sight, slot: cache.Slot | None = None, memory: Memory | None = None
     ) -> tuple[jax.Array, cache.Slot | None]:
-        x_BTD, slot = self.attention(x_BTD, sight, slot)
+        x_BTD, slot = self.attention(checkpoint_name(x_BTD, "layer_in"), sight, slot)
         if memory is not None:
             x_BTD, _ = self.cross(x_BTD, sight, slot, memory)
         return self.mlp(x_BTD), slot

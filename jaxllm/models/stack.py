@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxllm.models import remat as remats
 from jaxllm.models.cache import Slot
 from jaxllm.transforms import tree
 
@@ -36,22 +37,15 @@ class Gather(NamedTuple):
 NO_GATHER = Gather(lambda layer: layer, again=False)
 
 
-def make(layers_as: str, count: int, remat: str, gather: Gather = NO_GATHER) -> Runner:
-    """The runner of `count` layers in the form `layers_as`.
-
-    `remat` says what the backward pass computes again instead of reading it from memory (Chen et al. 2016,
-    arXiv:1604.06174): nothing ("none"), all but the results of matrix products with a parameter ("dots"), or everything
-    but the input of each layer ("full").
-    """
+def make(layers_as: str, count: int, remat: remats.Remat, gather: Gather = NO_GATHER) -> Runner:
+    """The runner of `count` layers in the form `layers_as`; `remat` says what the backward pass computes again (models/remat.py)."""
     loop = {"unrolled": _unrolled, "scan": _scan}[layers_as]
 
     def run(block: Block, layers: Any, x: jax.Array, cache: Any = None, /) -> tuple[jax.Array, Any]:
         _check(layers, layers_as, count)
         block = _gathering(block, gather.whole)
-        # Decoding has no backward pass. The barrier against merging the two computations is not needed inside a scan.
-        return loop(
-            block if cache is not None else _recompute(block, remat, gather.again, layers_as == "unrolled"), layers, x, cache
-        )
+        # Decoding has no backward pass.
+        return loop(block if cache is not None else remats.over("layer", remat, block, layers_as, gather.again), layers, x, cache)
 
     return run
 
@@ -101,34 +95,6 @@ def _gathering(block: Block, gather: Callable[[Any], Any]) -> Block:
         return block(gather(params), index, x, slot)
 
     return run
-
-
-def _recompute(block: Block, remat: str, again: bool, prevent_cse: bool) -> Block:
-    if remat == "none" and not again:
-        return block
-    policies = jax.checkpoint_policies
-    policy = {
-        "none": _all_but_gathered,
-        # Products with parameters have no batch dimension; attention scores, which have, are the cheap ones for their size, T x S a head.
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "full": policies.nothing_saveable,
-    }[remat]
-    return jax.checkpoint(block, policy=policy, prevent_cse=prevent_cse)
-
-
-# What only lays out or casts a value: kept, it would keep what was gathered under another shape.
-_LAYOUTS = ("reshape", "transpose", "squeeze", "broadcast_in_dim", "convert_element_type")
-
-
-def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
-    """A policy of `jax.checkpoint`. Names cannot say it: what is not named yet would be kept."""
-    return primitive.name not in _LAYOUTS and not _gathers(primitive, params)
-
-
-def _gathers(primitive: Any, params: Any) -> bool:
-    """Whether an operation is an all-gather or has one inside."""
-    inside = (eqn for value in params.values() for eqn in getattr(value, "eqns", ()))
-    return primitive is jax.lax.all_gather_p or any(_gathers(eqn.primitive, eqn.params) for eqn in inside)
 
 
 def _check(layers: Any, layers_as: str, count: int) -> None:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxllm import registry
-from jaxllm.optim import groups
+from jaxllm.optim import groups, small_state
 from jaxllm.transforms import tree
 from jaxllm.types import Axes
 
@@ -35,7 +35,9 @@ def make(config: Any, axes: Any) -> optax.GradientTransformation:
     """
     rule = registry.resolve("optimizer", config.optimizer.name)(config.optimizer, axes)
     factors = groups.factors(config.optimizer.groups, axes)
-    return _per_layer(optax.chain(rule, _decayed(config.optimizer.weight_decay, factors)), axes)
+    whole = _per_layer(optax.chain(rule, _decayed(config.optimizer.weight_decay, factors)), axes)
+    kind = config.optimizer.state
+    return whole if kind == "float32" else small_state.narrowed(whole, kind, axes)
 
 
 def adamw(optimizer: Any, axes: Any) -> optax.GradientTransformation:

@@ -1,7 +1,7 @@
 """`types.Constrain` on a mesh: what a model is built with, to lie on it.
 
-A model runs in one of two ways. Inside the region of a step (region.py) each device runs it on its own rows, stage and parts of rows, and the
-compiler shares out what is left, the axis `tensor`. Elsewhere, as in a sample, the compiler shares out everything.
+A model runs in one of two ways. Inside the region of a step (region.py) each device runs it on its own rows, stage and parts of rows,
+and the compiler shares out what is left, the axis `tensor`. Elsewhere, as in a sample, the compiler shares out everything.
 """
 
 import math

@@ -11,7 +11,7 @@ from jaxllm.types import Batch, Metrics, Model, Objective, Params
 
 
 def make(objective: Objective, model: Model, config: Any, region: Region) -> Callable[[Params, Batch], Metrics]:
-    """measure(params, batch) -> sums over all rows. Dropout is off. In a pipeline the rows are those of train.microbatches micro-batches."""
+    """measure(params, batch) -> sums over all rows. Dropout is off. In a pipeline the rows are train.microbatches micro-batches."""
     if region.plan.mesh.shape["pipe"] == 1:
 
         def own(params: Params, batch: Batch) -> Metrics:

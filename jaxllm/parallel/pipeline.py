@@ -50,7 +50,7 @@ class Interpreter:
             count = each.layers // (table.stages * self._chunks)
             self._runners.append(stack.make("scan", count, arch.remat, assembly.gatherer(arch, plan.constrain, axes)))
 
-    def run(self, params: Params, frozen: Params, batch: Batch, rng: jax.Array | None) -> tuple[Params | None, Mean, Metrics]:
+    def run(self, params: Params, frozen: Params, batch: Batch, rng: jax.Array | None) -> tuple[Params, Mean, Metrics]:
         """(gradients of params, what is minimized, metrics) of this device's rows, summed over the stages.
 
         Rows i, i + M, i + 2M ... make up one of M micro-batches. No gradients if the schedule has no backward passes.
@@ -69,25 +69,23 @@ class Interpreter:
 
         carry, _ = jax.lax.scan(tick, self._start(stages, params), rows)
         mean, metrics = jax.lax.psum((carry.mean, carry.metrics), "pipe")
-        return (self._gradients(carry) if self._trains else None), mean, metrics
+        return (self._gradients(carry) if self._trains else {}), mean, metrics
 
     def _make_stages(self, params: Params, frozen: Params, batch: Batch, rng: jax.Array | None) -> list[Stage]:
         whole = tree.combine(params, frozen)
         rest = self._outside.map(self._share_with_stages, self._region.rest(whole))
         watched = self._outside.watch(tree.split(rest, set(tree.names(self._region.rest(params))))[0])
-        first = Stage(
-            model=self._model,
-            objective=self._objective,
-            rest=Rest(self._outside, rest, watched),
-            batch=batch,
-            rng=rng,
-            stages=self._schedule.stages,
-            stage=jax.lax.axis_index("pipe"),
-            trains=self._trains,
-            **self._of_stack(0, whole, params),
-            parts={},
-        )
-        stages = [replace(first, **self._of_stack(index, whole, params)) for index in range(len(self._model.stacks))]
+        same: dict[str, Any] = {
+            "model": self._model,
+            "objective": self._objective,
+            "rest": Rest(self._outside, rest, watched),
+            "batch": batch,
+            "rng": rng,
+            "stages": self._schedule.stages,
+            "stage": jax.lax.axis_index("pipe"),
+            "trains": self._trains,
+        }
+        stages = [Stage(**same, **self._of_stack(index, whole, params), parts={}) for index in range(len(self._model.stacks))]
         parts = {each.stack.part: each.entered() for each in stages}
         return [replace(each, parts=parts) for each in stages]
 

@@ -56,7 +56,8 @@ class Plan:
         """A tree like `abstract_state`: whatever mirrors a parameter lies as the table of state says, the rest is replicated.
 
         An array mirrors a parameter if its path ends in the parameter's whole path and their shapes are equal: moments, momentum,
-        averages, a training state that holds the parameters themselves. Counts, factored moments (Adafactor) and holes are the rest.
+        averages, a training state that holds the parameters themselves. So do the scales of 8-bit moments, whose last axis is shorter.
+        Counts, factored moments (Adafactor) and holes are the rest.
         """
         shardings = self.shardings(axes, abstract_params, self.tables.state)
         placed: dict[str, list[tuple[tuple[int, ...], NamedSharding]]] = {}
@@ -69,7 +70,8 @@ class Plan:
             # The longest ending that is a parameter: "layers/mlp/norm/scale" is not the parameter "norm/scale".
             endings = ("/".join(parts[start:]) for start in range(len(parts)))
             mirrored = next((placed[ending] for ending in endings if ending in placed), [])
-            return next((sharding for shape, sharding in mirrored if shape == leaf.shape), self.replicated)
+            alike = (_alike(sharding, shape, leaf.shape) for shape, sharding in mirrored)
+            return next((sharding for sharding in alike if sharding is not None), self.replicated)
 
         return jax.tree.map_with_path(one, abstract_state)
 
@@ -144,6 +146,22 @@ def shard_bytes(shardings: Any, abstract: Any) -> int:
         return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
     return sum(jax.tree.leaves(jax.tree.map(one, shardings, abstract)))
+
+
+def _alike(sharding: NamedSharding, shape: tuple[int, ...], other: tuple[int, ...]) -> NamedSharding | None:
+    """Where an array of shape `other` lies that belongs to one of `shape`: as that, or None if more than the last axis is shorter.
+
+    A last axis of one number a block is cut as the blocks are, where each device has whole blocks.
+    """
+    if shape == other:
+        return sharding
+    if not shape or shape[:-1] != other[:-1] or shape[-1] % other[-1]:
+        return None
+    cut_by = (*sharding.spec, *[None] * len(shape))[len(shape) - 1]
+    axes = (cut_by,) if isinstance(cut_by, str) else cut_by or ()
+    if other[-1] % math.prod(sharding.mesh.shape[axis] for axis in axes) == 0:
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[: len(shape) - 1]))
 
 
 def _is_axes(node: Any) -> bool:

@@ -31,7 +31,7 @@ class Region:
     stacks: tuple[tuple[str, ...], ...]
 
     def run(self, function: Callable[..., Any], params: Sequence[Params], batch: Batch, *rest: Any, out: Any) -> Any:
-        """function(*params, batch, *rest) on each device. `rest` is the same on all; `out`: how the results are cut, a tree or its trunk."""
+        """function(*params, batch, *rest) on each device. `rest` is the same on all; `out`: specs of the results, a tree or its trunk."""
         if self.plan.mesh.size == 1:
             return function(*params, batch, *rest)
         rows, same = self.plan.batch_sharding().spec, PartitionSpec()
@@ -94,7 +94,7 @@ class Region:
         return params
 
     def tie(self, held: Any, batch: Batch) -> tuple[Any, Batch]:
-        """Both, such that the compiler takes the parameters to depend on the micro-batch: else it gathers those of all layers beforehand."""
+        """Both, the parameters as if they depended on the micro-batch: else the compiler gathers those of all layers beforehand."""
         if self.plan.mesh.shape["fsdp"] == 1:
             return held, batch
         return jax.lax.optimization_barrier((held, batch))

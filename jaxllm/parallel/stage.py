@@ -20,7 +20,7 @@ Parts = dict[str, jax.Array]
 
 
 class Row(NamedTuple):
-    """What a device does in a tick: int32 scalars. `branch` is 0 where it idles; `chunk` counts within a stack; slots as in pipeline/buffers.py."""
+    """What a device does in a tick: int32 scalars. branch: 0 where it idles; chunk: within a stack; slots as in pipeline/buffers.py."""
 
     branch: Any
     microbatch: Any
@@ -79,9 +79,9 @@ class _Tick(NamedTuple):
 class Stage:
     """One stack on one device.
 
-    ends: the model ends with this stack, the number `index` of its stacks. params, trained: the parameters of its layers, [V, K, ...], all of
-    them, and with holes where they are frozen; region: that of one chunk. batch: [M, ...]. stages, stage: how many, and which this is.
-    trains: the schedule has backward passes. parts: shapes of what travels.
+    ends: the model ends with this stack, the number `index` of its stacks. params, trained: the parameters of its layers, [V, K, ...],
+    all of them, and with holes where they are frozen; region: that of one chunk. batch: [M, ...]. stages, stage: how many, and which
+    this is. trains: the schedule has backward passes. parts: shapes of what travels.
     """
 
     model: Model
@@ -99,7 +99,7 @@ class Stage:
     stages: int
     stage: jax.Array
     trains: bool
-    parts: Parts
+    parts: dict[str, jax.ShapeDtypeStruct]
 
     def forward(self, carry: Carry, row: Row) -> Carry:
         at, part = self._look_up(carry, row), self.stack.part

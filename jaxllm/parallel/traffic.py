@@ -108,7 +108,7 @@ def predict(plan: Plan, model: Model, params: Params, frozen: Params, microbatch
         return Amount(array.layers, array.size * (4 if vector else plan.dtype.itemsize))
 
     shared = [array for array in arrays if "fsdp" in array.cut]
-    again = [array for array in shared if array.in_layers and _read_again(array.name, arch.remat, arch.norm_order)]
+    again = [array for array in shared if array.in_layers and _read_again(array.name, arch.remat.policy, arch.norm_order)]
     add(FORWARD, "all-gather", ["fsdp"], map(gathered, shared), microbatches)
     add(BACKWARD, "all-gather", ["fsdp"], map(gathered, again), microbatches)
     trained = [array for array in arrays if array.trained]

@@ -11,6 +11,7 @@ import pytest
 from jaxllm.engine.errors import NonFiniteError, TrainingError
 from jaxllm.engine.loop import Hook, Monitor, train
 from jaxllm.engine.signals import Interrupts
+from jaxllm.engine.watchdog import Doing
 
 
 class Numbers:
@@ -35,11 +36,18 @@ def metrics(step: int, **changes: object) -> dict:
     return {name: np.asarray(value) for name, value in given.items()}
 
 
-def run(update, hooks=(), total=6, start=0, stop=lambda: None, **options):  # noqa: ANN001, ANN003, ANN201
-    rows, messages = [], []
+def run(update, hooks=(), total=6, start=0, stop=lambda: None, source=None, told=None, **options):  # noqa: ANN001, ANN003, ANN201
+    rows, messages, told, source = [], [], [] if told is None else told, source or Numbers()
     settings = {"log_every_steps": 2, "max_nonfinite_steps": 2, "positions_a_step": 8} | options
-    monitor = Monitor(Numbers(), rows.append, messages.append, parameter_names=("a", "b"), **settings)
-    step, state = train(update, [], Numbers(), monitor, hooks, start=start, total=total, stop=stop)
+    monitor = Monitor(
+        source,
+        rows.append,
+        messages.append,
+        parameter_names=("a", "b"),
+        tell=lambda doing, step: told.append((doing, step)),
+        **settings,
+    )
+    step, state = train(update, [], source, monitor, hooks, start=start, total=total, stop=stop)
     return step, state, rows, messages
 
 
@@ -79,6 +87,27 @@ def test_the_next_step_is_dispatched_before_metrics_are_read() -> None:
 
     run(update, total=3)
     assert events == [("dispatch", 1), ("dispatch", 2), ("read", 1), ("dispatch", 3), ("read", 2), ("read", 3)]
+
+
+def test_what_comes_is_told_before_it_is_done() -> None:
+    told: list = []
+
+    class Telling(Numbers):
+        def batch(self, step: int) -> int:
+            told.append("batch")
+            return step
+
+    def update(state: list, batch: int) -> tuple[list, dict]:
+        told.append("update")
+        return count(state, batch)
+
+    def stop() -> None:
+        told.append("stop")
+
+    run(update, [Hook(lambda step, state: told.append("hook"), 2)], total=2, stop=stop, source=Telling(), told=told)
+    first = [(Doing.AGREE, 1), "stop", (Doing.DATA, 1), "batch", (Doing.DISPATCH, 1), "update"]
+    second = [(Doing.AGREE, 2), "stop", (Doing.DATA, 2), "batch", (Doing.DISPATCH, 2), "update"]
+    assert told == [*first, *second, (Doing.READ, 1), (Doing.WRITE, 1), (Doing.READ, 2), (Doing.WRITE, 2), "hook"]
 
 
 def test_hooks_run_in_order_after_the_metrics_of_their_step() -> None:

@@ -13,6 +13,7 @@ from jaxllm.engine import step as steps
 from jaxllm.ops.attention import splash
 from jaxllm.transforms import tree
 
+pytestmark = pytest.mark.usefixtures("compiled_anew")
 MESH = {"parallel__data": 2, "parallel__fsdp": 2, "parallel__tensor": 2}
 
 

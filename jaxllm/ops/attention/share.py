@@ -1,7 +1,9 @@
 """How attention over rows that several devices share is run on each of them: what `ring` and `ulysses` have in common.
 
 A mesh axis ("seq") cuts each row in parts of consecutive indices. What each device does is a function of its own parts, in which
-that axis is manual, so that it can send and receive.
+that axis is manual, so that it can send and receive. The other axes that cut the arrays should be manual, too: what is sent over
+one axis the compiler first gathers over those that are its own (seen with all-to-all, jax 0.10.2). Only those: differentiated, a
+shard_map sums over each manual axis that cuts nothing.
 """
 
 from collections.abc import Callable, Sequence

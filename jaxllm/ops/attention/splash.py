@@ -43,6 +43,7 @@ def attend(
         splash_attention.MultiHeadMask([_lazy_mask(mask, q.shape[3], k.shape[2], key_tokens - query_tokens)] * group),
         block_sizes=_block_sizes(q.shape[3], k.shape[2]),
         interpret=interpret,
+        residual_checkpoint_name="attended",
     )
     over_heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
     out = jax.vmap(over_heads)(q, k, v, segments)[:, :, :, :query_tokens, :width]

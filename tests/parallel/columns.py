@@ -1,0 +1,60 @@
+"""The columns of the matrix of docs/matrix.md: ways to spread a model over pretend devices, each beside one device.
+
+Both forms of the layer stack occur, everywhere but in pipelines, which need it stacked. Learned, rotary and other positions, tied and
+untied heads, and key/value heads that are fewer than `tensor` come with the families.
+"""
+
+from functools import cache
+from typing import Any
+
+from parallel import combinations
+
+FAMILIES = ("gpt", "llama", "bert", "t5", "transformer")
+ENCODER_DECODERS = ("t5", "transformer")
+SCAN = {"model__layers_as": "scan"}
+
+
+def _parallel(**sizes: Any) -> dict[str, Any]:
+    return {f"parallel__{name}": value for name, value in sizes.items()}
+
+
+def _pipeline(schedule: str, microbatches: int = 4, **sizes: Any) -> dict[str, Any]:
+    return SCAN | _parallel(schedule=schedule, **sizes) | {"train__microbatches": microbatches}
+
+
+# Title -> what differs from one device.
+COLUMNS: dict[str, dict[str, Any]] = {
+    "DP: data 8": _parallel(data=8),
+    "ZeRO-1: data 2, fsdp 4": SCAN | _parallel(data=2, fsdp=4, zero_stage=1),
+    "ZeRO-2: data 2, fsdp 4": _parallel(data=2, fsdp=4, zero_stage=2) | {"train__microbatches": 2},
+    "ZeRO-3: data 2, fsdp 4": SCAN | _parallel(data=2, fsdp=4, zero_stage=3) | {"train__microbatches": 2},
+    "TP: tensor 4": _parallel(tensor=4),
+    "SP: tensor 4": SCAN | _parallel(tensor=4, sequence=True),
+    "CP ring: seq 4": _parallel(seq=4, context="ring"),
+    "CP Ulysses: data 2, seq 4": SCAN | _parallel(data=2, seq=4, context="ulysses"),
+    "PP 1F1B: pipe 4, data 2": _pipeline("1f1b", pipe=4, data=2),
+    "PP ZB-H1: pipe 4": _pipeline("zb_h1", pipe=4, chunks=1),
+    "PP 1F1B x ZeRO-3 x TP: pipe 2, fsdp 2, tensor 2": _pipeline("1f1b", pipe=2, fsdp=2, tensor=2),
+    "PP ZB-H1 x DP x CP Ulysses: pipe 2, data 2, seq 2": _pipeline("zb_h1", 2, pipe=2, data=2, seq=2, context="ulysses"),
+    "ZeRO-2 x CP ring x SP: fsdp 2, seq 2, tensor 2": _parallel(fsdp=2, seq=2, tensor=2, sequence=True, zero_stage=2)
+    | {"train__microbatches": 2},
+}
+
+
+def overrides(family: str, column: str) -> dict[str, Any]:
+    """What a cell's config differs in from one device. An encoder-decoder has two runs of layers a stage: 1F1B is `interleaved` there."""
+    given = dict(COLUMNS[column])
+    if family in ENCODER_DECODERS and given.get("parallel__schedule") == "1f1b":
+        given["parallel__schedule"] = "interleaved"
+    return given
+
+
+@cache
+def _one_device(family: str) -> Any:
+    return combinations.run(combinations.config_of(family), combinations.batch_of(family))
+
+
+def deviations(family: str, column: str) -> dict[str, float]:
+    """Of a cell: `combinations.deviations` of the loss and of each array of gradients."""
+    found = combinations.run(combinations.config_of(family, **overrides(family, column)), combinations.batch_of(family))
+    return combinations.deviations(found, _one_device(family))
