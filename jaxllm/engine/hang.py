@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from types import FrameType
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxllm.parallel import collectives
 from jaxllm.parallel.collectives import Collective
@@ -38,7 +38,7 @@ def _calls(frame: FrameType | None) -> str:
     return "".join(lines)
 
 
-def list_collectives(program: str, mesh: Mesh) -> list[str]:
+def list_collectives(program: str, mesh: Mesh | AbstractMesh) -> list[str]:
     """One line for each collective of a compiled program (HLO text), in program order, loops and branches in place and once."""
     return [_describe(each) for each in collectives.read(program, mesh)]
 
