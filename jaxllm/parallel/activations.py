@@ -43,9 +43,7 @@ def over_tensor(plan: Plan, model: Model, config: Any, tokens: int, adds_first: 
 
 def _known(plan: Plan, model: Model, config: Any) -> bool:
     mesh, arch, train = plan.mesh.shape, model.config, config.train
-    plain = (
-        arch.family.kind == "decoder" and arch.norm_order == "pre" and arch.head == "lm" and arch.remat in ("none", "dots", "full")
-    )
+    plain = arch.family.kind == "decoder" and arch.norm_order == "pre" and arch.head == "lm" and arch.remat.policy != "named"
     losses = train.loss_chunk_tokens > 0 and not train.z_loss and not train.label_smoothing
     whole = mesh["pipe"] == mesh["seq"] == 1 and not plan.parallel.sequence and arch.kv_heads % mesh["tensor"] == 0
     return plain and losses and whole and config.train.trainable == ".*"
@@ -63,7 +61,7 @@ def _rows(plan: Plan, model: Model, config: Any, tokens: int, adds_first: bool) 
         return row(what, arrays, arrays * size)
 
     yield activations(INTO, 1 + 2 * arch.layers)
-    if arch.remat == "full":
+    if arch.remat.policy == "full":
         yield activations(AGAIN, arch.layers)
     # Products that read one input: q, k and v; up and, in a gated MLP, gate.
     readers = 3 + (2 if arch.activation in ("swiglu", "geglu") else 1)

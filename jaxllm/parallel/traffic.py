@@ -108,7 +108,7 @@ def predict(plan: Plan, model: Model, params: Params, frozen: Params, microbatch
         return Amount(array.layers, array.size * (4 if vector else plan.dtype.itemsize))
 
     shared = [array for array in arrays if "fsdp" in array.cut]
-    again = [array for array in shared if array.in_layers and _read_again(array.name, arch.remat.policy, arch.norm_order)]
+    again = [array for array in shared if array.in_layers and _read_again(array.name, arch.remat, arch.norm_order)]
     add(FORWARD, "all-gather", ["fsdp"], map(gathered, shared), microbatches)
     add(BACKWARD, "all-gather", ["fsdp"], map(gathered, again), microbatches)
     trained = [array for array in arrays if array.trained]
@@ -150,12 +150,17 @@ def _whole(array: _Array) -> Amount:
     return Amount(1, 4 * array.size)
 
 
-def _read_again(name: str, remat: str, norm_order: str) -> bool:
-    """Whether the backward pass of a layer reads a parameter: a bias only if what follows it is computed again."""
+def _read_again(name: str, remat: Any, norm_order: str) -> bool:
+    """Whether the backward pass of a layer reads a parameter: a bias only if what follows it is computed again. remat: models.remat.Remat."""
     if not name.endswith("bias"):
         return True
-    last = "mlp/down/bias" if norm_order == "pre" else "mlp/norm/bias"
-    return remat not in ("none", "attention") and not name.endswith(last)
+    if remat.policy in ("none", "attention"):
+        return False
+    kept = {*remat.save, *remat.offload}
+    stored = name.endswith("mlp/down/bias" if norm_order == "pre" else "mlp/norm/bias")
+    stored |= name.endswith("o/bias") and "attention_out" in kept
+    stored |= name.endswith("down/bias") and "mlp_out" in kept
+    return not stored
 
 
 def _arrays(plan: Plan, model: Model, params: Params, frozen: Params) -> Iterable[_Array]:

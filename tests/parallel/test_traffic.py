@@ -56,7 +56,7 @@ MIXED = {"parallel__data": 2, "parallel__fsdp": 4}
         ("llama", {**SCAN, "parallel__fsdp": 2, "parallel__tensor": 4, "model__kv_heads": 4, "model__remat": "full"}),
         ("gpt", {**SCAN, "parallel__fsdp": 4, "parallel__tensor": 2, "train__microbatches": 2}),
         ("gpt", {**SCAN, "model__layers": 4, "parallel__pipe": 2, "parallel__data": 2, "train__microbatches": 4}),
-        ("bert", {**SCAN, **MIXED, "parallel__zero_stage": 3, "model__remat": "full"}),
+        ("bert", {**SCAN, **MIXED, "parallel__zero_stage": 3, "model__remat": "named"}),
         ("t5", {**UNROLLED, **MIXED, "parallel__zero_stage": 1}),
         ("transformer", {**SCAN, **MIXED, "parallel__zero_stage": 3, "model__remat": "dots"}),
     ],
