@@ -10,7 +10,8 @@ from rich.table import Table
 from jaxllm import config as schema
 from jaxllm.data import folder, tokenize
 from jaxllm.engine.session import UNKNOWN_CLASSES, Session, build_session, bytes_by_category, count
-from jaxllm.parallel import activations, layout, plan, report, traffic
+from jaxllm.parallel import activations, layout, pipeline, plan, report, traffic
+from jaxllm.pipeline.simulate import simulate
 from jaxllm.transforms import tree
 
 # Characters in ordinary Western text, for a tokenizer that does not exist before the data is read.
@@ -59,9 +60,20 @@ def _facts(session: Session, vocabulary: str) -> Table:
         "tokens in all": f"{train.steps * session.positions_a_step:,}",
         "tokens a parameter": f"{train.steps * session.positions_a_step / count(session.abstract.params):.1f}",
     }
+    if session.plan.mesh.shape["pipe"] > 1:
+        rows["pipeline"] = _pipeline(session)
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _pipeline(session: Session) -> str:
+    made = pipeline.timetable(session.model, session.config, session.plan)
+    found = simulate(made)
+    return (
+        f"{made.name}, {made.stages} stages, {made.microbatches} micro-batches in {found.ticks:,} ticks; idle {float(found.bubble):.1%},"
+        f" inputs of {max(found.live)} held"
+    )
 
 
 def sharding(session: Session) -> Group:

@@ -24,6 +24,7 @@ import numpy as np
 from jaxllm import registry
 from jaxllm.models import assembly, stack
 from jaxllm.parallel import fits, gather
+from jaxllm.parallel.plan import Plan
 from jaxllm.parallel.region import Region
 from jaxllm.parallel.rules import Tables
 from jaxllm.parallel.stage import Carry, Rest, Row, Stage, once, put
@@ -170,10 +171,14 @@ def make(
     model: Model, objective: Objective, config: Any, region: Region, forward_only: bool = False
 ) -> tuple[Interpreter, "Chunks"]:
     """The interpreter of the config's schedule (or of its forwards alone), and what cuts parameters for it."""
-    chunks = Chunks.of(region, fits.chunks_a_stack(config))
-    make_schedule = schedule.forward_only if forward_only else registry.resolve("pipeline", config.parallel.schedule)
-    made = make_schedule(region.plan.mesh.shape["pipe"], config.train.microbatches, chunks.number * len(model.stacks))
+    chunks, made = Chunks.of(region, fits.chunks_a_stack(config)), timetable(model, config, region.plan, forward_only)
     return Interpreter(model, objective, chunks.region, made), chunks
+
+
+def timetable(model: Model, config: Any, plan: Plan, forward_only: bool = False) -> Schedule:
+    """The schedule that the stages of a plan go by."""
+    make_schedule = schedule.forward_only if forward_only else registry.resolve("pipeline", config.parallel.schedule)
+    return make_schedule(plan.mesh.shape["pipe"], config.train.microbatches, fits.chunks_a_stack(config) * len(model.stacks))
 
 
 class Chunks(NamedTuple):
