@@ -2,9 +2,9 @@
 
     python benchmarks/traffic.py --config configs/llama_1b.py --set parallel.fsdp=8 parallel.zero_stage=3
 
-The step is compiled for pretend devices of the CPU, as many as the mesh has, and nothing is run. With `--gpu FILE` it is compiled for so many
-GPUs that are not there, on one host: FILE describes one, as XLA's GpuTargetConfigProto in text form; that needs the packages jax-cuda12-plugin,
-jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12.
+The step is compiled for pretend devices of the CPU, as many as the mesh has, and nothing is run. With `--gpu FILE` it is compiled for so
+many GPUs that are not there, on one host: FILE describes one, as XLA's GpuTargetConfigProto in text form; that needs the packages
+jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12.
 """
 
 import argparse
@@ -60,6 +60,7 @@ def devices(gpu: str | None, count: int) -> Any:
 
 
 def show(config: Any, devices: Any, listed: bool) -> None:
+    from jaxllm import dry_run
     from jaxllm.engine import session, step
     from jaxllm.parallel import collectives, plan, report, traffic
 
@@ -67,10 +68,10 @@ def show(config: Any, devices: Any, listed: bool) -> None:
     built = session.build_session(config, plan.make(config, devices))
     compiled = step.lower(built.update, built.abstract, step.abstract_batch(config, built.plan)).compile()
     found = collectives.read(compiled.as_text(), built.plan.mesh)
-    rows = traffic.predict(built.plan, built.model, built.abstract.params, built.abstract.frozen, config.train.microbatches)
-    console.print(report.group(report.traffic(rows), report.comparison(traffic.compare(rows, found))))
+    rows, note = dry_run.moved(built, adds_first=devices[0].platform != "cpu")
+    console.print(report.group(report.traffic(rows, note), report.comparison(traffic.compare(rows, found))))
     for line in collectives.summary(found, numbers=True):
-        console.print(f"besides {line.count} single numbers, {line.kind} over {' x '.join(line.axes)}")
+        console.print(f"besides {line.arrays} single numbers, {line.kind} over {' x '.join(line.axes)}")
     memory: Any = compiled.memory_analysis()
     console.print(f"arguments {memory.argument_size_in_bytes:,} B, temporaries {memory.temp_size_in_bytes:,} B a device")
     for each in found if listed else ():

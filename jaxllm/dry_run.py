@@ -10,7 +10,8 @@ from rich.table import Table
 from jaxllm import config as schema
 from jaxllm.data import folder, tokenize
 from jaxllm.engine.session import UNKNOWN_CLASSES, Session, build_session, bytes_by_category, count
-from jaxllm.parallel import layout, plan, report, traffic
+from jaxllm.parallel import activations, layout, pipeline, plan, report, traffic
+from jaxllm.pipeline.simulate import simulate
 from jaxllm.transforms import tree
 
 # Characters in ordinary Western text, for a tokenizer that does not exist before the data is read.
@@ -59,9 +60,20 @@ def _facts(session: Session, vocabulary: str) -> Table:
         "tokens in all": f"{train.steps * session.positions_a_step:,}",
         "tokens a parameter": f"{train.steps * session.positions_a_step / count(session.abstract.params):.1f}",
     }
+    if session.plan.mesh.shape["pipe"] > 1:
+        rows["pipeline"] = _pipeline(session)
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _pipeline(session: Session) -> str:
+    made = pipeline.timetable(session.model, session.config, session.plan)
+    found = simulate(made)
+    return (
+        f"{made.name}, {made.stages} stages, {made.microbatches} micro-batches in {found.ticks:,} ticks; idle {float(found.bubble):.1%},"
+        f" inputs of {max(found.live)} held"
+    )
 
 
 def sharding(session: Session) -> Group:
@@ -74,6 +86,19 @@ def sharding(session: Session) -> Group:
     textbook = layout.textbook(made, count(abstract.params), state_bytes)
     tables.append(report.memory(bytes_by_category(session), textbook, uncut))
     if made.mesh.size > 1:
-        rows = traffic.predict(made, session.model, abstract.params, abstract.frozen, session.config.train.microbatches)
-        tables.append(report.traffic(rows))
+        tables.append(report.traffic(*moved(session)))
     return report.group(*tables)
+
+
+def moved(session: Session, adds_first: bool = True) -> tuple[list[traffic.Row], str]:
+    """What a step moves, as far as it can be said, and a line that says what cannot; adds_first: see parallel/activations.py."""
+    made, model, config, abstract = session.plan, session.model, session.config, session.abstract
+    found = {
+        "parameters and gradients": traffic.predict(made, model, abstract.params, abstract.frozen, config.train.microbatches),
+        "activations over tensor": activations.over_tensor(made, model, config, session.row_tokens, adds_first),
+        "activations over pipe": activations.over_pipe(made, model, config, session.row_tokens),
+        "activations over seq": None if made.mesh.shape["seq"] > 1 else [],
+    }
+    unknown = [what for what, rows in found.items() if rows is None]
+    note = f"Not predicted: {', '.join(unknown)}." if unknown else ""
+    return [row for rows in found.values() for row in rows or ()], note

@@ -104,7 +104,7 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
     say(f"{session.positions_a_step:,} tokens a step, {config.train.steps:,} steps; compiling ...")
     watchdog.beside("compiling", start)
     compiled = session.compile()
-    watchdog.collectives = hang.collectives(compiled.executable.as_text()) if mesh_plan.mesh.size > 1 else []
+    watchdog.collectives = hang.list_collectives(compiled.executable.as_text(), mesh_plan.mesh) if mesh_plan.mesh.size > 1 else []
     record = Record(workdir.environment, session, compiled, start)
     watchdog.at_hang(lambda done: _end_at_hang(checkpoints, record, done))
     with Interrupts() as interrupts:

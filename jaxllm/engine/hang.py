@@ -3,27 +3,19 @@
 It is made from memory alone: the disk may be what hangs, so not even the lines of the source are read.
 """
 
-import math
-import re
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import FrameType
 
+from jax.sharding import AbstractMesh, Mesh
+
+from jaxllm.parallel import collectives
+from jaxllm.parallel.collectives import Collective
 from jaxllm.report.units import size
 
 # Lines of the listing of collectives.
 LISTED = 40
-KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast|ragged-all-to-all"
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z\-]*)\(")
-_COLLECTIVE = re.compile(rf"({KINDS})(-start)?")
-_CALLED = re.compile(
-    r"(?:to_apply|calls|body|condition|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
-)
-_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=(mesh\[.*?\] ?\{.*?\}|\{\{.*?\}\}|\[[^ ]*\](?:T\([\d,]*\))?|\{\})")
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
-_ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\]")
 
 
 def stacks() -> str:
@@ -46,47 +38,18 @@ def _calls(frame: FrameType | None) -> str:
     return "".join(lines)
 
 
-def collectives(program: str) -> list[str]:
-    """One line for each collective of a compiled program (HLO text), in program order, loops and branches in place and once.
-
-    A line has the kind, the result's bytes on one device, the groups of devices (or the pairs), and the operation it comes from.
-    """
-    computations: dict[str, list[str]] = {}
-    entry, name = "", ""
-    for line in program.splitlines():
-        if found := _COMPUTATION.match(line):
-            name = found[2]
-            entry = name if found[1] else entry
-        computations.setdefault(name, []).append(line)
-    return list(_walk(computations, entry, ""))
+def list_collectives(program: str, mesh: Mesh | AbstractMesh) -> list[str]:
+    """One line for each collective of a compiled program (HLO text), in program order, loops and branches in place and once."""
+    return [_describe(each) for each in collectives.read(program, mesh)]
 
 
-def _walk(computations: dict[str, list[str]], name: str, inside: str) -> Iterator[str]:
-    for line in computations.get(name, ()):
-        found = _INSTRUCTION.match(line)
-        if not found or found[2] in ("async-update", "async-done"):
-            continue
-        if (kind := _COLLECTIVE.fullmatch(found[2])) is not None:
-            yield _describe(kind[1], kind[2] is not None, found[1], line) + inside
-            continue
-        within = ", in a loop" if found[2] == "while" else ", in a branch" if found[2] == "conditional" else inside
-        for called in _CALLED.findall(line):
-            for each in re.findall(r"[\w.\-]+", called):
-                yield from _walk(computations, each, within)
-
-
-def _describe(kind: str, starts: bool, result: str, line: str) -> str:
-    groups, source = _GROUPS.search(line), _OP_NAME.search(line)
-    sizes = [_bytes(*array) for array in _ARRAY.findall(result)]
-    # What starts a collective holds its operands besides, except an all-reduce.
-    result_bytes = max(sizes, default=0) if starts and kind != "all-reduce" else sum(sizes)
-    among = f" among {groups[1][:60]}{'...' if len(groups[1]) > 60 else ''}" if groups else ""
-    return f"{kind} of {size(result_bytes)}{among}{f' ({source[1][-80:]})' if source else ''}"
-
-
-def _bytes(dtype: str, dims: str) -> int:
-    bits = 8 if dtype == "pred" or dtype.startswith("f8") else int(re.sub(r"\D", "", dtype))
-    return math.prod(int(dim) for dim in dims.split(",") if dim) * bits // 8
+def _describe(each: Collective) -> str:
+    over = f" over {' x '.join(each.axes)}" if each.axes else ""
+    times = "" if each.times == 1 else f", {each.times or 'several'} times"
+    source = f" ({each.where[-80:]})" if each.where else ""
+    return (
+        f"{each.kind}{over} of {size(sum(each.arrays) + sum(each.numbers))}{source}{times}{'' if each.certain else ', in a branch'}"
+    )
 
 
 def about(lines: Sequence[str] | None) -> str:

@@ -95,7 +95,7 @@ class Watchdog:
     """Context manager that watches until it is left; a phase lasts from when it is told until the next one is.
 
     directory: for the files of all processes, which must share it; made if need be. step_secs: deadline of each phase of a step;
-    beside_secs: of each one beside the steps; 0 for none. collectives: of the compiled step (hang.collectives), once it is known.
+    beside_secs: of each one beside the steps; 0 for none. collectives: of the compiled step (hang.list_collectives), once it is known.
     """
 
     def __init__(self, directory: str | Path, *, step_secs: float, beside_secs: float, process: int = 0, processes: int = 1):

@@ -1,12 +1,14 @@
 """What of a layer the backward pass reads from memory, and what it computes again (Chen et al. 2016, arXiv:1604.06174).
 
-Kept for each token and layer, in numbers of the compute dtype, with D the width, F the mlp width, and C = 2 D G / H of keys and values:
+Kept for each token and layer of a gated decoder, with D the width, F the mlp width, and C = 2 D G / H the size of keys and values:
 
-    none       everything: about 8 D + 2 C + 4 F, and S numbers a head for the scores and their exponentials
-    attention  the same without those S numbers (Korthikanti et al. 2022, arXiv:2205.05198, section 5)
-    dots       the layer's input and what each product with a parameter gives: 3 D + C + 2 F
+    none       everything that a derivative needs
+    attention  the same without scores and probabilities, S numbers a head (Korthikanti et al. 2022, arXiv:2205.05198, section 5)
+    dots       the layer's input and the products with a parameter that a derivative needs: 3 D + C + 2 F numbers
     named      the layer's input and the chosen names: by default 4 D + C
     full       the layer's input: D
+
+docs/memory.md has the measured sizes and costs.
 
 "attention" acts inside a layer, the others on it as a whole. `flash` and `splash` keep no scores; their results bear the name "attended",
 so that "attention" and "named" with that name do not run their forward pass twice.

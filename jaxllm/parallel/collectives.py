@@ -9,8 +9,8 @@ A collective's bytes are those of the whole array that it is about, on one devic
     collective-permute    its operand         1
 
 n is the number of devices in a group, and what a device sends is that of the ring algorithms (Thakur et al. 2005, section 4). A collective
-between groups of one device is none. XLA's combiner passes merge collectives of several arrays into one operation; so arrays are counted, which
-no combiner changes, and operations beside them.
+between groups of one device is none. XLA's combiner passes merge collectives of several arrays into one operation; so arrays are
+counted, which they do not change, and operations beside them.
 """
 
 import math
@@ -80,7 +80,7 @@ class Line(NamedTuple):
 
     kind: str
     axes: tuple[str, ...]
-    count: int
+    arrays: int
     operations: int
     bytes: int
     sent: float
@@ -241,7 +241,7 @@ def _numbers(listed: str) -> list[int]:
 
 
 def _iota(written: str) -> np.ndarray:
-    """The devices of `[2,4]` or `[2,4]T(1,0)`: counted along these sizes, then with the dimensions in that order; or of a list, "0,2,1,3"."""
+    """The devices of `[2,4]T(1,0)`, counted along these sizes, then with the dimensions in that order; or of a list, "0,2,1,3"."""
     match = _IOTA.match(written)
     if match is None:
         return np.asarray(_numbers(written))

@@ -28,7 +28,7 @@ AUTO = "tensor"
 
 
 class How(NamedTuple):
-    """One array cut along `dimension` over the mesh axes `over`. auto: how it lies on what is left to the compiler; None: it is all by hand.
+    """One array cut along `dimension` over the mesh axes `over`. auto: how it lies on what is left to the compiler, None for nothing.
 
     dtype: in which it is gathered; gradients are summed in float32.
     """
@@ -101,7 +101,7 @@ tap.defvjp(lambda value, mine, how: (tap(value, mine, how), None), lambda how, _
 
 
 def use(leaf: Any, axes: Axes, rules: Rules, state: Rules, mesh_shape: Mapping[str, int], dtype: Any) -> Any:
-    """A parameter as the model takes it, of what this device holds. `rules` and `state` are the tables of parameters and of their gradients."""
+    """A parameter as the model takes it, of what this device holds. rules, state: the tables of parameters and of their gradients."""
     if hasattr(leaf, "kernel"):  # a leaf type
         return dataclasses.replace(leaf, kernel=use(leaf.kernel, axes, rules, state, mesh_shape, dtype))
     # Vectors (norm scales, biases) are used in float32.

@@ -1,4 +1,4 @@
-"""How a training state lies on a mesh, in numbers: parts and bytes of each parameter, what no axis cuts, and the textbook's figure beside it."""
+"""How a training state lies on a mesh, in numbers: parts and bytes of each parameter, what no axis cuts, the textbook's figure."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -88,8 +88,8 @@ def textbook(plan: Plan, numbers: int, state_bytes: int) -> dict[str, float]:
     """Bytes on one device if every array were cut: ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1), in our types.
 
     The paper has (2 + 2 + K) bytes a number, of parameters, gradients and optimizer state. Here parameters and gradients are float32, so it
-    is 4 + 4 + K, with K = state_bytes / numbers, which is 8 for Adam's two moments. fsdp shares the optimizer state from stage 1 on, gradients from
-    2, parameters from 3; tensor and pipe share everything.
+    is 4 + 4 + K, with K = state_bytes / numbers, which is 8 for Adam's two moments. fsdp shares the optimizer state from stage 1 on,
+    gradients from 2, parameters from 3; tensor and pipe share everything.
     """
     stage, fsdp = plan.parallel.zero_stage, plan.mesh.shape["fsdp"]
     held = numbers / (plan.mesh.shape["tensor"] * plan.mesh.shape["pipe"])

@@ -14,6 +14,7 @@ Letters: S stages, M micro-batches, V chunks a device, K layers a chunk.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,9 +24,10 @@ import numpy as np
 from jaxllm import registry
 from jaxllm.models import assembly, stack
 from jaxllm.parallel import fits, gather
+from jaxllm.parallel.plan import Plan
 from jaxllm.parallel.region import Region
 from jaxllm.parallel.rules import Tables
-from jaxllm.parallel.stage import Carry, Rest, Row, Stage, put
+from jaxllm.parallel.stage import Carry, Rest, Row, Stage, once, put
 from jaxllm.pipeline import schedule
 from jaxllm.pipeline.buffers import allocate
 from jaxllm.pipeline.schedule import Backward, Op, Schedule
@@ -58,14 +60,16 @@ class Interpreter:
         batch = {name: x.reshape(-1, self._schedule.microbatches, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
         stages = self._make_stages(params, frozen, batch, rng)
         stage, rows = jax.lax.axis_index("pipe"), Row(*jnp.asarray(self._table()))
-        branches = [lambda carry, row: carry]
+        branches = []
         for each in stages:
             branches += [each.forward, each.backward_input, each.backward_weight][: 3 if self._trains else 1]
 
         def tick(carry: Carry, row: Row) -> tuple[Carry, None]:
             row = Row(*(column[stage] for column in row))
             carry = self._move(carry, row)
-            return jax.lax.switch(row.branch, branches, carry, row), None
+            for number, branch in enumerate(branches, 1):
+                carry = once(row.branch == number, partial(branch, row=row), carry)
+            return carry, None
 
         carry, _ = jax.lax.scan(tick, self._start(stages, params), rows)
         mean, metrics = jax.lax.psum((carry.mean, carry.metrics), "pipe")
@@ -167,10 +171,14 @@ def make(
     model: Model, objective: Objective, config: Any, region: Region, forward_only: bool = False
 ) -> tuple[Interpreter, "Chunks"]:
     """The interpreter of the config's schedule (or of its forwards alone), and what cuts parameters for it."""
-    chunks = Chunks.of(region, fits.chunks_a_stack(config))
-    make_schedule = schedule.forward_only if forward_only else registry.resolve("pipeline", config.parallel.schedule)
-    made = make_schedule(region.plan.mesh.shape["pipe"], config.train.microbatches, chunks.number * len(model.stacks))
+    chunks, made = Chunks.of(region, fits.chunks_a_stack(config)), timetable(model, config, region.plan, forward_only)
     return Interpreter(model, objective, chunks.region, made), chunks
+
+
+def timetable(model: Model, config: Any, plan: Plan, forward_only: bool = False) -> Schedule:
+    """The schedule that the stages of a plan go by."""
+    make_schedule = schedule.forward_only if forward_only else registry.resolve("pipeline", config.parallel.schedule)
+    return make_schedule(plan.mesh.shape["pipe"], config.train.microbatches, fits.chunks_a_stack(config) * len(model.stacks))
 
 
 class Chunks(NamedTuple):

@@ -3,6 +3,7 @@
 Differentiation is by hand. A backward pass starts from the input of the stage, which is all that was kept, and runs its layers again.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -142,21 +143,34 @@ class Stage:
         )
 
     def backward_weight(self, carry: Carry, row: Row) -> Carry:
-        uses = self._uses()
+        uses, factors = self._uses(), carry.factors[self.index]
 
-        def one(path: Any, axes: Any, factors: Factors | None) -> jax.Array | None:
-            if factors is None:
-                return None
-            each = jax.lax.map(lambda layer: deferred.gradient(uses[tree.path_name(path)], layer), factors)
-            return self.region.cut(axes, each)
+        def layer(number: jax.Array, sums: Params) -> Params:
+            """Adds the gradients of the kernels of one layer."""
 
-        factors = jax.tree.map(lambda held: _read(held, row.w_slot), carry.factors[self.index])
-        found = jax.tree.map_with_path(one, self.region.axes, factors, is_leaf=_is_axes)
-        return carry._replace(layers=_with(carry.layers, self.index, _add_at(carry.layers[self.index], row.chunk, found)))
+            def one(path: Any, axes: Any, sum: Any, factors: Factors | None) -> Any:
+                if factors is None:
+                    return sum
+                mine = jax.tree.map(lambda held: held[jnp.maximum(row.w_slot, 0), number], factors)
+                found = self.region.cut(axes[1:], deferred.gradient(uses[tree.path_name(path)], mine))
+                return sum.at[row.chunk, number].add(found)
+
+            return jax.tree.map_with_path(one, self.region.axes, sums, factors, is_leaf=_is_axes)
+
+        sums = jax.lax.fori_loop(0, self._layers_a_chunk, layer, carry.layers[self.index])
+        return carry._replace(layers=_with(carry.layers, self.index, sums))
+
+    @property
+    def _chunks(self) -> int:
+        return jax.tree.leaves(self.params)[0].shape[0]
+
+    @property
+    def _layers_a_chunk(self) -> int:
+        return jax.tree.leaves(self.params)[0].shape[1]
 
     def factors(self) -> Params:
         """Zeros in the shape of the factors of the kernels' gradients, [K, ...]; holes elsewhere."""
-        uses, layers = self._uses(), jax.tree.leaves(self.params)[0].shape[1]
+        uses, layers = self._uses(), self._layers_a_chunk
 
         def one(path: Any, axes: Any, leaf: Any) -> Factors | None:
             if leaf is None or not _is_kernel(path):
@@ -178,22 +192,21 @@ class Stage:
         return {name: array[0] for name, array in self.batch.items()}
 
     def _look_up(self, carry: Carry, row: Row) -> _Tick:
-        chunks = jax.tree.leaves(self.params)[0].shape[0]
         return _Tick(
             batch={name: array[row.microbatch] for name, array in self.batch.items()},
             rng=None if self.rng is None else jax.random.fold_in(self.rng, row.microbatch),
             parts={name: _read(held, row.x_slot) for name, held in carry.x.items()},
-            values=jax.tree.map(lambda leaf: leaf[row.chunk], self.params),
+            values=jax.tree.map(lambda leaf: _of_chunk(leaf, row.chunk), self.params),
             chunk=row.chunk,
             first=(self.stage == 0) & (row.chunk == 0),
-            last=(self.stage == self.stages - 1) & (row.chunk == chunks - 1),
+            last=(self.stage == self.stages - 1) & (row.chunk == self._chunks - 1),
         )
 
     def _trained(self, row: Row, kernels: bool) -> Params:
         """A chunk's trained parameters, the kernels or all others, with holes elsewhere."""
 
         def one(path: Any, leaf: jax.Array) -> jax.Array | None:
-            return leaf[row.chunk] if _is_kernel(path) == kernels else None
+            return _of_chunk(leaf, row.chunk) if _is_kernel(path) == kernels else None
 
         return jax.tree.map_with_path(one, self.trained)
 
@@ -202,8 +215,7 @@ class Stage:
         return jax.lax.cond(at.first, lambda: self.stack.enter(self.rest.open(), at.batch, at.rng), lambda: waiting)
 
     def _layers(self, values: Params, rest: Params, x: jax.Array, parts: Parts, at: _Tick) -> jax.Array:
-        count = jax.tree.leaves(self.params)[0].shape[1]
-        before = (at.chunk * self.stages + self.stage) * count
+        before = (at.chunk * self.stages + self.stage) * self._layers_a_chunk
         block = self.stack.block(rest, parts, at.batch, at.rng)
         return self.runner(lambda layer, index, x, slot: block(layer, before + index, x, slot), values, x)[0]
 
@@ -237,12 +249,15 @@ class Stage:
     def _end(self, carry: Carry, x: jax.Array, dy: jax.Array, at: _Tick) -> tuple[jax.Array, Carry]:
         """The gradient of what left the layers, where they are the stack's last also through what follows them there."""
 
-        def leave() -> tuple[jax.Array, Carry]:
+        def leave(given: tuple[jax.Array, Carry]) -> tuple[jax.Array, Carry]:
+            dy, carry = given
             _, back = jax.vjp(lambda watched, x: self.stack.leave(self.rest.open(watched), x), self.rest.watched, x)
             drest, dx = back(dy)
             return dx, carry._replace(rest=_add(carry.rest, drest))
 
-        def loss() -> tuple[jax.Array, Carry]:
+        def loss(given: tuple[jax.Array, Carry]) -> tuple[jax.Array, Carry]:
+            _, carry = given
+
             def total(watched: Params, x: jax.Array) -> tuple[jax.Array, tuple[Mean, Metrics]]:
                 mean, metrics = self._loss(self.rest.open(watched), x, at)
                 return mean.total, (mean, metrics)
@@ -252,16 +267,25 @@ class Stage:
             mean, metrics = _add((carry.mean, carry.metrics), found)
             return dx, carry._replace(rest=_add(carry.rest, drest), mean=mean, metrics=metrics)
 
-        return jax.lax.cond(at.last, loss if self.ends else leave, lambda: (dy, carry))
+        return once(at.last, loss if self.ends else leave, (dy, carry))
 
     def _begin(self, carry: Carry, dx: jax.Array, at: _Tick) -> Carry:
         """The gradient of what stands before the stack's first layers."""
 
-        def enter() -> Carry:
+        def enter(carry: Carry) -> Carry:
             _, back = jax.vjp(lambda watched: self.stack.enter(self.rest.open(watched), at.batch, at.rng), self.rest.watched)
             return carry._replace(rest=_add(carry.rest, back(dx)[0]))
 
-        return jax.lax.cond(at.first, enter, lambda: carry)
+        return once(at.first, enter, carry)
+
+
+def once(wanted: jax.Array, function: Callable[[Any], Any], value: Any) -> Any:
+    """function(value) if wanted, else value.
+
+    A loop of one round or none, because its result lies where its value lay. That of a condition does not: XLA would copy all sums of
+    gradients in each tick.
+    """
+    return jax.lax.fori_loop(0, wanted.astype(jnp.int32), lambda _, value: function(value), value)
 
 
 def put(held: Any, slot: jax.Array, values: Any) -> Any:
@@ -276,6 +300,11 @@ def put(held: Any, slot: jax.Array, values: Any) -> Any:
 def _read(held: jax.Array, slot: jax.Array) -> jax.Array:
     """What is in a slot; of slot -1 something that is not used."""
     return jax.lax.dynamic_index_in_dim(held, jnp.maximum(slot, 0), keepdims=False)
+
+
+def _of_chunk(leaf: jax.Array, chunk: jax.Array) -> jax.Array:
+    """Of [V, ...]; where there is only one, not a copy."""
+    return leaf[0] if leaf.shape[0] == 1 else leaf[chunk]
 
 
 def _add(sums: Any, more: Any) -> Any:

@@ -46,7 +46,7 @@ def main(port: str, process: int, directory: Path) -> None:
     state, source = jax.device_put(np.float32(0), everywhere), Source(process, sharding, directory)
     compiled = jax.jit(update, out_shardings=everywhere).lower(state, source.batch(0)).compile()
     with watchdog.Watchdog(directory, step_secs=STEP_SECS, beside_secs=0, process=process, processes=2) as watched:
-        watched.collectives = hang.collectives(compiled.as_text())
+        watched.collectives = hang.list_collectives(compiled.as_text(), sharding.mesh)
         monitor = Monitor(
             source=source,
             write=lambda row: print(watched.news() or "", end=""),

@@ -76,7 +76,7 @@ def test_a_run_that_hangs_is_diagnosed_and_ended(
     for name in (*stacks, "thread MainThread:", "in sleep_for_ever", "thread checkpoint_0", "loader_0", "thread heartbeat:"):
         assert name in said, name
     # Sharded parameters are gathered before the gradients are summed.
-    assert said.index("all-gather of") < said.index("all-reduce of")
+    assert said.index("all-gather over fsdp of") < said.index("all-reduce over fsdp of")
     assert process.doing == phase
     assert process.step == 7
     assert f"0        {process.host}" in said
@@ -109,7 +109,7 @@ def test_of_two_processes_the_one_that_holds_up_the_other_is_named(tmp_path: Pat
         assert took(tmp_path, process) < LIMIT_SECS
         (guess,) = [line for line in errors.splitlines() if line.startswith("guessed from that, who")]
         assert f"process 1 on {socket.gethostname()}: waiting for the batch of step 40, while others" in guess
-        assert "1. all-reduce of" in errors
+        assert "1. all-reduce over data of" in errors
     assert "Source.batch" in outputs[1][1]
     assert "Source.batch" not in outputs[0][1]
 

@@ -64,7 +64,9 @@ def _gpipe_by_autodiff(config: Any, batch: dict[str, np.ndarray]) -> tuple[float
             part = {name: array[jnp.clip(t - stage, 0, count - 1)] for name, array in parts.items()}
             x = jnp.where(stage == 0, stack.enter(rest, part, None), x)
             block = stack.block(rest, {}, part, None)
-            x, _ = jax.lax.scan(lambda x, one: (block(one[0], one[1], x, None)[0], None), x, (layers, stage * each + jnp.arange(each)))
+            x, _ = jax.lax.scan(
+                lambda x, one: (block(one[0], one[1], x, None)[0], None), x, (layers, stage * each + jnp.arange(each))
+            )
             loss = objective.of_hidden(stack.leave(rest, x), model.head(rest), part)[0].total
             total += jnp.where((stage == stages - 1) & (t >= stages - 1), loss, 0.0)
             return (jax.lax.ppermute(x, "pipe", [(s, s + 1) for s in range(stages - 1)]), total), None
