@@ -151,7 +151,7 @@ def _whole(array: _Array) -> Amount:
 
 
 def _read_again(name: str, remat: Any, norm_order: str) -> bool:
-    """Whether the backward pass of a layer reads a parameter: a bias only if what follows it is computed again. remat: models.remat.Remat."""
+    """Whether the backward pass of a layer reads a parameter: a bias only if what follows is computed again. remat: models.remat.Remat."""
     if not name.endswith("bias"):
         return True
     if remat.policy in ("none", "attention"):
