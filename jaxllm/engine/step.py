@@ -111,7 +111,8 @@ def _count(state: TrainState, finite: jax.Array, precision: Any) -> TrainState:
 class Compiled:
     """A step compiled for one state and one batch layout. Bytes are per device and the compiler's own figures.
 
-    peak_bytes: arguments + temporaries + outputs that are not written over an argument. flops: as XLA counts them, a scan body once.
+    peak_bytes: arguments + temporaries + outputs that are not written over an argument. flops: as XLA counts them, a scan body
+    once; 0 where it does not, as for GPUs that are not there.
     """
 
     executable: Any
@@ -146,7 +147,7 @@ def compile(step: Step, state: TrainState, batch: Any) -> Compiled:
         + memory.temp_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes,
-        flops=costs["flops"],
+        flops=(costs or {}).get("flops", 0.0),
     )
 
 

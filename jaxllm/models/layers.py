@@ -115,7 +115,8 @@ class Embedding(nn.Module):
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT: jax.Array | None = None) -> jax.Array:
         arch, init = self.arch, normal(self.arch.init_std)
         table_VD = parameter(self, "tokens", (arch.vocab_size, arch.width), ("vocab", "embed_rest"), init)
-        x_BTD = self._rows(table_VD, "vocab", tokens_BT)
+        # Each device looks up its part of the vocabulary. Asked for parts of rows at once, the compiler would bring the table together.
+        x_BTD = self.constrain(self._rows(table_VD, "vocab", tokens_BT), HIDDEN)
         if arch.family.embed_scale:
             x_BTD = x_BTD * arch.width**0.5
         if arch.positions == "learned":
