@@ -26,7 +26,10 @@ def check(config: ConfigDict) -> None:
     _check_optimizer(config)
     open_sizes = [f"parallel.{axis}" for axis in ("pipe", "data", "fsdp", "seq", "tensor") if config.parallel[axis] == -1]
     if len(open_sizes) > 1:
-        raise ValueError(f"{' and '.join(open_sizes)} are -1.\n  Accepted: one of them.\n  Give the others a size.")
+        raise ValueError(
+            f"{' and '.join(open_sizes)} are -1.\n  Accepted: one of them; parallel.data is -1 unless it is set.\n"
+            "  Give the others a size."
+        )
 
 
 def _check_sizes(config: ConfigDict) -> None:

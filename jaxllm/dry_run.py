@@ -10,7 +10,7 @@ from rich.table import Table
 from jaxllm import config as schema
 from jaxllm.data import folder, tokenize
 from jaxllm.engine.session import UNKNOWN_CLASSES, Session, build_session, bytes_by_category, count
-from jaxllm.parallel import activations, layout, pipeline, plan, report, traffic
+from jaxllm.parallel import activations, fits, layout, pipeline, plan, report, traffic
 from jaxllm.pipeline.simulate import simulate
 from jaxllm.transforms import tree
 
@@ -28,6 +28,8 @@ def show(config: ConfigDict, data: Path, console: Console) -> None:
     session = build_session(config, plan.make_abstract(config))
     console.print(schema.to_json(config), end="", markup=False)
     console.print(_facts(session, vocabulary))
+    for note in fits.notes(config, session.plan.mesh.shape):
+        console.print(f"warning: {note}", markup=False)
     console.print(sharding(session))
 
 

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from jaxllm import command, dry_run
-from jaxllm.config import with_classes, with_vocabulary
+from jaxllm.config import flatten, with_classes, with_vocabulary
 from jaxllm.data import loader
 from jaxllm.data.prepare import Prepared, place, prepare
 from jaxllm.decode import samples
@@ -39,7 +39,7 @@ from jaxllm.engine.step import Compiled
 from jaxllm.engine.watchdog import Watchdog
 from jaxllm.engine.workdir import Workdir, check_space, open_workdir, write_json
 from jaxllm.evals import baseline, perplexity
-from jaxllm.parallel import distributed, plan, processes
+from jaxllm.parallel import distributed, fits, plan, processes
 from jaxllm.report.training import write_report
 from jaxllm.transforms import tree
 
@@ -58,8 +58,18 @@ def main(arguments: list[str]) -> int:
     with distributed.started(partial(_say, console)), command.Explained():
         if not processes.is_first():
             console = Console(quiet=True, force_terminal=False)
+        _check(config)
         with _open(path) as workdir:
             return run(config, workdir, console)
+
+
+def _check(config: ConfigDict) -> None:
+    """ValueError for what cannot run here, before a directory is made."""
+    fields = {key: repr(value) for key, value in flatten(config).items()}
+    processes.check_same(fields, "the config", "Start all processes with the same command.")
+    mesh_plan = plan.make(config)
+    processes.check_reach(mesh_plan.mesh.devices)
+    check(config, mesh_plan)
 
 
 def run(config: ConfigDict, workdir: Workdir, console: Console) -> int:
@@ -79,9 +89,10 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
     resuming, rows = newest is not None, _rows(checkpoints, newest, workdir)
     workdir.adopt_config(config, resuming=resuming)
     mesh_plan = plan.make(config)
-    processes.check_reach(mesh_plan.mesh.devices)
     compilation.distrust_cache(mesh_plan.mesh.devices.flat[0].platform, mesh_plan.mesh.size)
     check(config, mesh_plan)  # before hours may go into the preparation of data
+    for note in fits.notes(config, mesh_plan.mesh.shape):
+        say(f"warning: {note}")
     prepared = _prepare(config, workdir, rows, say)
     config = with_classes(with_vocabulary(config, prepared.tokenizer.vocab_size), len(prepared.labels))
     workdir.adopt_config(config, resuming=resuming)
@@ -155,7 +166,11 @@ def _prepare(config: ConfigDict, workdir: Workdir, rows: str | None, say: Callab
     processes.wait("data prepared")
     prepared = made or make()
     processes.check_same(
-        prepared.train.fingerprint + prepared.validation.fingerprint + prepared.record["tokenizer"]["fingerprint"],
+        {
+            "training rows": prepared.train.fingerprint,
+            "validation rows": prepared.validation.fingerprint,
+            "tokenizer": prepared.record["tokenizer"]["fingerprint"],
+        },
         f"the prepared data in '{prepared.directory}'",
         "Use a data.dir that all hosts share, or the same source and the same versions on each.",
     )

@@ -39,7 +39,11 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, pass_on)
     try:
         for index in range(count):
-            children.append(begin(command, place | {"JAXLLM_PROCESS_ID": str(index)}))
+            try:
+                children.append(begin(command, place | {"JAXLLM_PROCESS_ID": str(index)}))
+            except OSError as error:
+                print(f"error: '{command[0]}' cannot be started: {error.strerror}", file=sys.stderr)
+                return 2
             print(f"[{index}] is process {children[-1].pid} of this machine", flush=True)
         readers = [threading.Thread(target=prefix, args=(child, index)) for index, child in enumerate(children)]
         for reader in readers:
@@ -75,6 +79,8 @@ def begin(command: list[str], place: dict[str, str]) -> "subprocess.Popen[str]":
 def prefix(child: "subprocess.Popen[str]", index: int) -> None:
     assert child.stdout is not None
     for line in child.stdout:
+        if line.startswith("[Gloo] Rank"):  # one a group of devices, from a library
+            continue
         sys.stdout.write(f"[{index}] {line.rstrip()}\n")
         sys.stdout.flush()
 

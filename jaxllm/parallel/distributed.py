@@ -1,6 +1,7 @@
 """Starts JAX on all processes of a run, and ends a failed process so that the others notice."""
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,10 @@ START_VARIABLE = "JAXLLM_START_SECS"
 HEARTBEAT_SECS = 100
 # At the end, for process 0 to write the report while the others wait.
 SHUTDOWN_SECS = 600
+# The exit code of a process that cannot go on because another one has ended ("remote error in protocol" in sysexits.h).
+ANOTHER_ENDED = 76
+# What collectives and JAX's own service say then.
+_ANOTHER = re.compile(r"\[Gloo\]|Gloo|NCCL|[Cc]onnection (reset|closed|refused)|coordination service|heartbeat")
 
 
 def start(say: Callable[[str], None], environ: Mapping[str, str] = os.environ) -> None:
@@ -97,7 +102,15 @@ def _leave(error: BaseException) -> NoReturn:
     collective that breaks, tells them.
     """
     code = error.code if isinstance(error, SystemExit) else 1
-    if not isinstance(error, SystemExit):
+    if not isinstance(error, SystemExit) and _ANOTHER.search(str(error)):
+        code = ANOTHER_ENDED
+        print(
+            f"error: another process of this run has ended, or cannot be reached: {str(error).splitlines()[0]}\n"
+            "  Accepted: a run whose processes all go on to the end.\n"
+            "  See what the others have printed, or python -m jaxllm.hosts; the same command goes on from the last checkpoint.",
+            file=sys.stderr,
+        )
+    elif not isinstance(error, SystemExit):
         traceback.print_exception(error)
     print("this process failed; it ends, and the run with it", file=sys.stderr)
     sys.stdout.flush()

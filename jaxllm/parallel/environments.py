@@ -231,7 +231,7 @@ def _ordinals(environ: Environ) -> tuple[int, ...]:
 def _incomplete(environ: Environ, missing: Sequence[str]) -> ValueError:
     given = ", ".join(f"{name}={environ[name]}" for name in (COORDINATOR, PROCESSES, PROCESS) if name in environ)
     return ValueError(
-        f"{given} is set, but {' and '.join(missing)} is not.\n"
+        f"{given} is set, but {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not.\n"
         f"  Accepted: all three, the same on each process but for {PROCESS} = 0, 1, ...; or {ALONE}.\n"
         f"  Set {' and '.join(missing)}, or unset the rest."
     )

@@ -35,6 +35,28 @@ def check(config: ConfigDict, mesh: Mapping[str, int]) -> None:
         _check_pipeline(config, mesh["pipe"])
 
 
+def notes(config: ConfigDict, mesh: Mapping[str, int]) -> list[str]:
+    """What fits, but is wasteful or of no effect, one line each."""
+    parallel, microbatches, found = config.parallel, config.train.microbatches, []
+    if microbatches < mesh["pipe"]:
+        idle = (mesh["pipe"] - 1) / (microbatches + mesh["pipe"] - 1)
+        found.append(
+            f"the {mesh['pipe']} stages of the pipeline are idle for {idle:.0%} of the time, as only train.microbatches = {microbatches}"
+            f" pass through them; {2 * mesh['pipe']} or more are advised"
+        )
+    without = {
+        "parallel.sequence": parallel.sequence and mesh["tensor"] == 1 and "tensor",
+        "parallel.chunks": parallel.chunks and mesh["pipe"] == 1 and "pipe",
+        "parallel.zero_stage": parallel.zero_stage != 3 and mesh["fsdp"] == 1 and "fsdp",
+    }
+    found += [f"{field} has no effect with parallel.{axis} = 1" for field, axis in without.items() if axis]
+    if mesh["seq"] > 1 and parallel.context == "ring" and config.model.attention != "blocked":
+        found.append(
+            f"model.attention = '{config.model.attention}' has no effect with parallel.context = 'ring', which has its own"
+        )
+    return found
+
+
 def _check_rows(config: ConfigDict, parts: int) -> None:
     """Each part of a batch gets as many rows."""
     train = config.train
@@ -54,7 +76,8 @@ def _check_lengths(config: ConfigDict, seq: int) -> None:
     for name, array in examples.make(config).arrays.items():
         if array.width % runs:
             raise ValueError(
-                f"rows of {array.width} {name} cannot be cut into {runs} equal runs for parallel.seq = {seq}.\n"
+                f"rows of {array.width} {name} cannot be cut into {runs} equal runs for parallel.seq = {seq}"
+                f"{', two for each device (docs/context_parallel.md)' if runs > seq else ''}.\n"
                 f"  Accepted: multiples of {runs} tokens; parallel.seq that divides them.\n"
                 f"  Set data.row_tokens (or data.input_tokens) to a multiple, such as {-(-array.width // runs) * runs}, or parallel.seq."
             )
@@ -98,7 +121,7 @@ def _check_pipeline(config: ConfigDict, stages: int) -> None:
         if layers % (stages * chunks):
             raise ValueError(
                 f"{name} = {layers} cannot be shared out over parallel.pipe x parallel.chunks = {stages} x {chunks} runs of layers.\n"
-                f"  Accepted: multiples of {stages * chunks} layers; parallel.pipe = {divisors(layers // math.gcd(layers, chunks))}.\n"
+                f"  Accepted: multiples of {stages * chunks} layers; parallel.pipe x parallel.chunks = {divisors(layers)}.\n"
                 f"  Change one of them."
             )
 

@@ -121,7 +121,8 @@ def make(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pla
     several = {axis: size for axis, size in sizes.items() if size > 1}
     if used > len(devices):
         raise ValueError(
-            f"{_product(several)} = {' x '.join(map(str, several.values()))} = {used}, but there are {len(devices)} devices.\n"
+            f"{_product(several)} = {' x '.join(map(str, several.values()))}{f' = {used}' if len(several) > 1 else ''}, but there"
+            f" {'is 1 device' if len(devices) == 1 else f'are {len(devices)} devices'}.\n"
             f"  Accepted: a product of up to {len(devices)}. Lower one of them, or set one to -1.\n"
             f"  On a CPU the environment variable JAX_NUM_CPU_DEVICES={used} gives as many pretend devices."
         )
@@ -180,7 +181,7 @@ def _fill(config: ConfigDict, devices: int) -> dict[str, int]:
         accepted = ", ".join(str(part) for part in range(1, devices + 1) if devices % part == 0)
         raise ValueError(
             f"{_product(others)} = {taken} does not divide the {devices} devices that parallel.{free[0]} = -1 would share out.\n"
-            f"  Accepted: {accepted}. Set the product to one of these, or parallel.{free[0]} to a size.\n"
+            f"  Accepted: {accepted}. Set {_product(others)} to one of these, or parallel.{free[0]} to a size.\n"
             "  On a CPU the environment variable JAX_NUM_CPU_DEVICES sets the number of pretend devices."
         )
     return {axis: devices // taken if size == -1 else size for axis, size in sizes.items()}

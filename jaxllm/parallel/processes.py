@@ -6,7 +6,7 @@ Every function here that waits must be called by all processes, in the same orde
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +71,34 @@ def check_reach(devices: np.ndarray) -> None:
         )
 
 
-def check_same(text: str, what: str, change: str) -> None:
-    """ValueError on a process whose `text` is not that of the first one."""
-    mine = zlib.crc32(text.encode()) % 2**31
-    if from_first(mine) != mine:
+def of_all(numbers: Sequence[int]) -> np.ndarray:
+    """int32 [processes, numbers]: what each process gives."""
+    return np.asarray(multihost_utils.process_allgather(np.array(numbers, np.int32))).reshape(jax.process_count(), -1)
+
+
+def check_same(texts: Mapping[str, str], what: str, change: str) -> None:
+    """ValueError, on all processes, unless each has the same texts by the same names; it names those that differ."""
+    if jax.process_count() == 1:
+        return
+    numbers = of_all([_hash(text) for text in texts.values()])
+    others = (numbers != numbers[0]).any(0)
+    if others.any():
+        differing = [name for name, differs in zip(texts, others, strict=True) if differs]
+        who = ", ".join(str(process) for process in np.flatnonzero((numbers != numbers[0]).any(1)))
+        mine = ", ".join(f"{name} = {texts[name]}" for name in differing[:4] if len(texts[name]) < 80)
         raise ValueError(
-            f"{what} on process {jax.process_index()} is not that of process 0.\n  Accepted: the same on every process.\n  {change}"
+            f"{what} on process {who} is not that of process 0: {', '.join(differing[:8])}"
+            f" ({f'{mine} ' if mine else ''}on process {jax.process_index()}).\n"
+            f"  Accepted: the same on every process.\n  {change}"
         )
 
 
+def _hash(text: str) -> int:
+    return zlib.crc32(text.encode()) % 2**31
+
+
 def check_shared(file: Path, what: str) -> None:
-    """ValueError on a process that does not see `file` as the first process has just written it."""
+    """ValueError, on all processes, if one does not see `file` as the first process has just written it."""
     if jax.process_count() == 1:
         return
 
@@ -92,14 +109,16 @@ def check_shared(file: Path, what: str) -> None:
             return -1
 
     wanted, until = from_first(content()), time.monotonic() + SHARED_SECS
-    while content() != wanted:
-        if time.monotonic() > until:
-            raise ValueError(
-                f"{what} {file.parent} is not the same directory on all hosts: process {jax.process_index()} does not see the file"
-                f" '{file.name}' that process 0 has written there.\n"
-                "  Accepted: a directory on a file system that all hosts share.\n  Give another one."
-            )
+    while content() != wanted and time.monotonic() < until:
         time.sleep(0.2)
+    sees = of_all([content() == wanted])[:, 0]
+    if not sees.all():
+        who = ", ".join(map(str, np.flatnonzero(sees == 0)))
+        raise ValueError(
+            f"{what} {file.parent} is not the same directory on all hosts: process {who} does not see the file '{file.name}' that"
+            " process 0 has written there.\n"
+            "  Accepted: a directory on a file system that all hosts share.\n  Give another one."
+        )
 
 
 class Vote:

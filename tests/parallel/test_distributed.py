@@ -180,12 +180,26 @@ def test_a_directory_that_is_not_shared_is_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     first: list[int] = []
     monkeypatch.setattr(processes, "from_first", lambda mine: first[0] if first else first.append(mine) or mine)
+    others: list[np.ndarray] = []
+    monkeypatch.setattr(processes, "of_all", lambda mine: np.stack([others[0] if others else mine, mine]).astype(int))
     file.write_text("process 1 on host a\n")
     processes.check_shared(file, "--workdir")
     file.write_text("process 1 on host b\n")
+    others.append(np.array([1]))
     with pytest.raises(
         ValueError, match=r"--workdir .* is not the same directory on all hosts.*\n  Accepted: .* that all hosts share"
     ):
         processes.check_shared(file, "--workdir")
-    with pytest.raises(ValueError, match="the rows on process 0 is not that of process 0"):
-        processes.check_same("other rows", "the rows", "Share them.")
+
+
+def test_processes_with_different_configs_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"train.steps": "10", "optimizer.learning_rate": "0.001"}
+    processes.check_same(fields, "the config", "Start them alike.")
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    other = [processes._hash("10"), processes._hash("0.002")]
+    monkeypatch.setattr(processes, "of_all", lambda mine: np.array([mine, mine, mine]))
+    processes.check_same(fields, "the config", "Start them alike.")
+    monkeypatch.setattr(processes, "of_all", lambda mine: np.array([mine, mine, other]))
+    words = r"the config on process 2 is not that of process 0: optimizer.learning_rate \(optimizer.learning_rate = 0.001 on process 0\)"
+    with pytest.raises(ValueError, match=words):
+        processes.check_same(fields, "the config", "Start them alike.")

@@ -121,10 +121,10 @@ def test_one_process_trains_alone_and_the_reason_is_known(environ: dict[str, str
 @pytest.mark.parametrize(
     ("environ", "words"),
     [
-        ({"JAXLLM_PROCESSES": "4"}, "JAXLLM_COORDINATOR and JAXLLM_PROCESS_ID is not"),
-        ({"JAXLLM_PROCESS_ID": "0"}, "JAXLLM_COORDINATOR and JAXLLM_PROCESSES is not"),
-        ({"JAXLLM_COORDINATOR": "node:1"}, "JAXLLM_PROCESSES and JAXLLM_PROCESS_ID is not"),
-        (SLURM | {"JAXLLM_PROCESSES": "4"}, "JAXLLM_COORDINATOR and JAXLLM_PROCESS_ID is not"),
+        ({"JAXLLM_PROCESSES": "4"}, "JAXLLM_COORDINATOR and JAXLLM_PROCESS_ID are not"),
+        ({"JAXLLM_PROCESS_ID": "0"}, "JAXLLM_COORDINATOR and JAXLLM_PROCESSES are not"),
+        ({"JAXLLM_COORDINATOR": "node:1"}, "JAXLLM_PROCESSES and JAXLLM_PROCESS_ID are not"),
+        (SLURM | {"JAXLLM_PROCESSES": "4"}, "JAXLLM_COORDINATOR and JAXLLM_PROCESS_ID are not"),
         (MANUAL | {"JAXLLM_PROCESS_ID": "8"}, "this is process 8 of 8"),
         (MANUAL | {"JAXLLM_PROCESSES": "0"}, "this is process 3 of 0"),
         (MANUAL | {"JAXLLM_PROCESS_ID": "-1"}, "JAXLLM_PROCESS_ID is '-1'"),

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from parallel import combinations
 
+from jaxllm.parallel import fits
 from jaxllm.parallel import plan as plans
 
 PIPE = {"model__layers_as": "scan", "parallel__pipe": 2, "train__microbatches": 4}
@@ -17,7 +18,7 @@ PIPE = {"model__layers_as": "scan", "parallel__pipe": 2, "train__microbatches": 
             "gpt",
             PIPE | {"model__layers": 5},
             r"model.layers = 5 cannot .* parallel.pipe x parallel.chunks = 2 x 1 runs of layers.\n  Accepted: multiples of 2 layers;"
-            r" parallel.pipe = 1, 5",
+            r" parallel.pipe x parallel.chunks = 1, 5\.",
         ),
         (
             "gpt",
@@ -58,7 +59,7 @@ PIPE = {"model__layers_as": "scan", "parallel__pipe": 2, "train__microbatches": 
         (
             "gpt",
             {"parallel__seq": 3},
-            r"rows of 32 \w+ cannot be cut into 6 equal runs for parallel.seq = 3.\n  Accepted: multiples of 6 tok",
+            r"rows of 32 \w+ cannot be cut into 6 equal runs for parallel.seq = 3, two for each device .*\n  Accepted: multiples of 6 tok",
         ),
         (
             "gpt",
@@ -87,3 +88,23 @@ def test_what_does_not_fit(family: str, given: dict[str, Any], words: str) -> No
 )
 def test_what_fits(family: str, given: dict[str, Any]) -> None:
     plans.make_abstract(combinations.config_of(family, **given))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"model__layers_as": "scan", "parallel__pipe": 4}, "4 stages of the pipeline are idle for 75% of the time"),
+        ({"parallel__sequence": True}, "parallel.sequence has no effect with parallel.tensor = 1"),
+        ({"parallel__chunks": 2}, "parallel.chunks has no effect with parallel.pipe = 1"),
+        ({"parallel__zero_stage": 1}, "parallel.zero_stage has no effect with parallel.fsdp = 1"),
+        ({"parallel__seq": 2, "model__attention": "flash"}, "'flash' has no effect with parallel.context = 'ring'"),
+    ],
+)
+def test_what_is_wasteful_or_without_effect_is_said(given: dict[str, Any], words: str) -> None:
+    config = combinations.config_of("gpt", **given)
+    (note,) = fits.notes(config, plans.make_abstract(config).mesh.shape)
+    assert words in note
+    fitting = combinations.config_of(
+        "gpt", **PIPE, parallel__tensor=2, parallel__sequence=True, parallel__fsdp=2, parallel__zero_stage=1
+    )
+    assert not fits.notes(fitting, plans.make_abstract(fitting).mesh.shape)
