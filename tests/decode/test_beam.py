@@ -121,7 +121,7 @@ def scripted(p_of: dict[tuple[int, int], dict[int, float]], vocab: int) -> Model
 
     unused: Any = None
     cache: Any = lambda rows, length: jnp.zeros(rows, jnp.int32)  # noqa: E731
-    return Model("scripted", Sizes, unused, unused, unused, unused, unused, cache, None, decode)
+    return Model("scripted", Sizes, unused, unused, unused, unused, (), unused, cache, None, decode)
 
 
 @pytest.mark.parametrize("early_stopping", [True, False])

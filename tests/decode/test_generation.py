@@ -146,7 +146,7 @@ def constant(logits: list[float]) -> Model:
         context_tokens, head = CONTEXT, "lm"
 
     unused: Any = None
-    return Model("constant", Sizes, unused, unused, unused, unused, unused, lambda rows, length: (), None, decode)
+    return Model("constant", Sizes, unused, unused, unused, unused, (), unused, lambda rows, length: (), None, decode)
 
 
 def test_tokens_have_the_softmax_distribution_and_are_independent() -> None:

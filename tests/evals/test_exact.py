@@ -37,7 +37,7 @@ def copier(extra: int = 0) -> Model:
 
     unused: Any = None
     cache: Any = lambda rows, length: {"place": jnp.zeros(rows, jnp.int32)}  # noqa: E731
-    return Model("copier", Sizes, unused, unused, unused, unused, unused, cache, encode, decode)
+    return Model("copier", Sizes, unused, unused, unused, unused, (), unused, cache, encode, decode)
 
 
 def pair(text: str, target: str) -> Pair:
