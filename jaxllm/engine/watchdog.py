@@ -35,6 +35,8 @@ WINDOW_STEPS, LEAST_STEPS = 32, 8
 COMPARE_SECS = 60.0
 # How long the other hosts have to find that they hang, too, before this process breaks their connections by its end.
 LINGER_SECS = 5.0
+# And for process 0, whose end JAX makes that of all others, to be the last.
+LAST_SECS = 3.0
 # For a look at the heartbeats of the other hosts.
 LOOK_SECS = 3.0
 # For all that a diagnosis does with disks and pipes.
@@ -253,7 +255,8 @@ class Watchdog:
         for act in acts:
             act.join(max(began + FILES_SECS - time.monotonic(), 0.0))
         if self._processes > 1:
-            time.sleep(max(began + LINGER_SECS - time.monotonic(), 0.0))
+            linger_secs = LINGER_SECS + (LAST_SECS if self._process == 0 else 0)
+            time.sleep(max(began + linger_secs - time.monotonic(), 0.0))
         os._exit(HANG)
 
     def _print(self, phase: Phase, text: str) -> None:

@@ -16,7 +16,7 @@ from jaxllm.types import Batch, Head, Mean, Metrics, Model, Params
 LOSS_ARRAYS = ("tokens", "targets", "weights")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tokens:
     """A `types.Objective`.
 

@@ -197,7 +197,7 @@ def parrot(prompt_tokens: int, script: Sequence[int]) -> Model:
 
     unused: Any = None
     return Model(
-        name="parrot", config=Context, axes=unused, init=unused, apply=unused, hidden=unused, head=unused, encode=None,
+        name="parrot", config=Context, axes=unused, init=unused, apply=unused, hidden=unused, stacks=(), head=unused, encode=None,
         init_cache=lambda rows, length: jnp.zeros(rows, jnp.int32), decode=decode,
     )  # fmt: skip
 

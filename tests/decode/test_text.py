@@ -36,7 +36,7 @@ def parrot(prompt_tokens: int, script: Sequence[int]) -> Model:
 
     unused: Any = None
     return Model(
-        "parrot", Context, unused, unused, unused, unused, unused, lambda rows, length: jnp.zeros(rows, jnp.int32), None, decode
+        "parrot", Context, unused, unused, unused, unused, (), unused, lambda rows, length: jnp.zeros(rows, jnp.int32), None, decode
     )
 
 
