@@ -29,10 +29,3 @@ def zigzag(tokens: int, parts: int) -> np.ndarray:
         )
     chunks = plain(tokens).reshape(2 * parts, -1)
     return np.stack([chunks[:parts], chunks[: parts - 1 : -1]], axis=1).reshape(-1)
-
-
-def indices(places: np.ndarray) -> np.ndarray:
-    """int32 [tokens]: the index at which each place lies; laid_out[..., indices(places)] is the row in its own order."""
-    found = np.empty_like(places)
-    found[places] = np.arange(len(places), dtype=places.dtype)
-    return found

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 
 from jaxllm import registry
 from jaxllm.ops.attention import blocked
@@ -31,7 +30,7 @@ from jaxllm.ops.attention.fallback import explain
 from jaxllm.ops.attention.mask import HIDDEN as HIDDEN
 from jaxllm.ops.attention.mask import Mask as Mask
 from jaxllm.ops.attention.mask import check
-from jaxllm.ops.attention.share import HEADS, KEYS, QUERIES, ROWS, TOKENS, own_rng
+from jaxllm.ops.attention.share import QUERIES, arguments, own_rng
 from jaxllm.types import Constrain, unconstrained
 
 
@@ -103,14 +102,6 @@ def _attend_on_each_device(
     ) -> tuple[jax.Array]:
         return (run(q_BTHK, k_BSGK, v_BSGK, mask, bias_XHTS=bias_XHTS, rng=own_rng(rng, row_B[0], head_H[0])),)
 
-    parts = (
-        (q_BTHK, QUERIES),
-        (k_BSGK, KEYS),
-        (v_BSGK, KEYS),
-        (mask, TOKENS),
-        (bias_XHTS, (None if bias_XHTS is None or bias_XHTS.shape[0] == 1 else "batch", "heads", None, None)),
-        (rng, ()),
-        (jnp.arange(q_BTHK.shape[0]), ROWS),
-        (jnp.arange(q_BTHK.shape[2]), HEADS),
-    )
+    bias = (None if bias_XHTS is None or bias_XHTS.shape[0] == 1 else "batch", "heads", None, None)
+    parts = arguments(q_BTHK, k_BSGK, v_BSGK, mask, bias_XHTS, bias, rng)
     return constrain.share(attend_own, parts, (QUERIES,))[0]

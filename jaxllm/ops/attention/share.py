@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxllm.types import PartAxes
 
@@ -33,6 +34,15 @@ def here(function: Callable[..., tuple], parts: Sequence[tuple[Any, PartAxes]], 
 def bias_axes(bias_XHTS: jax.Array | None, batch: int) -> PartAxes:
     """Of the queries of a device against the keys of the whole row."""
     return ("batch" if bias_XHTS is not None and len(bias_XHTS) == batch else None, "heads", "length", None)
+
+
+def arguments(
+    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: Any, bias_XHTS: jax.Array | None, bias: PartAxes, rng: Any
+) -> tuple[tuple[Any, PartAxes], ...]:
+    """What a device needs to attend, and how it lies: these, then the numbers of its rows and of its heads, for `own_rng`."""
+    rows_B, heads_H = jnp.arange(q_BTHK.shape[0]), jnp.arange(q_BTHK.shape[2])
+    axes = QUERIES, KEYS, KEYS, TOKENS, bias, (), ROWS, HEADS
+    return tuple(zip((q_BTHK, k_BSGK, v_BSGK, mask, bias_XHTS, rng, rows_B, heads_H), axes, strict=True))
 
 
 def own_rng(rng: jax.Array | None, *numbers: Any) -> jax.Array | None:

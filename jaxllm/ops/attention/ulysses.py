@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxllm.ops.attention import blocked
 from jaxllm.ops.attention.mask import Mask, check
-from jaxllm.ops.attention.share import HEADS, KEYS, QUERIES, ROWS, TOKENS, Share, bias_axes, here, own_rng
+from jaxllm.ops.attention.share import QUERIES, Share, arguments, bias_axes, here, own_rng
 
 LENGTH, HEAD = 1, 2  # dimensions of q, k and v
 
@@ -51,16 +51,7 @@ def attend(
     """
     rng = rng if dropout_frac > 0 else None
     run = partial(inner, scale=scale, dropout_frac=dropout_frac, block_tokens=block_tokens)
-    parts = (
-        (q_BTHK, QUERIES),
-        (k_BSGK, KEYS),
-        (v_BSGK, KEYS),
-        (mask, TOKENS),
-        (bias_XHTS, bias_axes(bias_XHTS, len(q_BTHK))),
-        (rng, ()),
-        (None if rng is None else jnp.arange(q_BTHK.shape[0]), ROWS),
-        (None if rng is None else jnp.arange(q_BTHK.shape[2]), HEADS),
-    )
+    parts = arguments(q_BTHK, k_BSGK, v_BSGK, mask, bias_XHTS, bias_axes(bias_XHTS, len(q_BTHK)), rng)
     return share(partial(_attend, run, axis), parts, (QUERIES,))[0]
 
 

@@ -122,7 +122,7 @@ def lay_out(mask, arrays, order):
 def put_back(found, order):
     """(out, gradients) of rows as laid out, in their own order."""
     out, (dq, dk, dv, dbias) = found
-    back = places.indices(order)
+    back = np.argsort(order)
     keys = back if dk.shape[1] == len(back) else slice(None)
     return out[:, back], (dq[:, back], dk[:, keys], dv[:, keys], None if dbias is None else dbias[:, :, back])
 
