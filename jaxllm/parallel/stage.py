@@ -116,7 +116,7 @@ class Stage:
             return carry._replace(sent_x={**at.parts, part: x})
         x = through()
         nothing = jax.tree.map(jnp.zeros_like, (carry.mean, carry.metrics))
-        found = jax.lax.cond(at.last, lambda: self._loss(self.rest.open(), x, at.batch), lambda: nothing)
+        found = jax.lax.cond(at.last, lambda: self._loss(self.rest.open(), x, at), lambda: nothing)
         mean, metrics = _add((carry.mean, carry.metrics), found)
         return carry._replace(sent_x={**at.parts, part: x}, mean=mean, metrics=metrics)
 
@@ -127,7 +127,7 @@ class Stage:
         def layers(direct: Params, factors: Any, watched: Params, x: jax.Array, others: Parts) -> jax.Array:
             return self._layers(self._defer(self.region.attach(at.values, direct), factors), self.rest.open(watched), x, others, at)
 
-        direct = self.region.watch(self._trained_directly(row))
+        direct = self.region.watch(self._trained(row, kernels=False))
         x, back = jax.vjp(layers, direct, self.factors(), self.rest.watched, self._input(at), others)
         incoming = {name: _read(held, row.dy_slot) for name, held in carry.dy.items()}
         dx, carry = self._end(carry, x, incoming[part], at)
@@ -182,7 +182,7 @@ class Stage:
     def loss_shapes(self) -> tuple[Mean, Metrics]:
         """Of what is minimized and the metrics of a micro-batch."""
         batch, x = self._first_batch(), self.entered()
-        return jax.eval_shape(lambda x: self._loss(self.rest.open(), x, batch), x)
+        return jax.eval_shape(lambda x: self._loss_of(self.rest.open(), x, batch), x)
 
     def entered(self) -> jax.ShapeDtypeStruct:
         """Of what enters the first layer."""
@@ -202,11 +202,11 @@ class Stage:
             last=(self.stage == self.stages - 1) & (row.chunk == self._chunks - 1),
         )
 
-    def _trained_directly(self, row: Row) -> Params:
-        """A chunk's trained parameters but for kernels, whose gradients are put off; holes elsewhere."""
+    def _trained(self, row: Row, kernels: bool) -> Params:
+        """A chunk's trained parameters, the kernels or all others, with holes elsewhere."""
 
         def one(path: Any, leaf: jax.Array) -> jax.Array | None:
-            return None if _is_kernel(path) else _of_chunk(leaf, row.chunk)
+            return _of_chunk(leaf, row.chunk) if _is_kernel(path) == kernels else None
 
         return jax.tree.map_with_path(one, self.trained)
 
@@ -240,7 +240,10 @@ class Stage:
         jax.eval_shape(trace, self.entered(), self.parts)
         return notes.uses
 
-    def _loss(self, rest: Params, x: jax.Array, batch: Batch) -> tuple[Mean, Metrics]:
+    def _loss(self, rest: Params, x: jax.Array, at: _Tick) -> tuple[Mean, Metrics]:
+        return self._loss_of(rest, x, at.batch)
+
+    def _loss_of(self, rest: Params, x: jax.Array, batch: Batch) -> tuple[Mean, Metrics]:
         return self.objective.of_hidden(self.stack.leave(rest, x), self.model.head(rest), batch)
 
     def _end(self, carry: Carry, x: jax.Array, dy: jax.Array, at: _Tick) -> tuple[jax.Array, Carry]:
@@ -256,7 +259,7 @@ class Stage:
             _, carry = given
 
             def total(watched: Params, x: jax.Array) -> tuple[jax.Array, tuple[Mean, Metrics]]:
-                mean, metrics = self._loss(self.rest.open(watched), x, at.batch)
+                mean, metrics = self._loss(self.rest.open(watched), x, at)
                 return mean.total, (mean, metrics)
 
             _, back, found = jax.vjp(total, self.rest.watched, x, has_aux=True)
