@@ -207,6 +207,23 @@ class Model:
     decode: Callable[..., tuple[jax.Array, Any]] | None
 
 
+@dataclass(frozen=True)
+class Transform:
+    """What kernels whose whole path name matches `targets` become: a leaf type (transforms/leaf.py) in the place of the array.
+
+    A kernel [layers?, inputs..., outputs...] is a matrix: its first `inputs` axes (within a layer) are summed over, the others are new.
+    apply(kernel, inputs, rng) -> the leaf for the kernel of one layer, an array or what an earlier transform made of it. Pure and
+        traceable; stacked layers are mapped over.
+    axes(axes, inputs) -> the same leaf type, with the logical axes of each of its arrays in the array's place.
+    trains: names of the leaf's fields that are trained; none of a frozen form.
+    """
+
+    targets: str
+    apply: Callable[[Any, int, jax.Array], Any]
+    axes: Callable[[Any, int], Any]
+    trains: tuple[str, ...] = ()
+
+
 class Source(Protocol):
     """Yields batches as a function of the step: no iterator, so there is no position to lose."""
 
