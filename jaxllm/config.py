@@ -133,6 +133,7 @@ SCHEMA: dict[str, Field] = {
     ),
     "model.remat_offload": Field((), TEXTS, "arrays that remat=named keeps in the host's memory (GPU, TPU), by the same names"),
     "precision.compute": Field("float32", one_of(("float32", "bfloat16", "float16")), "of matmuls; master weights stay float32"),
+    "precision.frozen": Field("float32", one_of(("float32", "bfloat16")), "of matrices that are not trained, where no transform says it"),
     "precision.loss_scale": Field(32768.0, above(0), "first dynamic loss scale (float16 only)"),
     "precision.loss_scale_growth_steps": Field(2000, at_least(1), "finite steps before the loss scale doubles (float16 only)"),
     # What it is trained on.
@@ -166,7 +167,15 @@ SCHEMA: dict[str, Field] = {
     "train.steps": Field(1000, at_least(1), "optimizer updates"),
     "train.batch_seqs": Field(16, at_least(1), "rows an update"),
     "train.microbatches": Field(1, at_least(1), "parts that a batch is split into (gradient accumulation)"),
-    "train.trainable": Field(".*", TEXT, "regular expression over parameter paths; the others stay as they are"),
+    "train.start": Field(
+        "", TEXT, "model to begin with: a run, a directory of transformers, a GGUF file; it brings model.* and its tokenizer"
+    ),
+    "train.transforms": Field(
+        (), many_of(registry.names("transform")), "what kernels become, in order: a frozen form, an adapter; ('nf4', 'lora') is QLoRA"
+    ),
+    "train.trainable": Field(
+        "auto", TEXT, "regular expression over parameter paths; the others stay as they are. auto: adapters, or without any everything"
+    ),
     "train.loss_chunk_tokens": Field(256, at_least(0), "tokens whose logits exist at once on a device; 0 means all"),
     "train.z_loss": Field(0.0, at_least(0), "coefficient of log(Z)^2, which keeps logits near 0"),
     "train.label_smoothing": Field(0.0, between(0, 0.9), "share of the target's probability that is spread over the vocabulary"),
@@ -176,6 +185,15 @@ SCHEMA: dict[str, Field] = {
     "train.max_nonfinite_steps": Field(10, at_least(1), "skipped steps in a row that stop the run"),
     "train.log_every_steps": Field(10, at_least(1), "rows in metrics.jsonl"),
     "train.trackers": Field((), many_of(("wandb", "mlflow")), "besides metrics.jsonl and TensorBoard, which are always written"),
+    # What stands beside frozen kernels (lora, dora).
+    "lora.rank": Field(16, at_least(1), "columns of A and rows of B"),
+    "lora.alpha": Field(32.0, above(0), "A B is multiplied by alpha / rank"),
+    "lora.rslora": Field(False, YES_NO, "alpha / sqrt(rank) instead, which suits large ranks"),
+    "lora.dropout_frac": Field(0.0, between(0, 0.9), "dropped of what A reads"),
+    "lora.targets": Field(".*layers/.*/kernel", TEXT, "regular expression over parameter paths: kernels that get an adapter"),
+    "lora.also": Field("", TEXT, "the same of further parameters that are trained as they are (embed/.*, .*norm/.*); empty: none"),
+    "lora.lr_ratio": Field(1.0, above(0), "learning rate of B over that of A; LoRA+ takes 16"),
+    "lora.init": Field("zero", one_of(("zero", "pissa")), "zero: B is 0; pissa: the largest singular values of the kernel"),
     "optimizer.name": Field("adamw", one_of(registry.names("optimizer")), "from optax"),
     "optimizer.learning_rate": Field(1e-3, above(0), "peak"),
     "optimizer.b1": Field(0.9, between(0, 0.9999), "decay of the first moment (momentum in muon)"),
@@ -186,7 +204,7 @@ SCHEMA: dict[str, Field] = {
     "optimizer.state": Field(
         "float32", one_of(("float32", "bfloat16", "int8")), "how moments are stored: 4, 2 or about 1 byte a number"
     ),
-    "optimizer.groups": Field(((".*(scale|bias)", 1.0, 0.0),), GROUPS, "first match wins: (pattern, lr factor, decay factor)"),
+    "optimizer.groups": Field(((".*(scale|bias|magnitude)", 1.0, 0.0),), GROUPS, "first match wins: (pattern, lr factor, decay factor)"),
     "schedule.name": Field("cosine", one_of(registry.names("schedule")), "of the learning rate"),
     "schedule.warmup_steps": Field(100, at_least(0), "linear from 0 to the peak"),
     "schedule.end_frac": Field(0.1, between(0, 1), "last learning rate as a share of the peak"),

@@ -35,6 +35,11 @@ TABLE: dict[str, dict[str, str]] = {
         "span_corruption": "jaxllm.data.examples.span_corruption:make",
         "token_classification": "jaxllm.data.examples.token_classification:make",
     },
+    # What becomes of kernels.
+    "transform": {
+        "lora": "jaxllm.transforms.lora:make",
+        "dora": "jaxllm.transforms.dora:make",
+    },
     "attention": {
         "blocked": "jaxllm.ops.attention.blocked:BACKEND",
         "dot_product": "jaxllm.ops.attention.dot_product:BACKEND",

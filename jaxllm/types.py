@@ -215,13 +215,13 @@ class Transform:
     apply(kernel, inputs, rng) -> the leaf for the kernel of one layer, an array or what an earlier transform made of it. Pure and
         traceable; stacked layers are mapped over.
     axes(axes, inputs) -> the same leaf type, with the logical axes of each of its arrays in the array's place.
-    trains: names of the leaf's fields that are trained; none of a frozen form.
+    adapts: the leaf is an adapter, whose arrays are trained, but for its field `base`, what it adapts. Else it is a frozen form.
     """
 
     targets: str
     apply: Callable[[Any, int, jax.Array], Any]
     axes: Callable[[Any, int], Any]
-    trains: tuple[str, ...] = ()
+    adapts: bool = False
 
 
 class Source(Protocol):

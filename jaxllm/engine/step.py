@@ -36,7 +36,7 @@ def make(
     does a step of weight 0, which is not counted. `step` advances always, and with it schedule and data.
     """
     train = config.train
-    uses_dropout = config.model.dropout_frac > 0
+    uses_dropout = config.model.dropout_frac > 0 or (bool(config.train.transforms) and config.lora.dropout_frac > 0)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
         rng = jax.random.fold_in(random_key(config.seed, "dropout"), state.step) if uses_dropout else None

@@ -7,6 +7,8 @@ from ml_collections import ConfigDict
 
 from jaxllm.models import remat
 from jaxllm.models.remat import Remat
+from jaxllm.transforms import adapt
+from jaxllm.types import Transform
 from jaxllm.ops.positions import RopeScaling
 
 GATED = {"swiglu": "silu", "geglu": "gelu_tanh"}  # activation of the MLP -> the function of its gate
@@ -43,6 +45,7 @@ class Architecture:
 
     layers: of the decoder, or of the encoder where there is one. biased: the projections with a bias, of qkv, o, mlp and norm.
     bidirectional_prompt: tokens of a prompt see each other in both directions, as they did in training (prefix_lm).
+    transforms: what becomes of kernels, in order.
     """
 
     family: Family
@@ -78,6 +81,7 @@ class Architecture:
     layers_as: str
     remat: Remat
     compute: str
+    transforms: tuple[Transform, ...] = ()
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -134,6 +138,7 @@ def resolve(config: ConfigDict, family: Family) -> Architecture:
         layers_as=model.layers_as,
         remat=remat.make(model),
         compute=config.precision.compute,
+        transforms=adapt.make(config),
     )
     _check_positions(arch)
     return arch

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from jaxllm.models import stack
 from jaxllm.models.architecture import Architecture
-from jaxllm.transforms import tree
+from jaxllm.transforms import adapt, tree
 from jaxllm.types import Batch, Constrain, Params, Stack
 
 
@@ -24,9 +24,9 @@ class Layers(NamedTuple):
 def make_init(
     arch: Architecture, declare_rest: Callable[[jax.Array], Params], stacks: Sequence[Layers]
 ) -> tuple[Callable[[jax.Array], Params], Any]:
-    """(init, axes): parameters from an rng, and their logical axes from tracing it, without allocating anything."""
+    """(init, axes): parameters from an rng, and their logical axes from tracing it, without allocating anything; both transformed."""
 
-    def init(rng: jax.Array) -> Params:
+    def dense(rng: jax.Array) -> Params:
         params = _open(declare_rest(rng), lambda box: box.value)
         keys = (rng, *jax.random.split(rng, len(stacks)))
         for layers, key in zip(stacks, keys, strict=False):
@@ -42,8 +42,14 @@ def make_init(
     for layers in stacks:
         layer_axes = _open(jax.eval_shape(layers.declare, rng), lambda box: box.names)
         tree.put(axes, layers.path, stack.axes(arch.layers_as, layers.number, layer_axes))
+    adaptation = adapt.Adaptation(axes, arch.transforms)
+    adaptation.check()
+
+    def init(rng: jax.Array) -> Params:
+        return adaptation.params(dense(rng), rng)
+
     # Compiled as a whole: linen makes parameters by running the layers, and only the compiler leaves that out.
-    return jax.jit(init), axes
+    return jax.jit(init), adaptation.axes()
 
 
 def _open(boxed: Params, what: Callable[[nn.Partitioned], Any]) -> Params:

@@ -75,7 +75,8 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = parameter(self, "kernel", self.shape, self.axes, normal(self.std, self.inputs))
-        y = leaf.einsum(self.spec, x, kernel)
+        rng = self.make_rng("dropout") if leaf.drops(kernel) and self.has_rng("dropout") else None
+        y = leaf.einsum(self.spec, x, kernel, rng)
         if not self.bias:
             return y
         bias = parameter(self, "bias", self.shape[self.inputs :], self.axes[self.inputs :], nn.initializers.zeros)

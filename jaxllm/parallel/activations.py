@@ -46,7 +46,7 @@ def _known(plan: Plan, model: Model, config: Any) -> bool:
     plain = arch.family.kind == "decoder" and arch.norm_order == "pre" and arch.head == "lm" and arch.remat.policy != "named"
     losses = train.loss_chunk_tokens > 0 and not train.z_loss and not train.label_smoothing
     whole = mesh["pipe"] == mesh["seq"] == 1 and not plan.parallel.sequence and arch.kv_heads % mesh["tensor"] == 0
-    return plain and losses and whole and config.train.trainable == ".*"
+    return plain and losses and whole and config.train.trainable in ("auto", ".*") and not config.train.transforms
 
 
 def _rows(plan: Plan, model: Model, config: Any, tokens: int, adds_first: bool) -> Iterator[Row]:

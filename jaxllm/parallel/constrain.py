@@ -7,6 +7,7 @@ and the compiler shares out what is left, the axis `tensor`. Elsewhere, as in a 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,12 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.data import places
 from jaxllm.parallel import gather, rules
+from jaxllm.transforms.quantized import Quantized
 from jaxllm.types import Context, PartAxes
+
+
+def _is_axes(node: Any) -> bool:
+    return isinstance(node, tuple)
 
 
 def by_hand() -> frozenset[str]:
@@ -46,10 +52,12 @@ class OnMesh:
         if not by_hand():
             return params
 
-        def one(leaf_axes: tuple[str, ...], leaf: Any) -> Any:
-            return gather.use(leaf, leaf_axes, self.tables.parameters, self.tables.state, self.mesh.shape, self.dtype)
+        def one(leaf_axes: Any, leaf: Any, dtype: Any = self.dtype) -> Any:
+            if isinstance(leaf, Quantized):  # its scales are used as they are
+                return jax.tree.map(partial(one, dtype=None), leaf_axes, leaf, is_leaf=_is_axes)
+            return gather.use(leaf, leaf_axes, self.tables.parameters, self.tables.state, self.mesh.shape, dtype)
 
-        return jax.tree.map(one, axes, params, is_leaf=lambda node: isinstance(node, tuple))
+        return jax.tree.map(one, axes, params, is_leaf=lambda node: _is_axes(node) or isinstance(node, Quantized))
 
     def places(self, tokens: int) -> jax.Array:
         if "seq" not in by_hand() or self.mesh.shape["seq"] == 1:

@@ -102,7 +102,7 @@ tap.defvjp(lambda value, mine, how: (tap(value, mine, how), None), lambda how, _
 
 def use(leaf: Any, axes: Axes, rules: Rules, state: Rules, mesh_shape: Mapping[str, int], dtype: Any) -> Any:
     """A parameter as the model takes it, of what this device holds. rules, state: the tables of parameters and of their gradients."""
-    if hasattr(leaf, "kernel"):  # a leaf type
+    if hasattr(leaf, "kernel"):  # one that a pipeline wraps
         return dataclasses.replace(leaf, kernel=use(leaf.kernel, axes, rules, state, mesh_shape, dtype))
     # Vectors (norm scales, biases) are used in float32.
     dtype = dtype if len(axes) > 1 else None

@@ -1,4 +1,9 @@
-"""What a kernel can do: multiply and be looked up. The only place that looks inside a kernel."""
+"""What a kernel can do: multiply and be looked up. The only place that looks inside a kernel.
+
+A leaf type is a registered dataclass that stands in the place of an array [...] of the parameter tree. It has the array's `shape`,
+`multiply(spec, x)`, and `dense()`, the float32 array that does the same; with a `dropout_frac`, `multiply` also takes a key. A static field
+`kind` tells it from others in a tree's definition, which does not know classes.
+"""
 
 from typing import Any
 
@@ -8,9 +13,21 @@ import jax.numpy as jnp
 from jaxllm.transforms.product import product
 
 
-def einsum(spec: str, x: jax.Array, kernel: Any) -> jax.Array:
-    """`jnp.einsum(spec, x, kernel)` in x.dtype, of an array or a leaf type, which says itself how it multiplies."""
+def einsum(spec: str, x: jax.Array, kernel: Any, rng: jax.Array | None = None) -> jax.Array:
+    """`jnp.einsum(spec, x, kernel)` in x.dtype, of an array or a leaf type, which says itself how it multiplies. rng: of its dropout."""
+    if drops(kernel):
+        return kernel.multiply(spec, x, rng)
     return kernel.multiply(spec, x) if hasattr(kernel, "multiply") else product(spec, x, kernel)
+
+
+def drops(kernel: Any) -> bool:
+    """Whether the kernel drops a share of what it reads, in training."""
+    return getattr(kernel, "dropout_frac", 0.0) > 0
+
+
+def dense(kernel: Any) -> jax.Array:
+    """The kernel as one array: itself, or in float32 what a leaf type stands for."""
+    return kernel.dense() if hasattr(kernel, "dense") else kernel
 
 
 def take(embedding_VD: jax.Array, ids: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
