@@ -133,7 +133,9 @@ SCHEMA: dict[str, Field] = {
     ),
     "model.remat_offload": Field((), TEXTS, "arrays that remat=named keeps in the host's memory (GPU, TPU), by the same names"),
     "precision.compute": Field("float32", one_of(("float32", "bfloat16", "float16")), "of matmuls; master weights stay float32"),
-    "precision.frozen": Field("float32", one_of(("float32", "bfloat16")), "of matrices that are not trained, where no transform says it"),
+    "precision.frozen": Field(
+        "float32", one_of(("float32", "bfloat16")), "of matrices that are not trained, where no transform says it"
+    ),
     "precision.loss_scale": Field(32768.0, above(0), "first dynamic loss scale (float16 only)"),
     "precision.loss_scale_growth_steps": Field(2000, at_least(1), "finite steps before the loss scale doubles (float16 only)"),
     # What it is trained on.
@@ -171,10 +173,14 @@ SCHEMA: dict[str, Field] = {
         "", TEXT, "model to begin with: a run, a directory of transformers, a GGUF file; it brings model.* and its tokenizer"
     ),
     "train.transforms": Field(
-        (), many_of(registry.names("transform")), "what kernels become, in order: a frozen form, an adapter; ('nf4', 'lora') is QLoRA"
+        (),
+        many_of(registry.names("transform")),
+        "what kernels become, in order: a frozen form, an adapter; ('nf4', 'lora') is QLoRA",
     ),
     "train.trainable": Field(
-        "auto", TEXT, "regular expression over parameter paths; the others stay as they are. auto: adapters, or without any everything"
+        "auto",
+        TEXT,
+        "regular expression over parameter paths; the others stay as they are. auto: adapters, or without any everything",
     ),
     "train.loss_chunk_tokens": Field(256, at_least(0), "tokens whose logits exist at once on a device; 0 means all"),
     "train.z_loss": Field(0.0, at_least(0), "coefficient of log(Z)^2, which keeps logits near 0"),
@@ -204,7 +210,9 @@ SCHEMA: dict[str, Field] = {
     "optimizer.state": Field(
         "float32", one_of(("float32", "bfloat16", "int8")), "how moments are stored: 4, 2 or about 1 byte a number"
     ),
-    "optimizer.groups": Field(((".*(scale|bias|magnitude)", 1.0, 0.0),), GROUPS, "first match wins: (pattern, lr factor, decay factor)"),
+    "optimizer.groups": Field(
+        ((".*(scale|bias|magnitude)", 1.0, 0.0),), GROUPS, "first match wins: (pattern, lr factor, decay factor)"
+    ),
     "schedule.name": Field("cosine", one_of(registry.names("schedule")), "of the learning rate"),
     "schedule.warmup_steps": Field(100, at_least(0), "linear from 0 to the peak"),
     "schedule.end_frac": Field(0.1, between(0, 1), "last learning rate as a share of the peak"),

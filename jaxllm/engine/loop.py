@@ -4,7 +4,7 @@ The next step is dispatched before the metrics of this one are read, so that the
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,8 @@ class Hook:
 class Monitor:
     """Reads the metrics of finished steps: writes rows, counts skipped steps, and stops what cannot get better.
 
-    parameter_names: one name for each entry of the metric `moved`. tell: hears what is about to happen to which update, as
+    parameter_names: one name for each entry of the metric `moved`. late_names: those that have no gradient before the second update, by
+    construction. tell: hears what is about to happen to which update, as
     `watchdog.Watchdog.step` does.
     """
 
@@ -44,6 +45,7 @@ class Monitor:
     max_nonfinite_steps: int
     positions_a_step: int
     parameter_names: Sequence[str]
+    late_names: Collection[str]
     tell: Callable[[Doing, int], None]
 
     def read(self, step: int, metrics: Mapping[str, Any], clock: "Clock") -> None:
@@ -62,8 +64,8 @@ class Monitor:
             )
         if not finite:
             self.message(self._skipped(step, in_a_row, scalars.get("loss_scale")))
-        elif step - scalars["skipped"] == 1:
-            self._check_moved(moved)
+        elif (update := step - scalars["skipped"]) <= 2:
+            self._check_moved(moved, update)
         if in_a_row >= self.max_nonfinite_steps:
             raise NonFiniteError(step, in_a_row, self._rows(step))
         if step % self.log_every_steps == 0 or step == 1:
@@ -77,11 +79,16 @@ class Monitor:
     def _rows(self, step: int) -> str:
         return ", ".join(str(int(row)) for row in self.source.rows(step - 1))
 
-    def _check_moved(self, moved: Any) -> None:
-        still = [name for name, flag in zip(self.parameter_names, moved, strict=True) if not flag]
+    def _check_moved(self, moved: Any, update: int) -> None:
+        due = [
+            (name, flag)
+            for name, flag in zip(self.parameter_names, moved, strict=True)
+            if (name in self.late_names) == (update == 2)
+        ]
+        still = [name for name, flag in due if not flag]
         if still:
             raise TrainingError(
-                f"the first step that counts did not change {len(still)} trainable parameters: {', '.join(dict.fromkeys(still))}.\n"
+                f"step {update} of those that count did not change {len(still)} trainable parameters: {', '.join(dict.fromkeys(still))}.\n"
                 "  Accepted: every trainable parameter gets a gradient and a learning rate.\n"
                 "  Exclude them with train.trainable, or look at optimizer.groups and the mask of the loss."
             )

@@ -18,7 +18,8 @@ from jaxllm.optim import build, schedules
 from jaxllm.parallel import layout
 from jaxllm.parallel.plan import Plan, shard_bytes
 from jaxllm.parallel.region import Region
-from jaxllm.types import Model
+from jaxllm.transforms import adapt
+from jaxllm.types import Model, Params
 
 # Stands for a number of classes that only the data will tell.
 UNKNOWN_CLASSES = 2
@@ -36,13 +37,19 @@ class Session:
     update: step.Step
     abstract: state.TrainState
 
-    def create(self) -> state.TrainState:
-        """The state before the first step."""
-        return state.create(self.model, self.optimizer, self.config, self.plan)
+    def create(self, params: Params | None = None) -> state.TrainState:
+        """The state before the first step. params: to begin with, given away; None: random ones."""
+        return state.create(self.model, self.optimizer, self.config, self.plan, params)
 
     def compile(self) -> step.Compiled:
         """The train step, compiled once and ahead of time."""
         return step.compile(self.update, self.abstract, step.abstract_batch(self.config, self.plan))
+
+    @property
+    def late_names(self) -> frozenset[str]:
+        """Trained arrays without a gradient at the first step: A of an adapter whose B is 0."""
+        begun = self.config.lora.init == "zero"
+        return frozenset(name for name in adapt.adapters(self.model.axes) if begun and name.endswith("/a"))
 
     @property
     def eval_seqs(self) -> int:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxllm.transforms import tree
+from jaxllm.transforms import adapt, tree
+from jaxllm.transforms.quantized import Quantized
 from jaxllm.types import Model, Params
 
 
@@ -71,10 +72,15 @@ def abstract(model: Model, optimizer: optax.GradientTransformation, config: Any,
     )
 
 
-def create(model: Model, optimizer: optax.GradientTransformation, config: Any, plan: Any) -> TrainState:
-    """The state before the first step, drawn from config.seed; each device makes its own part."""
+def create(
+    model: Model, optimizer: optax.GradientTransformation, config: Any, plan: Any, params: Params | None = None
+) -> TrainState:
+    """The state before the first step; each device makes its own part. params: to begin with, given away; None: drawn from config.seed."""
     shardings = jax.tree.map(lambda shape: shape.sharding, abstract(model, optimizer, config, plan))
-    return jax.jit(_make_init(model, optimizer, config), out_shardings=shardings)(random_key(config.seed, "init"))
+    if params is None:
+        return jax.jit(_make_init(model, optimizer, config), out_shardings=shardings)(random_key(config.seed, "init"))
+    begin = partial(_begin, optimizer, config, trainable(config, model.axes))
+    return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
 
 
 def random_key(seed: int, purpose: str) -> jax.Array:
@@ -83,26 +89,60 @@ def random_key(seed: int, purpose: str) -> jax.Array:
 
 
 def _make_init(model: Model, optimizer: optax.GradientTransformation, config: Any) -> Callable[[jax.Array], TrainState]:
-    try:
-        trainable = tree.matches(config.train.trainable, model.axes)
-    except ValueError as error:
-        raise ValueError(f"train.trainable: {error}") from None
+    selected = trainable(config, model.axes)
+    return lambda rng: _begin(optimizer, config, selected, model.init(rng))
 
-    def init(rng: jax.Array) -> TrainState:
-        params, frozen = tree.split(model.init(rng), trainable)
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(
-            step=zero,
-            params=params,
-            frozen=frozen,
-            opt_state=optimizer.init(params),
-            ema=params if config.train.ema_decay else None,
-            loss_scale=_first_scale(config.precision) if config.precision.compute == "float16" else None,
-            skipped=zero,
-            skipped_in_a_row=zero,
+
+def _begin(optimizer: optax.GradientTransformation, config: Any, selected: set[str], whole: Params) -> TrainState:
+    params, frozen = tree.split(whole, selected)
+    check_floats(params)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        params=params,
+        frozen=narrowed(frozen, jnp.dtype(config.precision.frozen)),
+        opt_state=optimizer.init(params),
+        ema=params if config.train.ema_decay else None,
+        loss_scale=_first_scale(config.precision) if config.precision.compute == "float16" else None,
+        skipped=zero,
+        skipped_in_a_row=zero,
+    )
+
+
+def trainable(config: Any, axes: Any) -> set[str]:
+    """Path names of the arrays that are trained, of a model with these axes; ValueError if a pattern selects nothing."""
+    adapters = adapt.adapters(axes) if config.train.trainable == "auto" else set()
+    field, pattern = ("lora.also", config.lora.also) if adapters else ("train.trainable", config.train.trainable)
+    if pattern == "auto":
+        return set(tree.names(axes))
+    try:
+        return adapters | (tree.matches(pattern, axes) if pattern else set())
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
+
+
+def check_floats(params: Params) -> None:
+    """ValueError for a trainable array of whole numbers."""
+    codes = [name for name, leaf in tree.named_leaves(params) if not jnp.issubdtype(leaf.dtype, jnp.floating)]
+    if codes:
+        raise ValueError(
+            f"train.trainable selects {', '.join(dict.fromkeys(codes[:4]))}, which train.transforms quantized: codes have no gradient.\n"
+            "  Accepted: an adapter beside them, as train.transforms = ('nf4', 'lora'); a pattern that leaves them out.\n"
+            "  Change train.transforms or train.trainable."
         )
 
-    return init
+
+def narrowed(frozen: Params, dtype: Any) -> Params:
+    """Frozen matrices in this dtype. Vectors are few, and the scales of quantized kernels belong to their codes: they stay as they are."""
+
+    def one(path: Any, leaf: Any) -> Any:
+        if isinstance(leaf, Quantized):
+            return leaf
+        unrolled = any(isinstance(key, jax.tree_util.SequenceKey) for key in path)
+        stacked = "layers" in tree.path_name(path).split("/") and not unrolled
+        return leaf.astype(dtype) if leaf.ndim - stacked > 1 and leaf.dtype == jnp.float32 else leaf
+
+    return jax.tree.map_with_path(one, frozen, is_leaf=lambda leaf: isinstance(leaf, Quantized))
 
 
 def _first_scale(precision: Any) -> LossScale:

@@ -7,9 +7,9 @@ from ml_collections import ConfigDict
 
 from jaxllm.models import remat
 from jaxllm.models.remat import Remat
+from jaxllm.ops.positions import RopeScaling
 from jaxllm.transforms import adapt
 from jaxllm.types import Transform
-from jaxllm.ops.positions import RopeScaling
 
 GATED = {"swiglu": "silu", "geglu": "gelu_tanh"}  # activation of the MLP -> the function of its gate
 

@@ -23,7 +23,7 @@ import optax
 
 from jaxllm import registry
 from jaxllm.optim import groups, small_state
-from jaxllm.transforms import tree
+from jaxllm.transforms import adapt, tree
 from jaxllm.types import Axes
 
 
@@ -34,7 +34,7 @@ def make(config: Any, axes: Any) -> optax.GradientTransformation:
     pattern selects nothing.
     """
     rule = registry.resolve("optimizer", config.optimizer.name)(config.optimizer, axes)
-    factors = groups.factors(config.optimizer.groups, axes)
+    factors = groups.faster(groups.factors(config.optimizer.groups, axes), adapt.adapters(axes), config.lora.lr_ratio)
     whole = _per_layer(optax.chain(rule, _decayed(config.optimizer.weight_decay, factors)), axes)
     kind = config.optimizer.state
     return whole if kind == "float32" else small_state.narrowed(whole, kind, axes)

@@ -1,0 +1,136 @@
+"""Transforms applied to the kernels of a model: to its parameters, to their logical axes, and to one kernel at a time.
+
+Stacked layers are transformed one by one, so that both forms of the stack give the same numbers, and layer i of a kernel draws from a key
+of its own, made of the kernel's name and i.
+"""
+
+import dataclasses
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jaxllm import registry
+from jaxllm.transforms import tree
+from jaxllm.types import Axes, Params, Transform
+
+
+def make(config: ConfigDict) -> tuple[Transform, ...]:
+    """What config.train.transforms lists, in this order."""
+    return tuple(registry.resolve("transform", name)(config) for name in config.train.transforms)
+
+
+def inputs(axes: Any) -> dict[str, int]:
+    """Path name -> how many axes of the kernel (within a layer) are summed over, of each kernel that multiplies activations.
+
+    They lead from the residual stream or to it: "embed" is the whole of one side. Embeddings and heads ("embed_rest") are no such kernels.
+    """
+    counts = {}
+    for name, leaf in tree.named_leaves(axes, is_leaf=is_axes):
+        sides = within_layer(leaf)
+        if len(sides) > 1 and "embed" in (sides[0], sides[-1]):
+            counts[name] = 1 if sides[0] == "embed" else len(sides) - 1
+    return counts
+
+
+def within_layer(axes: Axes) -> Axes:
+    """The logical axes of one layer of a parameter."""
+    return axes[1:] if axes[0] == "layers" else axes
+
+
+def is_axes(node: Any) -> bool:
+    return isinstance(node, tuple)
+
+
+def is_adapter(node: Any) -> bool:
+    """Whether a node of a parameter tree is a frozen kernel with something trained beside it."""
+    return hasattr(node, "base")
+
+
+def adapters(params: Any) -> set[str]:
+    """Path names of what adapters train, in a tree of parameters or of their axes."""
+    found = {
+        f"{name}/{tree.path_name(path)}"
+        for name, node in tree.named_leaves(params, is_leaf=is_adapter)
+        if is_adapter(node)
+        for path, _ in jax.tree.leaves_with_path(node)
+    }
+    return {name for name in found if "/base" not in name}
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
+    """Transforms of the kernels of a model whose dense parameters have these axes."""
+
+    dense_axes: Any
+    transforms: tuple[Transform, ...]
+
+    def axes(self) -> Any:
+        """The logical axes of the parameters afterwards."""
+        counts = self._counts()
+
+        def one(path: Sequence[Any], leaf: Any) -> Any:
+            for transform in self._of(tree.path_name(path)):
+                leaf = _inside(transform, leaf, transform.axes, counts[tree.path_name(path)])
+            return leaf
+
+        return jax.tree.map_with_path(one, self.dense_axes, is_leaf=is_axes)
+
+    def params(self, params: Params, rng: jax.Array) -> Params:
+        """Dense parameters, transformed; rng: for what is drawn."""
+
+        def one(path: Sequence[Any], axes: Axes, leaf: Any) -> Any:
+            return self.kernel(tree.path_name(path), axes[0] == "layers", leaf, rng, _layer(path))
+
+        return jax.tree.map_with_path(one, self.dense_axes, params, is_leaf=is_axes)
+
+    def kernel(self, name: str, stacked: bool, leaf: Any, rng: jax.Array, layer: Any) -> Any:
+        """One parameter, transformed if it is a target; `layer`: its place in an unrolled stack, or 0."""
+        chosen = self._of(name)
+        if not chosen:
+            return leaf
+        count, rng = self._counts()[name], jax.random.fold_in(rng, zlib.crc32(name.encode()))
+
+        def of_layer(kernel: Any, layer: Any) -> Any:
+            for index, transform in enumerate(chosen):
+                key = jax.random.fold_in(jax.random.fold_in(rng, layer), index)
+                kernel = _inside(transform, kernel, transform.apply, count, key)
+            return kernel
+
+        # One after the other: a decomposition or a search of all layers at once would need the memory of all.
+        return jax.lax.map(lambda part: of_layer(*part), (leaf, jnp.arange(leaf.shape[0]))) if stacked else of_layer(leaf, layer)
+
+    def check(self) -> None:
+        """ValueError if a transform's targets are none, or not only kernels."""
+        counts, names = self._counts(), tree.names(self.dense_axes)
+        for transform in self.transforms:
+            found = [name for name in names if re.fullmatch(transform.targets, name)]
+            others = [name for name in found if name not in counts]
+            if not found or others:
+                what = f"selects {', '.join(others)}, which no transform fits" if others else "selects no parameter"
+                raise ValueError(
+                    f"the pattern '{transform.targets}' (lora.targets, quant.targets) {what}.\n  Accepted: a regular expression that"
+                    f" matches whole names among {', '.join(counts)}.\n  Change the pattern."
+                    + (" To train an embedding, a norm or a head as it is, name it in lora.also." if others else "")
+                )
+
+    def _of(self, name: str) -> list[Transform]:
+        return [transform for transform in self.transforms if re.fullmatch(transform.targets, name)]
+
+    def _counts(self) -> Mapping[str, int]:
+        return inputs(self.dense_axes)
+
+
+def _inside(transform: Transform, node: Any, change: Callable[..., Any], *given: Any) -> Any:
+    """change(node, *given); where a frozen form comes after an adapter, of the kernel inside the adapter."""
+    if not transform.adapts and is_adapter(node):
+        return dataclasses.replace(node, base=change(node.base, *given))
+    return change(node, *given)
+
+
+def _layer(path: Sequence[Any]) -> int:
+    return next((key.idx for key in path if isinstance(key, jax.tree_util.SequenceKey)), 0)

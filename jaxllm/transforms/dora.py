@@ -1,0 +1,63 @@
+"""DoRA: LoRA of a kernel's directions, with a trained length for each output (Liu et al. 2024, arXiv:2402.09353, eq. 5).
+
+    y = m / ||W + s A B|| (x W + s x A B)        the norm runs over the inputs, so there is one for each output
+
+m begins as ||W||, so that the model is at first what it was. The norm counts as a constant in the backward pass (section 4.3). Dropout
+acts on what the adapter reads, not on what W itself does, as in PEFT: y = x W + (m / norm - 1) drop(x) W + m / norm s drop(x) A B.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jaxllm.transforms import leaf, lora
+from jaxllm.types import Transform
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=("base", "a", "b", "magnitude"), meta_fields=("scale", "dropout_frac", "kind")
+)
+@dataclasses.dataclass(frozen=True)
+class Dora(lora.Lora):
+    """A leaf of the parameter tree. magnitude: [o...], or its axes."""
+
+    magnitude: Any = None
+    kind: str = "dora"
+
+    def multiply(self, spec: str, x: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        factor = self._factor().astype(x.dtype)
+        y = leaf.einsum(spec, x, self.base)
+        if rng is None or not self.dropout_frac:
+            return factor * (y + self.beside(spec, x))
+        dropped = lora.drop(x, self.dropout_frac, rng)
+        return y + (factor - 1) * leaf.einsum(spec, dropped, self.base) + factor * self.beside(spec, dropped)
+
+    def dense(self) -> jax.Array:
+        return self._factor() * super().dense()
+
+    def _factor(self) -> jax.Array:
+        return self.magnitude / jax.lax.stop_gradient(norm(super().dense(), self.a.ndim - 1))
+
+
+def norm(kernel: jax.Array, inputs: int) -> jax.Array:
+    """[o...]: the length of what leads to each output, in float32."""
+    return jnp.sqrt(jnp.sum(jnp.square(kernel), axis=tuple(range(inputs))))
+
+
+def make(config: ConfigDict) -> Transform:
+    """DoRA as config.lora says."""
+    plain = lora.adapter(config, Dora)
+
+    def apply(kernel: Any, inputs: int, rng: jax.Array) -> Dora:
+        begun = plain.apply(kernel, inputs, rng)
+        return dataclasses.replace(begun, magnitude=norm(lora.Lora.dense(begun), inputs))
+
+    def axes(axes: Any, inputs: int) -> Dora:
+        begun = plain.axes(axes, inputs)
+        return dataclasses.replace(begun, magnitude=tuple(axis for axis in begun.b if axis != "rank"))
+
+    return Transform(plain.targets, apply, axes, adapts=True)
