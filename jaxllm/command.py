@@ -14,7 +14,8 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.text import Text
 
-from jaxllm.config import SCHEMA, check, load, unknown_key, wrong_type
+from jaxllm import start
+from jaxllm.config import SCHEMA, check, check_fields, load, unknown_key, wrong_type
 from jaxllm.data.folder import FULL
 
 PACKAGE = Path(__file__).resolve().parent
@@ -42,10 +43,13 @@ def experiment() -> tuple[ConfigDict, Path]:
     given: Any = flags.FLAGS["config"]
     if given.value is None:
         raise ValueError(_no_config())
-    check(given.value)
+    check_fields(given.value)
     path = Path(given.config_filename)
     name = path.resolve().parent.name if path.suffix == ".json" else path.stem
-    return given.value, Path(flags.FLAGS.workdir or Path("runs", name)).expanduser()
+    workdir = Path(flags.FLAGS.workdir or Path("runs", name)).expanduser()
+    config = start.resolve(given.value, workdir)
+    check(config)
+    return config, workdir
 
 
 def run(main: Callable[[list[str]], int | None], positional: bool = False) -> None:

@@ -80,6 +80,7 @@ SCHEMA: dict[str, Field] = {
     "model.decoder_layers": Field(0, at_least(0), "of an encoder-decoder; 0 means as many as layers, which are its encoder's"),
     "model.context_tokens": Field(256, at_least(2), "longest sequence the model is built for"),
     "model.vocab_size": Field(0, at_least(0), "rows of the embedding; 0 means the tokenizer's size"),
+    "model.start_rows": Field(0, at_least(0), "rows of the embedding that train.start has, filled in; those above are new tokens"),
     "model.token_types": Field(2, at_least(1), "rows of the token type embedding (bert)"),
     "model.head": Field(
         "lm", one_of(("lm", "classify", "tag", "none")), "what is predicted: tokens, a class a row, a class a token"
@@ -139,9 +140,11 @@ SCHEMA: dict[str, Field] = {
     "precision.loss_scale": Field(32768.0, above(0), "first dynamic loss scale (float16 only)"),
     "precision.loss_scale_growth_steps": Field(2000, at_least(1), "finite steps before the loss scale doubles (float16 only)"),
     # What it is trained on.
-    "tokenizer.kind": Field("bpe", one_of(registry.names("tokenizer")), "bpe and unigram are trained on the data; file is loaded"),
+    "tokenizer.kind": Field(
+        "bpe", one_of(registry.names("tokenizer")), "bpe, unigram are trained on the data; file, gguf are loaded"
+    ),
     "tokenizer.vocab_size": Field(4096, at_least(2), "of a trained bpe or unigram tokenizer"),
-    "tokenizer.path": Field("", TEXT, "tokenizer.model or tokenizer.json to load (kind file)"),
+    "tokenizer.path": Field("", TEXT, "tokenizer.model or tokenizer.json (kind file) or GGUF file (kind gguf) to load"),
     "data.source": Field(
         "python_docs", TEXT, "python_docs, a file, a folder, a glob, hf:OWNER/NAME?config=C&split=S, or sequences:copy"
     ),
@@ -295,6 +298,12 @@ def wrong_type(key: str, value: Any) -> str:
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError, naming the field, what is accepted and what to change, if the config cannot run anywhere."""
+    check_fields(config)
+    consistency.check(config)
+
+
+def check_fields(config: ConfigDict) -> None:
+    """The same of each field by itself."""
     flat = flatten(config)
     for key in flat:
         if key not in SCHEMA:
@@ -306,7 +315,6 @@ def check(config: ConfigDict) -> None:
             raise ValueError(
                 f"{key} = {flat[key]!r} ({field.meaning}).\n  Accepted: {field.accept.words}.\n  Set it with --config.{key}=..."
             )
-    consistency.check(config)
 
 
 def _passes(field: Field, value: Any) -> bool:
@@ -320,7 +328,7 @@ def with_vocabulary(config: ConfigDict, vocab_size: int) -> ConfigDict:
     """A copy, with this model.vocab_size if that was left open (0)."""
     # ConfigDict(config) would share the sections.
     config = config.copy_and_resolve_references()
-    config.model.vocab_size = config.model.vocab_size or vocab_size
+    config.model.vocab_size = config.model.vocab_size or max(vocab_size, config.model.start_rows)
     return config
 
 

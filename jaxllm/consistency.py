@@ -82,9 +82,10 @@ def _check_optimizer(config: ConfigDict) -> None:
 
 def _check_data(config: ConfigDict) -> None:
     """Where text comes from, and how it is split."""
-    if config.tokenizer.kind == "file" and not config.tokenizer.path:
+    if config.tokenizer.kind in ("file", "gguf") and not config.tokenizer.path:
         raise ValueError(
-            "tokenizer.kind = 'file' without a tokenizer.path.\n  Accepted: the path of a tokenizer.model or tokenizer.json."
+            f"tokenizer.kind = '{config.tokenizer.kind}' without a tokenizer.path.\n"
+            "  Accepted: the path of a tokenizer.model, tokenizer.json or GGUF file."
             "\n  Set tokenizer.path."
         )
     if not config.data.source:

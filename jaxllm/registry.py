@@ -93,6 +93,7 @@ TABLE: dict[str, dict[str, str]] = {
         "byte": "jaxllm.data.tokenizers.byte:train",
         "char": "jaxllm.data.tokenizers.char:train",
         "file": "jaxllm.data.tokenizers.file:load",
+        "gguf": "jaxllm.interop.gguf:load_tokenizer",
     },
     "tracker": {
         "jsonl": "jaxllm.engine.trackers.jsonl:make",

@@ -56,7 +56,7 @@ def load(directory: str | Path, step: int | None = None, *, for_decoding: bool =
     """
     if is_foreign(directory):
         return _load_imported(read_imported(directory, step))
-    workdir = _workdir(directory)
+    workdir = find(directory)
     config = schema.load(workdir.config)
     if for_decoding and jax.default_backend() == "cpu":
         _suit_cpu(config)
@@ -130,7 +130,7 @@ def _suit_cpu(config: ConfigDict) -> None:
         config.precision.compute = "float32"
 
 
-def _workdir(directory: str | Path) -> Workdir:
+def find(directory: str | Path) -> Workdir:
     """The paths of the run; ValueError, with the nearest run, if it has no config, and if it has no checkpoint."""
     workdir = Workdir(Path(directory).expanduser())
     if not str(directory) or not workdir.config.is_file():

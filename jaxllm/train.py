@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from jaxllm import command, dry_run
+from jaxllm import command, dry_run, start
 from jaxllm.config import flatten, with_classes, with_vocabulary
 from jaxllm.data import loader
 from jaxllm.data.prepare import Prepared, place, prepare
@@ -42,6 +42,7 @@ from jaxllm.evals import baseline, perplexity
 from jaxllm.parallel import distributed, fits, plan, processes
 from jaxllm.report.training import write_report
 from jaxllm.transforms import tree
+from jaxllm.types import Params
 
 # How long a save in progress may still take when the run hangs.
 SETTLE_SECS = 5.0
@@ -103,20 +104,20 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
         checkpoints.remove_incomplete()
         check_space(workdir.checkpoints, _bytes_to_come(session, checkpoints))
     watchdog.beside("restoring or creating the state", 0)
-    state = checkpoints.restore(session.abstract, newest).tree if resuming else session.create()
-    start = int(state.step)
-    if start >= config.train.steps:
-        say(f"this run is at step {start} of {config.train.steps} already. Raise train.steps to go on. Writing its report again.")
+    state = checkpoints.restore(session.abstract, newest).tree if resuming else session.create(_params(session, say))
+    begin = int(state.step)
+    if begin >= config.train.steps:
+        say(f"this run is at step {begin} of {config.train.steps} already. Raise train.steps to go on. Writing its report again.")
         _report(workdir, say)
         return 0
     sampler = samples.make(config, prepared.tokenizer, say)
-    begin = f"resuming at step {start}" if resuming else "starting"
-    say(f"{begin}: {config.model.name}, {count(session.abstract.params):,} trainable parameters")
+    what = f"resuming at step {begin}" if resuming else "starting"
+    say(f"{what}: {config.model.name}, {count(session.abstract.params):,} trainable parameters")
     say(f"{session.positions_a_step:,} tokens a step, {config.train.steps:,} steps; compiling ...")
-    watchdog.beside("compiling", start)
+    watchdog.beside("compiling", begin)
     compiled = session.compile()
     watchdog.collectives = hang.list_collectives(compiled.executable.as_text(), mesh_plan.mesh) if mesh_plan.mesh.size > 1 else []
-    record = Record(workdir.environment, session, compiled, start)
+    record = Record(workdir.environment, session, compiled, begin)
     watchdog.at_hang(lambda done: _end_at_hang(checkpoints, record, done))
     with Interrupts() as interrupts:
         step, state, reason = _train(
@@ -130,6 +131,11 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
         return 128 + interrupts.decided
     say(f"done. Try: {_next_command(config, workdir)}")
     return 0
+
+
+def _params(session: Session, say: Callable[[str], None]) -> Params | None:
+    """Those of the model that the config begins with, if there is one."""
+    return start.load(session, say) if session.config.train.start else None
 
 
 def _say(console: Console, line: str) -> None:

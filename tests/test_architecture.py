@@ -24,6 +24,7 @@ LEVELS = (
     (
         "command",
         "runs",
+        "start",
         "api",
         "dry_run",
         "train",

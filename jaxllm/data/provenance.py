@@ -30,7 +30,7 @@ def recipe(config: ConfigDict) -> dict[str, Any]:
     keys += ["data.min_chars"] if "min_chars" in config.data.cleaners else []
     keys += ["data.validation_source"] if config.data.validation_source else ["data.validation_frac", "data.split_by"]
     keys += ["tokenizer.vocab_size"] if config.tokenizer.kind in TRAINED else []
-    keys += ["tokenizer.path"] if config.tokenizer.kind == "file" else []
+    keys += ["tokenizer.path"] if config.tokenizer.kind in ("file", "gguf") else []
     fields = {key: flat[key] for key in keys} | {"data.row_tokens": examples.row_tokens(config), "format": shards.FORMAT}
     return json.loads(json.dumps(fields | dict(made.recipe)))
 
@@ -76,7 +76,7 @@ def _places(config: ConfigDict) -> dict[str, list[str]]:
     places = {"data.source": _resolve(config.data.source, "data.source")}
     if config.data.validation_source:
         places["data.validation_source"] = _resolve(config.data.validation_source, "data.validation_source")
-    if config.tokenizer.kind == "file":
+    if config.tokenizer.kind in ("file", "gguf"):
         places["tokenizer.path"] = _tokenizer_files(Path(config.tokenizer.path).expanduser())
     return places
 

@@ -79,7 +79,7 @@ def create(
     shardings = jax.tree.map(lambda shape: shape.sharding, abstract(model, optimizer, config, plan))
     if params is None:
         return jax.jit(_make_init(model, optimizer, config), out_shardings=shardings)(random_key(config.seed, "init"))
-    begin = partial(_begin, optimizer, config, trainable(config, model.axes))
+    begin = partial(_begin, optimizer, config, model.axes)
     return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
 
 
@@ -89,18 +89,18 @@ def random_key(seed: int, purpose: str) -> jax.Array:
 
 
 def _make_init(model: Model, optimizer: optax.GradientTransformation, config: Any) -> Callable[[jax.Array], TrainState]:
-    selected = trainable(config, model.axes)
-    return lambda rng: _begin(optimizer, config, selected, model.init(rng))
+    return lambda rng: _begin(optimizer, config, model.axes, model.init(rng))
 
 
-def _begin(optimizer: optax.GradientTransformation, config: Any, selected: set[str], whole: Params) -> TrainState:
-    params, frozen = tree.split(whole, selected)
+def _begin(optimizer: optax.GradientTransformation, config: Any, axes: Any, whole: Params) -> TrainState:
+    selected = trainable(config, axes)
+    params, frozen = tree.split(narrowed(whole, axes, selected, config), selected)
     check_floats(params)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,
         params=params,
-        frozen=narrowed(frozen, jnp.dtype(config.precision.frozen)),
+        frozen=frozen,
         opt_state=optimizer.init(params),
         ema=params if config.train.ema_decay else None,
         loss_scale=_first_scale(config.precision) if config.precision.compute == "float16" else None,
@@ -132,17 +132,19 @@ def check_floats(params: Params) -> None:
         )
 
 
-def narrowed(frozen: Params, dtype: Any) -> Params:
-    """Frozen matrices in this dtype. Vectors are few, and the scales of quantized kernels belong to their codes: they stay as they are."""
+def narrowed(params: Params, axes: Any, selected: set[str], config: Any, under: str = "") -> Params:
+    """The parameters, with matrices that are not `selected` for training in the dtype precision.frozen; `under`: the path they are at.
 
-    def one(path: Any, leaf: Any) -> Any:
-        if isinstance(leaf, Quantized):
-            return leaf
-        unrolled = any(isinstance(key, jax.tree_util.SequenceKey) for key in path)
-        stacked = "layers" in tree.path_name(path).split("/") and not unrolled
-        return leaf.astype(dtype) if leaf.ndim - stacked > 1 and leaf.dtype == jnp.float32 else leaf
+    Vectors are few, and the scales of quantized kernels belong to their codes: they stay as they are.
+    """
+    dtype = jnp.dtype(config.precision.frozen)
 
-    return jax.tree.map_with_path(one, frozen, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    def one(path: Any, axes: Any, leaf: Any) -> Any:
+        name = "/".join(part for part in (under, tree.path_name(path)) if part)
+        kept = isinstance(leaf, Quantized) or name in selected or len(adapt.within_layer(axes)) == 1
+        return leaf if kept else leaf.astype(dtype)
+
+    return jax.tree.map_with_path(one, axes, params, is_leaf=lambda node: adapt.is_axes(node) or isinstance(node, Quantized))
 
 
 def _first_scale(precision: Any) -> LossScale:

@@ -7,16 +7,19 @@ Letters: D width, H heads, G key/value heads, K head width, F mlp width, V vocab
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from jaxllm import config as schema
+from jaxllm.data.tokenizers.added import Added
 from jaxllm.interop import directory, gguf_file, gguf_rope, gguf_tokenizer, gguf_vocabulary, gguf_write
 from jaxllm.interop.gguf_file import File, Stored, listed
 from jaxllm.interop.imported import Imported
+from jaxllm.types import Tokenizer
 
 # general.architecture -> whether the rows of q and k are in pairs. Mistral and SmolLM are "llama".
 ARCHITECTURES = {"llama": True, "qwen2": False}
@@ -91,6 +94,17 @@ def read(path: str | Path) -> Imported:
         files={} if described is None else described.files | {gguf_vocabulary.FILE: gguf_write.vocabulary(file)},
         notes=(f"weights stored as {', '.join(kinds)} are read as float32",) if kinds else (),
     )
+
+
+def load_tokenizer(config: ConfigDict, texts: Callable[[], Iterable[str]], extra: Added) -> Tokenizer:
+    """The tokenizer in the GGUF file `tokenizer.path`. The texts are not read, and nothing is added."""
+    del texts, extra
+    described = gguf_tokenizer.read(gguf_file.read(config.tokenizer.path))
+    if described is None:
+        raise ValueError(
+            f"tokenizer.path = '{config.tokenizer.path}' has no tokenizer.\n  Accepted: a GGUF file with one.\n  Set tokenizer.path."
+        )
+    return described.tokenizer
 
 
 def _check_architecture(file: File) -> None:

@@ -39,8 +39,19 @@ class Loaded(NamedTuple):
     unused: tuple[str, ...]
 
 
-def load(imported: Imported) -> Loaded:
-    """The parameters; ValueError that lists every missing, unexpected and mis-shaped tensor, before anything is read.
+# (key path, array on the host) -> what stands in its place
+Place = Callable[[Any, np.ndarray], Any]
+
+
+def on_device(path: Any, host: np.ndarray) -> jax.Array:
+    """The array on the first device."""
+    del path
+    # Waits for the copy to the device, or copies of many tensors would be in memory at once.
+    return jax.device_put(host).block_until_ready()
+
+
+def load(imported: Imported, place: Place = on_device) -> Loaded:
+    """The parameters, each given to `place`; ValueError that lists every missing, unexpected and mis-shaped tensor, before one is read.
 
     Beside the result one tensor is held, or one parameter of all layers where config.model.layers_as is "scan".
     """
@@ -51,7 +62,7 @@ def load(imported: Imported) -> Loaded:
     slots = _slots(template, rules)
     stored, unused = _check(imported, family, _expected(slots, rules))
 
-    def place(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> jax.Array:
+    def read(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> Any:
         parts = slots[jax.tree_util.keystr(path)]
         if len(parts) == 1:
             host = _read(imported.tensors, stored, parts[0]).reshape(like.shape)
@@ -59,10 +70,9 @@ def load(imported: Imported) -> Loaded:
             host = np.empty(like.shape, np.float32)
             for index, slot in enumerate(parts):
                 host[index] = _read(imported.tensors, stored, slot)
-        # Waits for the copy to the device, or copies of many tensors would be in memory at once.
-        return jax.device_put(host).block_until_ready()
+        return place(path, host)
 
-    return Loaded(jax.tree.map_with_path(place, template), unused)
+    return Loaded(jax.tree.map_with_path(read, template), unused)
 
 
 def _read(tensors: Tensors, stored: Mapping[str, str], slot: Slot) -> np.ndarray:

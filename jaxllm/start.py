@@ -1,0 +1,227 @@
+"""Training that begins with the weights of a model: `train.start` is a run, a directory of transformers or a GGUF file.
+
+The model brings its architecture and its tokenizer, so a config need not repeat them. Its parameters are read, transformed and placed on
+the mesh one after the other: no device, and no host, holds the dense model when a quantized one is trained.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxllm import config as schema
+from jaxllm import models, runs
+from jaxllm.data import tokenize
+from jaxllm.engine import state
+from jaxllm.engine.checkpoint import Checkpoints
+from jaxllm.engine.session import Session
+from jaxllm.engine.workdir import Workdir
+from jaxllm.interop import weights
+from jaxllm.interop.imported import Imported
+from jaxllm.transforms import adapt, leaf, tree
+from jaxllm.types import Axes, Params, Tokenizer
+
+# Fields of config.model that say how a model is run, or what is put on top of it: the config's own, whatever the model had.
+FREE = (
+    "head",
+    "classes",
+    "dropout_frac",
+    "init_std",
+    "attention",
+    "attention_block_tokens",
+    "layers_as",
+    "remat",
+    "remat_save",
+    "remat_offload",
+)
+# Not in their files, but said by the tokenizer or by the model that is begun with.
+FILLED_IN = ("vocab_size", "start_rows")
+TABLES = ("embed/tokens", "head/kernel", "head/bias")
+
+
+class _Target(NamedTuple):
+    """Where a dense parameter goes: its axes and shape, and the axes and shardings of what the transforms make of it."""
+
+    axes: Axes
+    shape: tuple[int, ...]
+    node_axes: Any
+    shardings: Any
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model to begin with. config: its own; imported: None for a run of this package."""
+
+    path: Path
+    config: ConfigDict
+    tokenizer: Tokenizer | None
+    imported: Imported | None
+
+
+def open_start(path: str) -> Start:
+    """The model at `path`, its weights still on disk; ValueError if there is none."""
+    if runs.is_foreign(path):
+        imported = runs.read_imported(path)
+        return Start(Path(path).expanduser(), imported.config, imported.tokenizer, imported)
+    workdir = runs.find(path)
+    config, tokenizer = schema.load(workdir.config), tokenize.load(workdir.tokenizer)
+    return Start(workdir.path, schema.with_vocabulary(config, tokenizer.vocab_size), tokenizer, None)
+
+
+def resolve(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """A copy with the architecture and the tokenizer of `train.start`; the same config where that is empty.
+
+    A run in `workdir` that has begun has what it needs: the model need not be there any more. ValueError for a field of config.model that
+    contradicts the model.
+    """
+    if not config.train.start:
+        return config
+    begun = Workdir(workdir)
+    if Checkpoints(begun.checkpoints).steps() and begun.config.is_file():
+        stored = schema.load(begun.config)
+        if stored.train.start == config.train.start:
+            config = _with_architecture(config, stored.model, stored.model.start_rows, str(begun.config))
+            config.tokenizer.update(stored.tokenizer)
+            return config
+    found = open_start(config.train.start)
+    config = _with_architecture(config, found.config.model, found.config.model.vocab_size, config.train.start)
+    return _with_tokenizer(config, found)
+
+
+def _with_architecture(config: ConfigDict, model: ConfigDict, rows: int, where: str) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    contradictions = []
+    for name, value in model.items():
+        if name in FREE or name in FILLED_IN:
+            continue
+        given, default = config.model[name], schema.SCHEMA[f"model.{name}"].default
+        if given not in (default, value):
+            contradictions.append(f"model.{name} = {given!r}, there {value!r}")
+        config.model[name] = value
+    if contradictions:
+        raise ValueError(
+            f"the config contradicts the model that train.start = '{where}' begins with: {'; '.join(contradictions)}.\n"
+            f"  Accepted: the model's own values, which need not be repeated; other values of {', '.join(FREE)}.\n"
+            "  Take these fields out of the config."
+        )
+    config.model.start_rows = rows
+    return config
+
+
+def _with_tokenizer(config: ConfigDict, found: Start) -> ConfigDict:
+    kind = config.tokenizer.kind
+    if kind in ("file", "gguf"):
+        return config
+    if kind != schema.SCHEMA["tokenizer.kind"].default:
+        raise ValueError(
+            f"tokenizer.kind = '{kind}' with train.start = '{config.train.start}', whose embeddings belong to its tokenizer's ids.\n"
+            "  Accepted: nothing, which takes that tokenizer; file, with a tokenizer.path that has the same ids.\n"
+            "  Leave out tokenizer.kind."
+        )
+    if found.tokenizer is None:
+        raise ValueError(
+            f"train.start = '{config.train.start}' has no tokenizer.\n  Accepted: a model with its tokenizer files;"
+            " tokenizer.kind = 'file' and tokenizer.path.\n  Fetch them, or set tokenizer.path."
+        )
+    path = found.path / "tokenizer" if found.imported is None else found.path
+    config.tokenizer.kind, config.tokenizer.path = "gguf" if path.is_file() else "file", str(path.absolute())
+    return config
+
+
+def load(session: Session, say: Callable[[str], None]) -> Params:
+    """The parameters of the model that the config begins with, transformed, on the mesh of the session."""
+    found = open_start(session.config.train.start)
+    placing = _Placing(session)
+    if found.imported is not None:
+        found.imported.config.model.layers_as = session.config.model.layers_as
+        weights.load(found.imported, placing.place)
+    else:
+        run = runs.load(found.path)
+        whole = jax.device_get(jax.tree.map(leaf.dense, run.params, is_leaf=lambda node: hasattr(node, "dense")))
+        stacked = tree.stack_layers(whole)
+        jax.tree.map_with_path(placing.place, jax.device_get(tree.unstack_like(stacked, placing.template)))
+    params, remarks = placing.finish()
+    say(f"begins with {found.path}{remarks}")
+    return params
+
+
+class _Placing:
+    """Dense parameters on their way to a session: each is transformed and laid out when it comes.
+
+    What the session has no place for is left out; what does not come is drawn at random. Tables with fewer rows than the vocabulary get
+    the mean of their rows for each new token, which no token is nearer to than to others (Hewitt 2021, "Initializing New Word
+    Embeddings for Pretrained Language Models").
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._config, model = session.config, session.model
+        plain = session.config.copy_and_resolve_references()
+        plain.train.transforms = ()
+        self._dense = models.build(plain)
+        self._adaptation = adapt.Adaptation(self._dense.axes, model.config.transforms)
+        self._selected = state.trainable(session.config, model.axes)
+        self._rng = state.random_key(session.config.seed, "init")
+        self._placed: dict[str, Any] = {}
+        self._programs: dict[str, Callable[..., Any]] = {}
+        self._unused: list[str] = []
+        self._grown = 0
+        self.template = jax.eval_shape(self._dense.init, jax.random.key(0))
+        shardings = session.plan.shardings(model.axes, jax.eval_shape(model.init, jax.random.key(0)))
+        self._targets: dict[str, _Target] = {}
+
+        def target(path: Any, axes: Axes, like: Any, node_axes: Any, where: Any) -> None:
+            self._targets[jax.tree_util.keystr(path)] = _Target(axes, like.shape, node_axes, where)
+
+        jax.tree.map_with_path(target, self._dense.axes, self.template, model.axes, shardings, is_leaf=adapt.is_axes)
+
+    def place(self, path: Any, host: np.ndarray) -> None:
+        """Takes in the dense parameter at this key path."""
+        key, name = jax.tree_util.keystr(path), tree.path_name(path)
+        target = self._targets.get(key)
+        if target is not None and name in TABLES and host.shape[0] < target.shape[0]:
+            self._grown = target.shape[0] - host.shape[0]
+            host = np.concatenate([host, np.repeat(host.mean(0, keepdims=True), self._grown, axis=0)])
+        if target is None or host.shape != target.shape:
+            self._unused.append(name)
+            return
+        layer = next((part.idx for part in path if isinstance(part, jax.tree_util.SequenceKey)), 0)
+        # Waits, or copies of many parameters would be in memory at once.
+        self._placed[key] = jax.block_until_ready(self._program(name, key)(host, np.int32(layer)))
+
+    def _program(self, name: str, key: str) -> Callable[..., Any]:
+        """What transforms and lays out the parameter: one program for all layers of an unrolled stack."""
+        if name not in self._programs:
+            target = self._targets[key]
+
+            def one(host: jax.Array, layer: jax.Array) -> Any:
+                node = self._adaptation.kernel(name, target.axes[0] == "layers", host, self._rng, layer)
+                return state.narrowed(node, target.node_axes, self._selected, self._config, under=name)
+
+            self._programs[name] = jax.jit(one, out_shardings=target.shardings)
+        return self._programs[name]
+
+    def finish(self) -> tuple[Params, str]:
+        """All parameters, and a remark for the user on what was not simply taken over."""
+        missing = [key for key in self._targets if key not in self._placed]
+        remarks = []
+        if missing:
+            fresh = jax.device_get(self._dense.init(self._rng))
+            for path, host in jax.tree.leaves_with_path(fresh):
+                if jax.tree_util.keystr(path) in missing:
+                    self.place(path, host)
+            drawn = sorted(
+                {tree.path_name(path) for path, _ in jax.tree.leaves_with_path(fresh) if jax.tree_util.keystr(path) in missing}
+            )
+            remarks.append(f"drawn at random: {', '.join(drawn)}")
+        if self._unused:
+            remarks.append(f"not used: {', '.join(dict.fromkeys(self._unused))}")
+        if self._grown:
+            remarks.append(f"{self._grown} new tokens begin as the mean of the others")
+        whole = jax.tree.map_with_path(
+            lambda path, _: self._placed[jax.tree_util.keystr(path)], self._dense.axes, is_leaf=adapt.is_axes
+        )
+        return whole, "".join(f"; {remark}" for remark in remarks)
