@@ -263,7 +263,7 @@ def _train(
             max_nonfinite_steps=config.train.max_nonfinite_steps,
             positions_a_step=session.positions_a_step,
             parameter_names=[name for name, _ in tree.named_leaves(session.abstract.params)],
-            late_names=session.late_names,
+            first_moves=session.first_moves,
             tell=watchdog.step,
         )
         validation = hooks.Validation(_make_evaluation(session, prepared, watchdog), write, progress.message)

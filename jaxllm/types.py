@@ -216,12 +216,14 @@ class Transform:
         traceable; stacked layers are mapped over.
     axes(axes, inputs) -> the same leaf type, with the logical axes of each of its arrays in the array's place.
     adapts: the leaf is an adapter, whose arrays are trained, but for its field `base`, what it adapts. Else it is a frozen form.
+    tables: it is for tables of tokens, not for kernels that multiply activations; `inputs` says nothing then.
     """
 
     targets: str
     apply: Callable[[Any, int, jax.Array], Any]
     axes: Callable[[Any, int], Any]
     adapts: bool = False
+    tables: bool = False
 
 
 class Source(Protocol):

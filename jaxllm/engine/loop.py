@@ -4,7 +4,7 @@ The next step is dispatched before the metrics of this one are read, so that the
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,8 @@ class Hook:
 class Monitor:
     """Reads the metrics of finished steps: writes rows, counts skipped steps, and stops what cannot get better.
 
-    parameter_names: one name for each entry of the metric `moved`. late_names: those that have no gradient before the second update, by
-    construction. tell: hears what is about to happen to which update, as
+    parameter_names: one name for each entry of the metric `moved`. first_moves: name -> the update, 1 or 2, that must change it, where it
+    is not the first one; 0 for none. tell: hears what is about to happen to which update, as
     `watchdog.Watchdog.step` does.
     """
 
@@ -45,7 +45,7 @@ class Monitor:
     max_nonfinite_steps: int
     positions_a_step: int
     parameter_names: Sequence[str]
-    late_names: Collection[str]
+    first_moves: Mapping[str, int]
     tell: Callable[[Doing, int], None]
 
     def read(self, step: int, metrics: Mapping[str, Any], clock: "Clock") -> None:
@@ -81,9 +81,7 @@ class Monitor:
 
     def _check_moved(self, moved: Any, update: int) -> None:
         due = [
-            (name, flag)
-            for name, flag in zip(self.parameter_names, moved, strict=True)
-            if (name in self.late_names) == (update == 2)
+            (name, flag) for name, flag in zip(self.parameter_names, moved, strict=True) if self.first_moves.get(name, 1) == update
         ]
         still = [name for name, flag in due if not flag]
         if still:

@@ -46,10 +46,14 @@ class Session:
         return step.compile(self.update, self.abstract, step.abstract_batch(self.config, self.plan))
 
     @property
-    def late_names(self) -> frozenset[str]:
-        """Trained arrays without a gradient at the first step: A of an adapter whose B is 0."""
-        begun = self.config.lora.init == "zero"
-        return frozenset(name for name in adapt.adapters(self.model.axes) if begun and name.endswith("/a"))
+    def first_moves(self) -> Mapping[str, int]:
+        """Name -> the update that must change this trained array, where it is not the first one; 0: none.
+
+        A of an adapter has no gradient while B is 0; rows of new tokens in an embedding have none where no batch has these tokens.
+        """
+        names = adapt.adapters(self.model.axes)
+        late = {name: 2 for name in names if name.endswith("/a") and self.config.lora.init == "zero"}
+        return late | {name: 0 for name in names if name.endswith("/rows")}
 
     @property
     def eval_seqs(self) -> int:

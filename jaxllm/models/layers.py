@@ -134,7 +134,7 @@ class Embedding(nn.Module):
     def _rows(self, table: Any, axis: str, ids: jax.Array) -> jax.Array:
         """Those rows of a parameter with the logical axes (axis, embed), in the compute dtype."""
         # Whole rows before the look-up: the partitioner cannot move `embed` from the table's devices to the batch's behind it.
-        whole = jax.tree.map(lambda array: self.constrain(array, (axis, "embed_act")), table)
+        whole = leaf.map_rows(lambda rows, axis: self.constrain(rows, (axis, "embed_act")), table, axis)
         return leaf.take(whole, ids, self.arch.dtype)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.ops import losses
+from jaxllm.transforms import leaf
 from jaxllm.types import Batch, Head, Mean, Metrics, Model, Params
 
 # What the loss reads; all else in a batch is for the model.
@@ -37,7 +38,7 @@ class Tokens:
         train, weights_N = self.train, batch["weights"].reshape(-1)
         totals = losses.cross_entropy(
             hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
-            head.kernel,
+            leaf.dense(head.kernel),
             batch["targets"].reshape(-1),
             weights_N,
             bias_V=head.bias,

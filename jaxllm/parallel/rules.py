@@ -40,6 +40,7 @@ RULES: Rules = {
     "chunks": (),  # runs of layers, in a pipeline
     "embed": ("fsdp",),
     "embed_rest": ("fsdp", "pipe"),  # in tables outside the layers, which no stage has to itself
+    "new_tokens": (),
     "rank": (),  # of an adapter
     "places": (),
     "classes": (),

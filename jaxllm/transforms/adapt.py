@@ -15,13 +15,15 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxllm import registry
-from jaxllm.transforms import tree
+from jaxllm.transforms import grown, tree
 from jaxllm.types import Axes, Params, Transform
 
 
 def make(config: ConfigDict) -> tuple[Transform, ...]:
-    """What config.train.transforms lists, in this order."""
-    return tuple(registry.resolve("transform", name)(config) for name in config.train.transforms)
+    """What config.train.transforms lists, in this order; with adapters also what gives new tokens rows of their own."""
+    made = tuple(registry.resolve("transform", name)(config) for name in config.train.transforms)
+    grows = 0 < config.model.start_rows < config.model.vocab_size and any(transform.adapts for transform in made)
+    return (*made, grown.make(config)) if grows else made
 
 
 def inputs(axes: Any) -> dict[str, int]:
@@ -75,7 +77,7 @@ class Adaptation:
 
         def one(path: Sequence[Any], leaf: Any) -> Any:
             for transform in self._of(tree.path_name(path)):
-                leaf = _inside(transform, leaf, transform.axes, counts[tree.path_name(path)])
+                leaf = _inside(transform, leaf, transform.axes, counts.get(tree.path_name(path), 0))
             return leaf
 
         return jax.tree.map_with_path(one, self.dense_axes, is_leaf=is_axes)
@@ -93,7 +95,7 @@ class Adaptation:
         chosen = self._of(name)
         if not chosen:
             return leaf
-        count, rng = self._counts()[name], jax.random.fold_in(rng, zlib.crc32(name.encode()))
+        count, rng = self._counts().get(name, 0), jax.random.fold_in(rng, zlib.crc32(name.encode()))
 
         def of_layer(kernel: Any, layer: Any) -> Any:
             for index, transform in enumerate(chosen):
@@ -107,7 +109,7 @@ class Adaptation:
     def check(self) -> None:
         """ValueError if a transform's targets are none, or not only kernels."""
         counts, names = self._counts(), tree.names(self.dense_axes)
-        for transform in self.transforms:
+        for transform in (each for each in self.transforms if not each.tables):
             found = [name for name in names if re.fullmatch(transform.targets, name)]
             others = [name for name in found if name not in counts]
             if not found or others:

@@ -5,6 +5,8 @@ A leaf type is a registered dataclass that stands in the place of an array [...]
 `kind` tells it from others in a tree's definition, which does not know classes.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,7 +32,18 @@ def dense(kernel: Any) -> jax.Array:
     return kernel.dense() if hasattr(kernel, "dense") else kernel
 
 
-def take(embedding_VD: jax.Array, ids: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Rows `ids` of the embedding, [*ids.shape, D] in `dtype`. An id beyond the vocabulary gives NaN instead of a wrong row."""
+def map_rows(function: Callable[[jax.Array, str], jax.Array], table: Any, axis: str) -> Any:
+    """function(rows, their logical axis) of a table, and of its new rows where they lie apart."""
+    if not hasattr(table, "rows"):
+        return function(table, axis)
+    return dataclasses.replace(table, base=function(table.base, axis), rows=function(table.rows, "new_tokens"))
+
+
+def take(table: Any, ids: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Rows `ids` of a table [V, D], an array or that of transforms/grown.py: [*ids.shape, D] in `dtype`.
+
+    An id beyond the vocabulary gives NaN instead of a wrong row.
+    """
     # Cast after the look-up: the table is larger than its rows, and its gradient is summed in its own dtype.
-    return jnp.take(embedding_VD, ids, axis=0, mode="fill").astype(dtype)
+    rows = table.take(ids) if hasattr(table, "rows") else jnp.take(table, ids, axis=0, mode="fill")
+    return rows.astype(dtype)

@@ -55,6 +55,7 @@ def main(port: str, process: int, directory: Path) -> None:
             max_nonfinite_steps=1,
             positions_a_step=1,
             parameter_names=("w",),
+            first_moves={},
             tell=watched.step,
         )
         train(compiled, state, source, monitor, (), start=0, total=60, stop=lambda: None)

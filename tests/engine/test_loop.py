@@ -44,6 +44,7 @@ def run(update, hooks=(), total=6, start=0, stop=lambda: None, source=None, told
         rows.append,
         messages.append,
         parameter_names=("a", "b"),
+        first_moves={},
         tell=lambda doing, step: told.append((doing, step)),
         **settings,
     )

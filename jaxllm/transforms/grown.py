@@ -1,0 +1,62 @@
+"""A frozen table of tokens with trained rows for new tokens below it: an embedding, an output head, or the one that is both.
+
+Training the whole table for the sake of a few rows would need its gradient and its optimizer state, 12 bytes for each of its numbers.
+
+Letters: V rows that were there, N new rows, D width.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jaxllm.transforms.product import product
+from jaxllm.types import Transform
+
+TABLES = "embed/tokens|head/kernel"
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("base", "rows"), meta_fields=("kind",))
+@dataclasses.dataclass(frozen=True)
+class Grown:
+    """A leaf of the parameter tree. base [V, D]; rows [N, D]; or their axes."""
+
+    base: Any
+    rows: Any
+    kind: str = "grown"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.base.shape[0] + self.rows.shape[0], *self.base.shape[1:])
+
+    def multiply(self, spec: str, x: jax.Array) -> jax.Array:
+        return product(spec, x, self.dense())
+
+    def take(self, ids: jax.Array) -> jax.Array:
+        """The rows with these ids; NaN for an id beyond all of them."""
+        old = self.base.shape[0]
+        of_base = jnp.take(self.base, jnp.minimum(ids, old - 1), axis=0).astype(self.rows.dtype)
+        of_rows = jnp.take(self.rows, jnp.maximum(ids - old, 0), axis=0, mode="fill")
+        return jnp.where((ids < old)[..., None], of_base, of_rows)
+
+    def dense(self) -> jax.Array:
+        """float32 [V + N, D]."""
+        return jnp.concatenate([self.base.astype(self.rows.dtype), self.rows])
+
+
+def make(config: ConfigDict) -> Transform:
+    """Cuts the tables after the rows that `train.start` had."""
+    rows = config.model.start_rows
+
+    def apply(table: jax.Array, inputs: int, rng: jax.Array) -> Grown:
+        del inputs, rng
+        return Grown(table[:rows], table[rows:])
+
+    def axes(axes: Any, inputs: int) -> Grown:
+        del inputs
+        return Grown(axes, ("new_tokens", *axes[1:]))
+
+    return Transform(TABLES, apply, axes, adapts=True, tables=True)
