@@ -23,12 +23,13 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from jaxllm import command, models, runs
+from jaxllm import command, logits, models, runs
 from jaxllm import config as schema
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.workdir import Workdir, check_space, sync_directory, write_text
 from jaxllm.interop import directory, gguf_export, gguf_file, gguf_write, weights
 from jaxllm.interop.imported import Tensors
+from jaxllm.transforms import adapt
 from jaxllm.types import Params, Tokenizer
 
 HF, RUN, GGUF = "hf", "jaxllm", "gguf"
@@ -36,7 +37,6 @@ HF, RUN, GGUF = "hf", "jaxllm", "gguf"
 DTYPES = {HF: directory.DTYPES, RUN: ("float32",), GGUF: tuple(gguf_write.KINDS)}
 ITEM_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "q8_0": 34 / 32}
 UNIT_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-CHECK_SHAPE = (2, 64)
 # Largest accepted difference of logits, as a share of the largest one, from those of the source's weights rounded as they are
 # written. Then both compute with the same numbers, only stacked layers may add them up in another order; and a model that rounding
 # changes much is told from one that was written wrong.
@@ -204,7 +204,8 @@ def open_source(path: Path, step: int | None, wanted: str) -> Source:
         run = runs.load(path, step)
         carried = runs.carried(run.workdir)
         dtype = "float32" if wanted == RUN else directory.dtype_of(carried)
-        return Source(f"{path}, step {run.step}", run.config, run.tokenizer, run.params, dtype, (), carried, run.classes, ())
+        config, params, notes = (run.config, run.params, ()) if not run.config.train.transforms else _merge(run)
+        return Source(f"{path}, step {run.step}", config, run.tokenizer, params, dtype, (), carried, run.classes, notes)
     imported = runs.read_imported(path, step)
     if wanted != HF and imported.tokenizer is None:
         raise ValueError(runs.no_tokenizer(imported))
@@ -222,6 +223,17 @@ def open_source(path: Path, step: int | None, wanted: str) -> Source:
         directory.classes_of(imported.files),
         imported.notes,
     )
+
+
+def _merge(run: runs.Run) -> tuple[ConfigDict, Params, tuple[str, ...]]:
+    """The run with adapters folded into the weights that they were trained beside (dequantized ones, where those were quantized)."""
+    config = run.config.copy_and_resolve_references()
+    transforms, config.train.transforms, config.train.start = config.train.transforms, (), ""
+    params = adapt.merged(run.params)
+    before, after = logits.of(run.config, run.params), logits.of(config, params)
+    change, largest = logits.largest_difference(before, after), float(np.abs(before).max())
+    what = f"{', '.join(transforms)} merged into the weights"
+    return config, params, (f"{what}: the largest change of a logit is {change:.2g}, the largest logit {largest:.3g}",)
 
 
 def _dtype(tensors: Tensors, wanted: str) -> str:
@@ -296,28 +308,19 @@ def _write_run(partial: Path, target: Path, source: Source) -> dict[str, str]:
 
 def check(source: Source, target: Path, dtype: str, console: Console) -> int:
     """Prints the largest difference between the logits of the source and of what was written; 0, or 2 if it is too large."""
-    shape = (CHECK_SHAPE[0], min(CHECK_SHAPE[1], source.config.model.context_tokens))
-    rng = np.random.default_rng(0)
-    tokens_BT, inputs_BS = rng.integers(0, source.config.model.vocab_size, (2, *shape), dtype=np.int32)
-
-    def logits(config: ConfigDict, params: Params) -> np.ndarray:
-        model = models.build(config)
-        beside: dict[str, Any] = {"inputs": inputs_BS} if model.encode is not None else {}
-        return np.asarray(jax.jit(model.apply)(params, tokens_BT, **beside))
-
-    exact = rounded = logits(source.config, source.params)
+    exact = rounded = logits.of(source.config, source.params)
     if target.suffix == runs.GGUF:
-        rounded = logits(source.config, gguf_export.as_stored(source.config, source.params, dtype))
+        rounded = logits.of(source.config, gguf_export.as_stored(source.config, source.params, dtype))
     elif dtype != "float32":
-        rounded = logits(source.config, jax.tree.map(lambda leaf: leaf.astype(dtype).astype(leaf.dtype), source.params))
+        rounded = logits.of(source.config, jax.tree.map(lambda leaf: leaf.astype(dtype).astype(leaf.dtype), source.params))
     if runs.is_foreign(target):
         imported = runs.read_imported(target)
         imported.config.model.layers_as = source.config.model.layers_as
         imported.config.precision = source.config.precision
-        found = logits(imported.config, weights.load(imported).params)
+        found = logits.of(imported.config, weights.load(imported).params)
     else:
         run = runs.load(target)
-        found = logits(run.config, run.params)
+        found = logits.of(run.config, run.params)
     largest, difference, error = (float(np.abs(array).max()) for array in (exact, found - exact, found - rounded))
     good = error <= TOLERANCE * largest
     console.print(

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
 from jaxllm import config as schema
 from jaxllm import models
 from jaxllm.data import tokenize
-from jaxllm.engine import canonical
+from jaxllm.engine import canonical, state
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.workdir import Workdir
 from jaxllm.interop import directory as hf
@@ -63,10 +65,11 @@ def load(directory: str | Path, step: int | None = None, *, for_decoding: bool =
     tokenizer = tokenize.load(workdir.tokenizer)
     config = schema.with_vocabulary(config, tokenizer.vocab_size)
     model = models.build(config)
-    template = jax.eval_shape(model.init, jax.random.key(0))
+    template = jax.eval_shape(lambda rng: state.narrowed(model.init(rng), model.axes, config), jax.random.key(0))
     restored = Checkpoints(workdir.checkpoints).load_params(canonical.abstract(template), step)
     # Cut into layers on the host: on the device that is a program to compile, which takes longer than all the rest.
-    params = jax.device_put(tree.unstack_like(jax.device_get(restored.tree), template))
+    params = tree.unstack_like(jax.device_get(restored.tree), template)
+    params = jax.device_put(_widened(params) if for_decoding and jax.default_backend() == "cpu" else params)
     return Run(workdir, config, tokenizer, model, params, restored.step, _classes(workdir, config))
 
 
@@ -121,6 +124,11 @@ def _load_imported(imported: Imported) -> Run:
         logging.info("%s: tensors that are not used: %s", imported.path, ", ".join(loaded.unused))
     config, classes = imported.config, _imported_classes(imported.files, imported.config)
     return Run(Workdir(imported.path), config, imported.tokenizer, models.build(config), loaded.params, 0, classes, imported)
+
+
+def _widened(params: Params) -> Params:
+    """Matrices that were frozen in bfloat16 in float32, to which a CPU would convert them at each token."""
+    return jax.tree.map(lambda leaf: leaf.astype(np.float32) if leaf.dtype == jnp.bfloat16 else leaf, params)
 
 
 def _suit_cpu(config: ConfigDict) -> None:

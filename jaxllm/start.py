@@ -22,7 +22,7 @@ from jaxllm.engine.session import Session
 from jaxllm.engine.workdir import Workdir
 from jaxllm.interop import weights
 from jaxllm.interop.imported import Imported
-from jaxllm.transforms import adapt, leaf, tree
+from jaxllm.transforms import adapt, tree
 from jaxllm.types import Axes, Params, Tokenizer
 
 # Fields of config.model that say how a model is run, or what is put on top of it: the config's own, whatever the model had.
@@ -141,8 +141,7 @@ def load(session: Session, say: Callable[[str], None]) -> Params:
         weights.load(found.imported, placing.place)
     else:
         run = runs.load(found.path)
-        whole = jax.device_get(jax.tree.map(leaf.dense, run.params, is_leaf=lambda node: hasattr(node, "dense")))
-        stacked = tree.stack_layers(whole)
+        stacked = tree.stack_layers(jax.device_get(adapt.merged(run.params)))
         jax.tree.map_with_path(placing.place, jax.device_get(tree.unstack_like(stacked, placing.template)))
     params, remarks = placing.finish()
     say(f"begins with {found.path}{remarks}")
@@ -199,7 +198,7 @@ class _Placing:
 
             def one(host: jax.Array, layer: jax.Array) -> Any:
                 node = self._adaptation.kernel(name, target.axes[0] == "layers", host, self._rng, layer)
-                return state.narrowed(node, target.node_axes, self._selected, self._config, under=name)
+                return state.narrowed(node, target.node_axes, self._config, self._selected, under=name)
 
             self._programs[name] = jax.jit(one, out_shardings=target.shardings)
         return self._programs[name]

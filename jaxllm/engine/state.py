@@ -94,7 +94,7 @@ def _make_init(model: Model, optimizer: optax.GradientTransformation, config: An
 
 def _begin(optimizer: optax.GradientTransformation, config: Any, axes: Any, whole: Params) -> TrainState:
     selected = trainable(config, axes)
-    params, frozen = tree.split(narrowed(whole, axes, selected, config), selected)
+    params, frozen = tree.split(narrowed(whole, axes, config), selected)
     check_floats(params)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
@@ -132,11 +132,13 @@ def check_floats(params: Params) -> None:
         )
 
 
-def narrowed(params: Params, axes: Any, selected: set[str], config: Any, under: str = "") -> Params:
-    """The parameters, with matrices that are not `selected` for training in the dtype precision.frozen; `under`: the path they are at.
+def narrowed(params: Params, axes: Any, config: Any, selected: set[str] | None = None, under: str = "") -> Params:
+    """The parameters, matrices that are not trained in the dtype precision.frozen.
 
-    Vectors are few, and the scales of quantized kernels belong to their codes: they stay as they are.
+    Vectors are few, and the scales of quantized kernels belong to their codes: they stay as they are. A part of a tree, at the path
+    `under`, needs to be told the names that are `selected` for training.
     """
+    selected = trainable(config, axes) if selected is None else selected
     dtype = jnp.dtype(config.precision.frozen)
 
     def one(path: Any, axes: Any, leaf: Any) -> Any:

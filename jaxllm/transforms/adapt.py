@@ -8,6 +8,7 @@ import dataclasses
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxllm import registry
-from jaxllm.transforms import grown, tree
+from jaxllm.transforms import grown, leaf, tree
 from jaxllm.types import Axes, Params, Transform
 
 
@@ -32,8 +33,8 @@ def inputs(axes: Any) -> dict[str, int]:
     They lead from the residual stream or to it: "embed" is the whole of one side. Embeddings and heads ("embed_rest") are no such kernels.
     """
     counts = {}
-    for name, leaf in tree.named_leaves(axes, is_leaf=is_axes):
-        sides = within_layer(leaf)
+    for name, each in tree.named_leaves(axes, is_leaf=is_axes):
+        sides = within_layer(each)
         if len(sides) > 1 and "embed" in (sides[0], sides[-1]):
             counts[name] = 1 if sides[0] == "embed" else len(sides) - 1
     return counts
@@ -64,6 +65,17 @@ def adapters(params: Any) -> set[str]:
     return {name for name in found if "/base" not in name}
 
 
+def merged(params: Params) -> Params:
+    """Dense parameters that do the same: each leaf type as the array that it stands for, in float32."""
+
+    def one(path: Sequence[Any], node: Any) -> Any:
+        if not hasattr(node, "dense"):
+            return node
+        return jax.lax.map(leaf.dense, node) if tree.is_stacked(path) else leaf.dense(node)
+
+    return jax.jit(partial(jax.tree.map_with_path, one, is_leaf=lambda node: hasattr(node, "dense")))(params)
+
+
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
     """Transforms of the kernels of a model whose dense parameters have these axes."""
@@ -75,26 +87,26 @@ class Adaptation:
         """The logical axes of the parameters afterwards."""
         counts = self._counts()
 
-        def one(path: Sequence[Any], leaf: Any) -> Any:
+        def one(path: Sequence[Any], node: Any) -> Any:
             for transform in self._of(tree.path_name(path)):
-                leaf = _inside(transform, leaf, transform.axes, counts.get(tree.path_name(path), 0))
-            return leaf
+                node = _inside(transform, node, transform.axes, counts.get(tree.path_name(path), 0))
+            return node
 
         return jax.tree.map_with_path(one, self.dense_axes, is_leaf=is_axes)
 
     def params(self, params: Params, rng: jax.Array) -> Params:
         """Dense parameters, transformed; rng: for what is drawn."""
 
-        def one(path: Sequence[Any], axes: Axes, leaf: Any) -> Any:
-            return self.kernel(tree.path_name(path), axes[0] == "layers", leaf, rng, _layer(path))
+        def one(path: Sequence[Any], axes: Axes, kernel: Any) -> Any:
+            return self.kernel(tree.path_name(path), axes[0] == "layers", kernel, rng, _layer(path))
 
         return jax.tree.map_with_path(one, self.dense_axes, params, is_leaf=is_axes)
 
-    def kernel(self, name: str, stacked: bool, leaf: Any, rng: jax.Array, layer: Any) -> Any:
+    def kernel(self, name: str, stacked: bool, kernel: Any, rng: jax.Array, layer: Any) -> Any:
         """One parameter, transformed if it is a target; `layer`: its place in an unrolled stack, or 0."""
         chosen = self._of(name)
         if not chosen:
-            return leaf
+            return kernel
         count, rng = self._counts().get(name, 0), jax.random.fold_in(rng, zlib.crc32(name.encode()))
 
         def of_layer(kernel: Any, layer: Any) -> Any:
@@ -104,7 +116,9 @@ class Adaptation:
             return kernel
 
         # One after the other: a decomposition or a search of all layers at once would need the memory of all.
-        return jax.lax.map(lambda part: of_layer(*part), (leaf, jnp.arange(leaf.shape[0]))) if stacked else of_layer(leaf, layer)
+        return (
+            jax.lax.map(lambda part: of_layer(*part), (kernel, jnp.arange(kernel.shape[0]))) if stacked else of_layer(kernel, layer)
+        )
 
     def check(self) -> None:
         """ValueError if a transform's targets are none, or not only kernels."""

@@ -23,6 +23,12 @@ def path_name(path: Sequence[Any]) -> str:
     return "/".join(parts)
 
 
+def is_stacked(path: Sequence[Any]) -> bool:
+    """Whether a jax key path leads to all layers of a stack, in one array."""
+    keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    return "layers" in keys and not any(isinstance(key, jax.tree_util.SequenceKey) for key in path)
+
+
 def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, Any]]:
     """(path name, leaf) of every leaf, in tree order. An unrolled stack repeats a name once a layer."""
     return [(path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_leaf)]
