@@ -135,6 +135,11 @@ SCHEMA: dict[str, Field] = {
     "precision.compute": Field("float32", one_of(("float32", "bfloat16", "float16")), "of matmuls; master weights stay float32"),
     "precision.loss_scale": Field(32768.0, above(0), "first dynamic loss scale (float16 only)"),
     "precision.loss_scale_growth_steps": Field(2000, at_least(1), "finite steps before the loss scale doubles (float16 only)"),
+    "quant.targets": Field(
+        ".*layers/.*/kernel", TEXT, "regular expression over parameter paths: kernels that int8, int4 and nf4 take"
+    ),
+    "quant.group": Field(128, at_least(2), "inputs that share a scale (int4)"),
+    "quant.double": Field(True, YES_NO, "the scales of nf4 are quantized, too"),
     # What it is trained on.
     "tokenizer.kind": Field("bpe", one_of(registry.names("tokenizer")), "bpe and unigram are trained on the data; file is loaded"),
     "tokenizer.vocab_size": Field(4096, at_least(2), "of a trained bpe or unigram tokenizer"),

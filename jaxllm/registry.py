@@ -67,6 +67,12 @@ TABLE: dict[str, dict[str, str]] = {
         "interleaved": "jaxllm.pipeline.schedule:interleaved",
         "zb_h1": "jaxllm.pipeline.schedule:zb_h1",
     },
+    # What becomes of kernels.
+    "transform": {
+        "int8": "jaxllm.transforms.int8:make",
+        "int4": "jaxllm.transforms.int4:make",
+        "nf4": "jaxllm.transforms.nf4:make",
+    },
     "documents": {
         "python_docs": "jaxllm.data.sources.python_docs:read",
         "text": "jaxllm.data.sources.text:read",
