@@ -139,6 +139,11 @@ SCHEMA: dict[str, Field] = {
     ),
     "precision.loss_scale": Field(32768.0, above(0), "first dynamic loss scale (float16 only)"),
     "precision.loss_scale_growth_steps": Field(2000, at_least(1), "finite steps before the loss scale doubles (float16 only)"),
+    "quant.targets": Field(
+        ".*layers/.*/kernel", TEXT, "regular expression over parameter paths: kernels that int8, int4 and nf4 take"
+    ),
+    "quant.group": Field(128, at_least(2), "inputs that share a scale (int4)"),
+    "quant.double": Field(True, YES_NO, "the scales of nf4 are quantized, too"),
     # What it is trained on.
     "tokenizer.kind": Field(
         "bpe", one_of(registry.names("tokenizer")), "bpe, unigram are trained on the data; file, gguf are loaded"

@@ -214,7 +214,7 @@ class Transform:
     A kernel [layers?, inputs..., outputs...] is a matrix: its first `inputs` axes (within a layer) are summed over, the others are new.
     apply(kernel, inputs, rng) -> the leaf for the kernel of one layer, an array or what an earlier transform made of it. Pure and
         traceable; stacked layers are mapped over.
-    axes(axes, inputs) -> the same leaf type, with the logical axes of each of its arrays in the array's place.
+    axes(axes, inputs) -> the same leaf type, with the logical axes of each of its arrays in the array's place; also of one layer.
     adapts: the leaf is an adapter, whose arrays are trained, but for its field `base`, what it adapts. Else it is a frozen form.
     tables: it is for tables of tokens, not for kernels that multiply activations; `inputs` says nothing then.
     """

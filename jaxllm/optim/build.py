@@ -103,7 +103,7 @@ def _rms_scale(path: Any, leaf: jax.Array, inputs: Mapping[str, int]) -> float:
 
 
 def _one_layer(axes: Axes) -> Axes:
-    return axes[1:] if axes[0] == "layers" else axes
+    return axes[1:] if axes[:1] == ("layers",) else axes
 
 
 def _leaf_axes(axes: Any) -> dict[str, Axes]:
@@ -155,7 +155,7 @@ def _as_matrices(rule: optax.GradientTransformation, axes: Any) -> optax.Gradien
 
 def _per_layer(rule: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
     """`rule` where each layer of a scanned stack is seen by itself; the rule as it is where layers are unrolled or have no parameter."""
-    stacked = [name for name, leaf in _leaf_axes(axes).items() if leaf[0] == "layers"]
+    stacked = [name for name, leaf in _leaf_axes(axes).items() if leaf[:1] == ("layers",)]
 
     def stack_of(path: Any) -> str | None:
         """The stacked parameter that this array belongs to: paths of states end with its path, e.g. `mu/layers/mlp/up/kernel`."""

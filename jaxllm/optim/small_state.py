@@ -49,7 +49,7 @@ def narrowed(rule: optax.GradientTransformation, kind: str, axes: Any) -> optax.
 
     Gives the same bits for both forms of the layer stack: blocks and random numbers are those of one layer.
     """
-    stacked = {name for name, leaf in tree.named_leaves(axes, is_leaf=_is_axes) if leaf[0] == "layers"}
+    stacked = {name for name, leaf in tree.named_leaves(axes, is_leaf=_is_axes) if leaf[:1] == ("layers",)}
 
     def narrow(done: jax.Array, wide: Any, params: Any) -> SmallState:
         moments = _moments(wide, params, stacked)

@@ -46,6 +46,7 @@ RULES: Rules = {
     "classes": (),
     "token_types": (),
     "buckets": (),
+    "groups": (),  # of inputs that share a scale, in quantized kernels
 }
 # Sequence parallelism: between blocks, where no product needs whole rows, the devices of `tensor` share the row, too (Korthikanti et al.
 # 2022, arXiv:2205.05198, section 4.2).

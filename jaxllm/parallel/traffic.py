@@ -174,7 +174,7 @@ def _arrays(plan: Plan, model: Model, params: Params, frozen: Params) -> Iterabl
         by_table = [layout.cut_by(plan.sharding(axes, leaf.shape, name, table).spec) for table in plan.tables]
         in_layers = name.startswith(stacks)
         held = math.prod(mesh[axis] for axis in by_table[0] if axis == "tensor" or (axis == "pipe" and in_layers))
-        layers = leaf.shape[0] if axes[0] == "layers" else 1
+        layers = leaf.shape[0] if axes[:1] == ("layers",) else 1
         return _Array(name, axes, leaf.size // held, layers, in_layers, id(leaf) in trained, *by_table)
 
     found: list[_Array] = jax.tree.leaves(

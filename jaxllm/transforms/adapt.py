@@ -42,7 +42,7 @@ def inputs(axes: Any) -> dict[str, int]:
 
 def within_layer(axes: Axes) -> Axes:
     """The logical axes of one layer of a parameter."""
-    return axes[1:] if axes[0] == "layers" else axes
+    return axes[1:] if axes[:1] == ("layers",) else axes
 
 
 def is_axes(node: Any) -> bool:
@@ -87,10 +87,12 @@ class Adaptation:
         """The logical axes of the parameters afterwards."""
         counts = self._counts()
 
-        def one(path: Sequence[Any], node: Any) -> Any:
+        def one(path: Sequence[Any], axes: Axes) -> Any:
+            node: Any = within_layer(axes)
             for transform in self._of(tree.path_name(path)):
                 node = _inside(transform, node, transform.axes, counts.get(tree.path_name(path), 0))
-            return node
+            lead = axes[: len(axes) - len(within_layer(axes))]
+            return jax.tree.map(lambda inner: (*lead, *inner), node, is_leaf=is_axes)
 
         return jax.tree.map_with_path(one, self.dense_axes, is_leaf=is_axes)
 
@@ -98,7 +100,7 @@ class Adaptation:
         """Dense parameters, transformed; rng: for what is drawn."""
 
         def one(path: Sequence[Any], axes: Axes, kernel: Any) -> Any:
-            return self.kernel(tree.path_name(path), axes[0] == "layers", kernel, rng, _layer(path))
+            return self.kernel(tree.path_name(path), len(axes) > len(within_layer(axes)), kernel, rng, _layer(path))
 
         return jax.tree.map_with_path(one, self.dense_axes, params, is_leaf=is_axes)
 

@@ -12,7 +12,7 @@ Letters: R rank; i, o input and output axes of a kernel [i..., o...].
 import dataclasses
 import math
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,10 +85,8 @@ def adapter(config: ConfigDict, kind: type[Lora]) -> Transform:
         return kind(kernel, *_zero(kernel.shape, inputs, settings.rank, rng), **same)
 
     def axes(axes: Any, inputs: int) -> Lora:
-        dense = cast(Axes, axes.codes) if isinstance(axes, Quantized) else axes
-        outputs = dense[_layered(dense) + inputs :]
-        lead = dense[: _layered(dense)]
-        return kind(axes, (*dense[: len(lead) + inputs], "rank"), (*lead, "rank", *outputs), **same)
+        dense: Axes = axes.codes if isinstance(axes, Quantized) else axes
+        return kind(axes, (*dense[:inputs], "rank"), ("rank", *dense[inputs:]), **same)
 
     return Transform(settings.targets, apply, axes, adapts=True)
 
@@ -96,10 +94,6 @@ def adapter(config: ConfigDict, kind: type[Lora]) -> Transform:
 def scale(settings: ConfigDict) -> float:
     """s."""
     return settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
-
-
-def _layered(axes: Axes) -> int:
-    return int(axes[0] == "layers")
 
 
 def _zero(shape: tuple[int, ...], inputs: int, rank: int, rng: jax.Array) -> tuple[jax.Array, jax.Array]:

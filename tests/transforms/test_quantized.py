@@ -1,0 +1,227 @@
+"""What int8, int4 and nf4 share: they are leaves that multiply, are stacked and cut, and let gradients through to x. Int8 and int4 against
+NumPy float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm import config, registry
+from jaxllm.parallel.rules import RULES
+from jaxllm.transforms import int4, int8, leaf, nf4, quantized
+
+MAKE = {
+    "int8": int8.quantize,
+    "int4": lambda kernel, inputs: int4.quantize(kernel, inputs, 32),
+    "nf4": lambda kernel, inputs: nf4.quantize(kernel, inputs, True),
+    "nf4_single": lambda kernel, inputs: nf4.quantize(kernel, inputs, False),
+}
+# spec, shape, inputs; the names of the axes are those of models/layers.py.
+USES = {
+    "down": ("BTF,FD->BTD", (128, 6), 1),
+    "q": ("BTD,DHK->BTHK", (128, 2, 3), 1),
+    "o": ("BTHK,HKD->BTD", (4, 32, 6), 2),
+}
+kinds = pytest.mark.parametrize("kind", MAKE)
+uses = pytest.mark.parametrize("use", USES)
+
+
+def numbers(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def made(kind, use, seed=0):
+    spec, shape, inputs = USES[use]
+    x = numbers((2, 5, *shape[:inputs]), seed + 100)
+    return spec, x, jax.jit(MAKE[kind], static_argnums=1)(numbers(shape, seed), inputs)
+
+
+@kinds
+@uses
+@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 1e-5), ("bfloat16", 2**-7), ("float16", 2**-9)])
+def test_multiply_is_the_product_with_the_dense_kernel(kind, use, dtype, rtol):
+    spec, x, kernel = made(kind, use)
+    x = jnp.asarray(x, dtype)
+    y, vjp = jax.vjp(lambda x: leaf.einsum(spec, x, kernel), x)
+    dense = np.asarray(kernel.dense(), np.float64)
+    assert (kernel.dense().dtype, kernel.shape, y.dtype) == ("float32", dense.shape, dtype)
+    expected = np.einsum(spec, np.asarray(x, np.float64), dense)
+    # Products of 128 numbers around 1: what rounds them is the dtype, at the size of the sums, around 11.
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=rtol, atol=10 * rtol)
+    dy = jnp.asarray(numbers(y.shape, 3), dtype)
+    (dx,) = vjp(dy)
+    x_axes, kernel_axes, result = spec.replace("->", ",").split(",")
+    expected = np.einsum(f"{result},{kernel_axes}->{x_axes}", np.asarray(dy, np.float64), dense)
+    assert dx.dtype == dtype
+    np.testing.assert_allclose(np.asarray(dx, np.float64), expected, rtol=rtol, atol=10 * rtol)
+
+
+@kinds
+def test_int8_scales_of_axes_that_are_summed_over_are_applied_before(kind):
+    """A kernel whose first axis is an output, as in heads."""
+    kernel = MAKE[kind](numbers((128, 6)), 1)
+    x = numbers((2, 5, 6), 1)
+    expected = np.einsum("BTD,VD->BTV", x, np.asarray(kernel.dense(), np.float64))
+    np.testing.assert_allclose(leaf.einsum("BTD,VD->BTV", x, kernel), expected, rtol=1e-5, atol=1e-5)
+
+
+def stack(*leaves):
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *leaves)
+
+
+@kinds
+@uses
+def test_a_stack_is_a_leaf_and_so_is_each_of_its_layers(kind, use):
+    spec, _, first = made(kind, use)
+    second, inputs = made(kind, use, seed=1)[2], USES[use][2]
+    both = stack(first, second)
+    assert isinstance(both, quantized.Quantized) and both.shape == (2, *first.shape)
+    np.testing.assert_array_equal(both.dense(), np.stack([first.dense(), second.dense()]))
+    np.testing.assert_array_equal(jax.vmap(lambda leaf: leaf.dense())(both), both.dense())
+    mapped = jax.vmap(lambda kernel: MAKE[kind](kernel, inputs))(jnp.stack([numbers(first.shape), numbers(first.shape, 1)]))
+    assert jax.tree.structure(mapped) == jax.tree.structure(both)
+    for one, other in zip(jax.tree.leaves(mapped), jax.tree.leaves(both), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    slices = []
+    jax.lax.scan(lambda carry, kernel: (slices.append((type(kernel), kernel.shape)), (carry, None))[1], 0, both)
+    assert slices == [(type(first), first.shape)]
+    part = jax.tree.map(lambda array: array[1:], both)
+    assert part.shape == (1, *first.shape)
+
+
+@kinds
+@pytest.mark.parametrize("form", ["scan", "remat", "vmap"])
+def test_gradients_go_through_layers(kind, form):
+    """Of x through three layers, as with dense kernels."""
+    layers = [MAKE[kind](numbers((128, 128), seed) / 11, 1) for seed in range(3)]
+    x = numbers((2, 3, 128), 9)
+
+    def loss(x, layers):
+        def layer(x, kernel):
+            return jnp.tanh(leaf.einsum("BTD,DF->BTF", x, kernel))
+
+        if form == "scan":
+            return jnp.sum(jax.lax.scan(lambda x, kernel: (layer(x, kernel), None), x, stack(*layers))[0] ** 2)
+        for kernel in layers:
+            x = jax.checkpoint(layer)(x, kernel) if form == "remat" else jax.vmap(layer, (1, None), 1)(x[:, None], kernel)[:, 0]
+        return jnp.sum(x**2)
+
+    found = jax.jit(jax.grad(loss))(x, layers)
+    expected = jax.grad(loss)(x, [kernel.dense() for kernel in layers])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@kinds
+def test_the_backward_pass_keeps_no_dense_kernels(kind):
+    """Of eight layers in a scan; kept, they would be eight. Activations are an eighth of a kernel a layer."""
+    layers, width = 8, 256
+    kernels = stack(*(MAKE[kind](numbers((width, width), seed), 1) for seed in range(layers)))
+
+    def loss(x, kernels):
+        return jnp.sum(jax.lax.scan(lambda x, kernel: (jnp.tanh(leaf.einsum("BTD,DF->BTF", x, kernel)), None), x, kernels)[0])
+
+    compiled = jax.jit(jax.grad(loss)).lower(numbers((1, 32, width)), kernels).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 5 * 4 * width**2
+
+
+@kinds
+def test_a_leaf_passes_through_jit_and_tree_functions_as_itself(kind):
+    _, _, kernel = made(kind, "o")
+    leaves, tree = jax.tree.flatten({"kernel": kernel})
+    again = jax.tree.unflatten(tree, leaves)["kernel"]
+    passed = jax.jit(lambda leaf: leaf)(kernel)
+    assert type(again) is type(passed) is type(kernel) and isinstance(passed, quantized.Quantized)
+    assert all(array.ndim == 3 for array in (kernel.codes, *leaves[1:2]))
+    others = [MAKE[other](numbers((4, 32, 6)), 2) for other in MAKE if other != kind]
+    assert all(jax.tree.structure(other) != jax.tree.structure(kernel) for other in others)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "nf4"])
+@uses
+@pytest.mark.parametrize("double", [True, False])
+def test_transforms_are_made_of_a_config_and_know_their_axes(name, use, double):
+    settings = config.base()
+    settings.quant.group, settings.quant.double = 64, double
+    transform = registry.resolve("transform", name)(settings)
+    _, shape, inputs = USES[use]
+    axes = {"down": ("mlp", "embed"), "q": ("embed", "heads", "head_dim"), "o": ("heads", "head_dim", "embed")}[use]
+    kernel = transform.apply(jnp.asarray(numbers(shape)), inputs, jax.random.key(0))
+    named = transform.axes(axes, inputs)
+    assert (transform.targets, transform.trains) == (settings.quant.targets, ())
+    assert jax.tree.structure(named, is_leaf=lambda node: type(node) is tuple) == jax.tree.structure(kernel)
+    assert named.codes == axes
+    scales = named.absmax if name == "nf4" else named.scale
+    assert scales == ("groups",) * inputs + axes[inputs:]
+    for array, names in zip(jax.tree.leaves(kernel), jax.tree.leaves(named, is_leaf=lambda node: type(node) is tuple), strict=True):
+        assert array.ndim == len(names) and all(axis in RULES for axis in names)
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_quantizing_twice_is_refused(kind):
+    with pytest.raises(ValueError, match=r"a kernel of type Int8 is to be quantized\.\n  Accepted: a dense kernel\.\n  .*change"):
+        MAKE[kind](int8.quantize(numbers((128, 4)), 1), 1)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_int8_is_the_nearest_of_255_steps(use):
+    _, shape, inputs = USES[use]
+    kernel = numbers(shape)
+    kernel[..., 1] = 0
+    found = jax.jit(int8.quantize, static_argnums=1)(kernel, inputs)
+    scale = np.abs(kernel.astype(np.float64)).max(tuple(range(inputs)), keepdims=True) / 127
+    assert found.scale.shape == (1,) * inputs + shape[inputs:] and found.codes.dtype == "int8" and found.scale.dtype == "float32"
+    np.testing.assert_allclose(found.scale, scale, rtol=2e-7)
+    np.testing.assert_array_equal(found.codes, np.rint(kernel / np.where(scale > 0, scale, 1)))
+    assert np.all(np.abs(np.asarray(found.dense()) - kernel) <= scale / 2 * (1 + 1e-5))
+    assert np.all(np.asarray(found.dense())[..., 1] == 0)
+
+
+def test_int8_in_float16_does_not_overflow():
+    """127 x 256 x 4 would; the product itself is 512."""
+    kernel = int8.quantize(np.full((256, 2), 0.5, np.float32), 1)
+    y = leaf.einsum("BTD,DF->BTF", jnp.full((1, 1, 256), 4, jnp.float16), kernel)
+    np.testing.assert_allclose(np.asarray(y, np.float32), 512, rtol=2**-10)
+
+
+@pytest.mark.parametrize(
+    ("shape", "inputs", "group"), [((128, 6), 1, 32), ((6, 32, 5), 2, 16), ((6, 32, 5), 2, 32), ((6, 32, 5), 2, 96)]
+)
+def test_int4_is_the_nearest_of_16_steps(shape, inputs, group):
+    """Groups of the flattened inputs of each output, and codes that are laid out as the files of others have them."""
+    kernel = numbers(shape)
+    kernel.reshape(-1, shape[-1])[:group, 2] = 0
+    matrix = kernel.astype(np.float64).reshape(-1, shape[-1])
+    found = jax.jit(int4.quantize, static_argnums=(1, 2))(kernel, inputs, group)
+    largest = np.abs(matrix).reshape(-1, group, shape[-1]).max(1)
+    np.testing.assert_allclose(np.asarray(found.scale).reshape(largest.shape), largest / 7.5, rtol=2e-7)
+    wide = np.repeat(largest, group, 0)
+    # Exact for the largest weight of a group: -7.5, which is rounded to the even -8, or 7.5.
+    codes = np.clip(np.rint(matrix * 7.5 / np.where(wide > 0, wide, 1)), -8, 7) + 8
+    packed = np.asarray(found.codes).reshape(-1, shape[-1])
+    np.testing.assert_array_equal(packed, codes[::2] + 16 * codes[1::2])
+    assert np.all(np.abs(np.asarray(found.dense()).reshape(matrix.shape) - matrix) <= wide / 15 * (1 + 1e-5))
+
+
+def test_int4_words_are_those_of_gptq():
+    """Codes 0 to 7 down the inputs are the little-endian word 0x76543210."""
+    column = np.array([-7.5, -7, -6, -5, -4, -3, -2, -1], np.float32)
+    found = int4.quantize(column[:, None], 1, 8)
+    np.testing.assert_array_equal(found.scale, [[1]])
+    assert np.asarray(found.codes)[:, 0].view("<i4") == 0x76543210
+
+
+@pytest.mark.parametrize(
+    ("shape", "inputs", "group", "accepted"),
+    [((24, 8), 1, 16, "2, 3, 4, 6, 8, 12, 24"), ((3, 4, 8), 2, 3, "2, 4, 12"), ((5, 8), 1, 5, "none, since .* odd")],
+)
+def test_int4_groups_that_do_not_divide_are_refused(shape, inputs, group, accepted):
+    text = rf"quant.group = {group} does not cut the inputs .* of shape \({shape[0]}, .*\n  Accepted for it: {accepted}.*\n  Change"
+    with pytest.raises(ValueError, match=text):
+        int4.quantize(np.ones(shape, np.float32), inputs, group)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("int8", 8 + 32 / 4096), ("int4", 4 + 32 / 32)])
+def test_bits_a_weight(kind, bits):
+    shapes = jax.eval_shape(lambda kernel: MAKE[kind](kernel, 1), jax.ShapeDtypeStruct((4096, 4096), jnp.float32))
+    used = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(shapes))
+    assert 8 * used / 4096**2 == pytest.approx(bits, abs=1e-4)
