@@ -65,6 +65,7 @@ def table(prepared: Prepared) -> Table:
         "tokens": (f"{split.tokens:,}" for split in (train, validation)),
         "bytes a token": (f"{split.bytes_per_token:.2f}" for split in (train, validation)),
         f"rows of {train.row_tokens:,} tokens": (f"{len(split):,}" for split in (train, validation)),
+        "positions filled": (f"{split.filled_frac:.2%}" for split in (train, validation)),
         predictions: (f"{split.weighted_tokens / (len(split) * split.row_tokens):.2%}" for split in (train, validation)),
         "cut to a row": (f"{split.cut:,}" for split in (train, validation)),
         "files": (decimal(split.bytes) for split in (train, validation)),
