@@ -41,7 +41,11 @@ def tiny(family: str, attention: str) -> ConfigDict:
 def example(family: str, size: int, seed: int, first: int = 0, last: int = START) -> tuple[fill.Side, ...]:
     """Random ids from `first` on and below `last`; a third of the predictions do not count."""
     rng = np.random.default_rng(seed)
-    side = {"tokens": rng.integers(first, last, size), "targets": rng.integers(first, last, size), "weights": rng.random(size) < 2 / 3}
+    side = {
+        "tokens": rng.integers(first, last, size),
+        "targets": rng.integers(first, last, size),
+        "weights": rng.random(size) < 2 / 3,
+    }
     return ({"inputs": rng.integers(first, last, size % 6 + 1)}, side) if family in TWO_SIDED else (side,)
 
 
