@@ -7,6 +7,9 @@ If they are there and fresh it makes nothing, and compares them with the hashes 
 `train` does the same by itself.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 from rich import box
@@ -18,7 +21,13 @@ from rich.text import Text
 
 from jaxllm import command
 from jaxllm.data import examples, order
+from jaxllm.data.examples.contract import Piece
 from jaxllm.data.prepare import Prepared, place, prepare
+
+# Of pieces of text that are trained, that are not, and where there is nothing to tell apart.
+STYLES = {True: "green", False: "dim", None: ""}
+# Around what is trained, where there are no colours.
+OPENS, CLOSES = "\u27e6", "\u27e7"
 
 
 def main(arguments: list[str]) -> None:
@@ -37,18 +46,36 @@ def main(arguments: list[str]) -> None:
 
 
 def show_rows(console: Console, config: ConfigDict, prepared: Prepared, count: int) -> None:
-    """Prints the first `count` rows of the first training batch: what the model reads and what it is to predict."""
+    """Prints the first `count` rows of the first training batch: what the model reads and what it is to predict, and how much of it."""
     rows = order.batch_rows(len(prepared.train), count, config.seed, 0)
     batch = prepared.make_batch(config)(prepared.train.rows(rows), rows, config.seed, 0)
-    show = examples.make(config).show
-    for index, row in enumerate(rows):
-        arrays = {name: array[index] for name, array in batch.items()}
-        weights = arrays["weights"]
-        console.print(Rule(f"row {row:,}: {len(weights)} predictions, {int(weights.sum())} of weight 1", align="left"))
-        for part in show(arrays, prepared.tokenizer, prepared.labels):
+    show, arrays = examples.make(config).show, [{name: array[row] for name, array in batch.items()} for row in range(count)]
+    parts = [list(show(row, prepared.tokenizer, prepared.labels)) for row in arrays]
+    if any(piece.trained is not None for row in parts for part in row for piece in part.pieces):
+        console.print(spelled([Piece("trained tokens", True), Piece(" and "), Piece("others", False)], console))
+    real_BT, trained_BT = batch["segments"] > 0, batch["weights"] > 0
+    for row, real_T, trained_T, shown in zip(rows, real_BT, trained_BT, parts, strict=True):
+        console.print(Rule(f"row {row:,}: {_share(trained_T, real_T)}", align="left"))
+        for part in shown:
             console.print(Rule(part.title, align="left", characters="·", style="dim"))
-            if part.text:
-                console.print(Text(part.text), soft_wrap=True)
+            if part.pieces:
+                console.print(spelled(part.pieces, console), soft_wrap=True)
+    console.print(Rule(f"rows shown: {_share(trained_BT, real_BT)}", align="left"))
+
+
+def _share(trained: np.ndarray, real: np.ndarray) -> str:
+    return f"{trained.sum():,} of {real.sum():,} tokens trained ({trained.sum() / max(real.sum(), 1):.1%})"
+
+
+def spelled(pieces: Sequence[Piece], console: Console) -> Text:
+    """The pieces in colours; in a pipe, a file or with NO_COLOR, trained ones in double brackets."""
+    text = Text()
+    for piece in pieces:
+        if console.color_system is None or console.no_color:
+            text.append(f"{OPENS}{piece.text}{CLOSES}" if piece.trained else piece.text)
+        else:
+            text.append(piece.text, STYLES[piece.trained])
+    return text
 
 
 def table(prepared: Prepared) -> Table:
@@ -65,6 +92,7 @@ def table(prepared: Prepared) -> Table:
         "tokens": (f"{split.tokens:,}" for split in (train, validation)),
         "bytes a token": (f"{split.bytes_per_token:.2f}" for split in (train, validation)),
         f"rows of {train.row_tokens:,} tokens": (f"{len(split):,}" for split in (train, validation)),
+        "positions filled": (f"{split.filled_frac:.2%}" for split in (train, validation)),
         predictions: (f"{split.weighted_tokens / (len(split) * split.row_tokens):.2%}" for split in (train, validation)),
         "cut to a row": (f"{split.cut:,}" for split in (train, validation)),
         "files": (decimal(split.bytes) for split in (train, validation)),
@@ -98,7 +126,10 @@ def remarks(prepared: Prepared) -> str:
 if __name__ == "__main__":
     command.define_flags()
     flags.DEFINE_integer(
-        "show", 0, "print this many rows of the first training batch, with their documents' borders", lower_bound=0
+        "show",
+        0,
+        "print this many rows of the first training batch: documents, and which of their tokens are trained",
+        lower_bound=0,
     )
     flags.DEFINE_bool("force", False, "prepare again, even if the data is fresh")
     command.run(main)

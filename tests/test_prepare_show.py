@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from jaxllm import config as schema
+from jaxllm.data.examples.contract import Piece
 from jaxllm.data.prepare import prepare
-from jaxllm.prepare import remarks, show_rows, table
+from jaxllm.prepare import remarks, show_rows, spelled, table
 
 MODELS = {
     "causal_lm": "llama",
@@ -24,12 +25,12 @@ MODELS = {
 FIELDS = {"seq2seq": "answer", "sequence_classification": "label", "token_classification": "tags"}
 # Shown of a text of 5 documents, "say NUMBER words": each with its numbers put in.
 SEEN = {
-    "causal_lm": ["document 1, ", "say 2 words"],
+    "causal_lm": ["document 1, ", "say 2 words<eos>", " tokens, 13 trained", "45 of 48 tokens trained (93.8%)"],
     "prefix_lm": ["prefix of ", "tokens to predict", "say"],
     "masked_lm": ["[MASK]", "tokens to predict"],
     "span_corruption": ["<extra_id_0>", "example 1, 48 inputs", "tokens to predict"],
     "seq2seq": ["say 2 words", "answer 2", "example 1, 12 inputs", "example 1, 9 tokens to predict"],
-    "sequence_classification": ["say 2 words\nno 2", "class to predict", "even"],
+    "sequence_classification": ["<bos>say 2 words<eos>\nno 2<eos>", "class to predict", "even"],
     "token_classification": ["say 2 words", "say O, 2 N, words O", "3 classes to predict"],
 }
 
@@ -61,6 +62,23 @@ def test_rows_are_shown(tmp_path: Path, objective: str) -> None:
     console.print(table(prepared))
     console.print(remarks(prepared))
     shown = out.getvalue()
+    assert "positions filled" in shown
     assert ("bytes a token" in shown) == (objective in ("causal_lm", "prefix_lm"))
     assert ("may be predicted" in shown) == (objective == "masked_lm")
     assert ("2 classes: even, odd" in shown) == (objective == "sequence_classification")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "user: \u27e6h\u00e9<eos>\u27e7 next"),
+        ({"force_terminal": True, "color_system": "standard"}, "\x1b[2muser: \x1b[0m\x1b[32mh\u00e9<eos>\x1b[0m next"),
+        ({"force_terminal": True, "color_system": "standard", "no_color": True}, "user: \u27e6h\u00e9<eos>\u27e7 next"),
+    ],
+    ids=["a pipe", "a terminal", "NO_COLOR"],
+)
+def test_what_is_trained_is_seen_anywhere(options: dict[str, Any], expected: str) -> None:
+    console = Console(file=io.StringIO(), width=80, highlight=False, _environ={}, **options)
+    with console.capture() as out:
+        console.print(spelled([Piece("user: ", False), Piece("h\u00e9<eos>", True), Piece(" next")], console))
+    assert out.get() == expected + "\n"

@@ -9,13 +9,13 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-FORMAT = 2
+FORMAT = 3
 INDEX = "index.json"
 AGAIN = "Run `python -m jaxllm.prepare --force` with the same config to prepare again."
 
@@ -37,6 +37,7 @@ class Totals:
 
     tokens: bos and eos included, padding not. weighted_tokens: predictions that count; where they are drawn anew each step, all that
     may be drawn. text_bytes: UTF-8 bytes of the text that these spell, where that can be said, else 0. cut: examples too long for a row.
+    positions: what the model computes of all rows, and padding: those of them that hold no token.
     """
 
     documents: int = 0
@@ -44,6 +45,8 @@ class Totals:
     weighted_tokens: int = 0
     text_bytes: int = 0
     cut: int = 0
+    positions: int = 0
+    padding: int = 0
 
 
 FLAG = np.dtype(np.uint8)
@@ -110,6 +113,8 @@ class Shards:
         self.weighted_tokens: int = index["weighted_tokens"]
         self.text_bytes: int = index["text_bytes"]
         self.cut: int = index["cut"]
+        self.positions: int = index["positions"]
+        self.padding: int = index["padding"]
         self._rows: int = index["rows"]
         self._parts: dict[str, Any] = index["arrays"]
         self._arrays = {name: self._open(name) for name in self._parts}
@@ -131,13 +136,18 @@ class Shards:
         return self.text_bytes / max(self.weighted_tokens, 1)
 
     @property
+    def filled_frac(self) -> float:
+        """Share of the positions that hold a token."""
+        return 1 - self.padding / max(self.positions, 1)
+
+    @property
     def fingerprint(self) -> str:
         """Hash of the content: equal for equal rows."""
         return hashlib.sha256("".join(part["sha256"] for part in self._parts.values()).encode()).hexdigest()
 
     def summary(self) -> dict[str, Any]:
         """The counts, for the record of what was prepared."""
-        names = ("row_tokens", "documents", "tokens", "weighted_tokens", "text_bytes", "cut", "bytes", "fingerprint")
+        names = ("row_tokens", *(each.name for each in fields(Totals)), "bytes", "fingerprint")
         return {"rows": len(self)} | {name: getattr(self, name) for name in names}
 
     def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:

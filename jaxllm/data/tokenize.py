@@ -77,6 +77,14 @@ def special_ids(tokenizer: "Tokenizer") -> set[int]:
     return {index for index in found if index is not None}
 
 
+def names(tokenizer: "Tokenizer", ids: Iterable[int]) -> dict[int, str]:
+    """Those of the ids that `decode` leaves out, and what they are called: by the tokenizer itself, else <bos>, <eos>, <pad>, [MASK]."""
+    customary = {tokenizer.pad_id: "<pad>", tokenizer.bos_id: "<bos>", tokenizer.eos_id: "<eos>", tokenizer.mask_id: "[MASK]"}
+    own: dict[str, int] = getattr(tokenizer, "special_tokens", {})
+    called = customary | {index: name for name, index in own.items()}
+    return {index: called[index] for index in set(ids) & called.keys() if not tokenizer.decode([index])}
+
+
 def load(directory: str | Path) -> "Tokenizer":
     """The tokenizer that `save(directory)` wrote; ValueError if there is none."""
     saved = files.read(directory)

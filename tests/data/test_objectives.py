@@ -98,6 +98,16 @@ def test_batches_are_what_the_step_is_compiled_for(case: tuple[ConfigDict, Prepa
     assert (prepared.train.bytes_per_token > 0) == (config.train.objective in ("causal_lm", "prefix_lm"))
 
 
+def test_what_is_reported_as_filled_is(case: tuple[ConfigDict, Prepared]) -> None:
+    config, prepared = case
+    for split in (prepared.train, prepared.validation):
+        rows = np.arange(len(split))
+        batch = prepared.make_batch(config)(split.rows(rows), rows, 0, 0)
+        segments = [array for name, array in batch.items() if name.endswith("segments")]
+        assert split.filled_frac == np.concatenate([(array > 0).ravel() for array in segments]).mean()
+        assert split.positions == sum(array.size for array in segments)
+
+
 def test_a_resumed_run_on_other_devices_sees_the_same(case: tuple[ConfigDict, Prepared]) -> None:
     """Steps asked in another order, by a new loader, over 1 or 8 devices: bit-equal. And another step or seed has new noise."""
     with source_of(case, 1) as source:

@@ -80,7 +80,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "there is no index.json"), ("{", "is not JSON"), (json.dumps({"format": 0}), "has format 0.\n  Accepted: 2")],
+    [(None, "there is no index.json"), ("{", "is not JSON"), (json.dumps({"format": 0}), "has format 0.\n  Accepted: 3")],
 )
 def test_a_bad_index_is_named(tmp_path: Path, content: str | None, words: str) -> None:
     write(tmp_path / "train")

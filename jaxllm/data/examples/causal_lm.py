@@ -32,7 +32,7 @@ def make(config: ConfigDict) -> Examples:
         del labels
         return pack.pack((document.text for document in documents), tokenizer, width, totals)
 
-    return Examples(columns, decoder_arrays(width), rows, batch, shown.continued)
+    return Examples(columns, decoder_arrays(width), rows, batch, shown.weighted)
 
 
 def batch(tokenizer: "Tokenizer") -> MakeBatch:

@@ -1,6 +1,6 @@
 """What every data side provides. Letters: N stored rows, B batch, T row length, S length of an encoder's row."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -31,11 +31,18 @@ class Array(NamedTuple):
     dtype: type
 
 
+class Piece(NamedTuple):
+    """A piece of a text. trained: whether its tokens are predictions that count; None where there is nothing to tell apart."""
+
+    text: str
+    trained: bool | None = None
+
+
 class Shown(NamedTuple):
-    """A part of a row for a reader: what it is, and its text."""
+    """A part of a row for a reader: what it is, and its text in pieces."""
 
     title: str
-    text: str
+    pieces: Sequence[Piece]
 
 
 # show(the arrays [T] of one row of a batch, tokenizer, names of the classes) -> what the model reads and what it is to predict.

@@ -76,6 +76,7 @@ def _rows(
             totals.documents += 1
             totals.tokens += len(tokens)
             totals.weighted_tokens += 1
+            totals.padding += width - len(tokens)  # which no segments tell of: they are not stored
             totals.cut += cut
         yield block
 

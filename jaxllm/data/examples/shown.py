@@ -1,11 +1,13 @@
 """Rows of a batch as a reader sees them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxllm.data.examples.contract import Shown, spans
+from jaxllm.data import tokenize
+from jaxllm.data.examples.contract import Piece, Shown, spans
 
 if TYPE_CHECKING:
     from jaxllm.types import Tokenizer
@@ -13,17 +15,21 @@ if TYPE_CHECKING:
 Row = Mapping[str, np.ndarray]
 
 
-def continued(row: Row, tokenizer: "Tokenizer", labels: tuple[str, ...]) -> Iterator[Shown]:
-    """Documents whose tokens are predicted one after the other, with what follows the row's last token."""
+def weighted(row: Row, tokenizer: "Tokenizer", labels: tuple[str, ...]) -> Iterator[Shown]:
+    """Documents whose tokens are predicted one after the other, and which of these predictions count.
+
+    A document's tokens are what is read of it, and behind that what is predicted last, if it counts: else nobody learns from it here.
+    """
     del labels
     for number, place in spans(row["segments"]):
-        ids = [*row["tokens"][place].tolist(), *row["targets"][place].tolist()[-1:]]
-        # The last target belongs to the document if it counts, else it starts the next one.
-        ids = ids if row["weights"][place][-1] else ids[:-1]
-        yield Shown(f"document {number}, {len(ids)} tokens", tokenizer.decode(ids))
-    last = int(row["targets"][-1])
-    if row["segments"][-1] > 0 and not row["weights"][-1]:
-        yield Shown(f"document {int(row['segments'][-1]) + 1}, 1 token", tokenizer.decode([last]))
+        counts = (row["weights"][place] > 0).tolist()
+        ids = [*row["tokens"][place].tolist(), *row["targets"][place].tolist()[-1:]][: len(counts) + counts[-1]]
+        trained = [False, *counts][: len(ids)]
+        # A document's first token is never predicted. Where all others are, as in all of causal_lm, there is nothing to tell apart.
+        whole = 1 < len(ids) == sum(trained) + 1
+        yield Shown(
+            f"document {number}, {len(ids)} tokens, {sum(trained)} trained", _pieces(ids, tokenizer, None if whole else trained)
+        )
     yield from _padding(row)
 
 
@@ -33,8 +39,8 @@ def prefixed(row: Row, tokenizer: "Tokenizer", labels: tuple[str, ...]) -> Itera
     for number, place in spans(row["segments"]):
         prefix = row["tokens"][place][row["prefix"][place]].tolist()
         rest = row["targets"][place][row["weights"][place] > 0].tolist()
-        yield Shown(f"document {number}, prefix of {len(prefix)} tokens", tokenizer.decode(prefix))
-        yield Shown(f"document {number}, {len(rest)} tokens to predict", tokenizer.decode(rest))
+        yield Shown(f"document {number}, prefix of {len(prefix)} tokens", _pieces(prefix, tokenizer))
+        yield Shown(f"document {number}, {len(rest)} tokens to predict", _pieces(rest, tokenizer))
     yield from _padding(row)
 
 
@@ -43,23 +49,14 @@ def masked(row: Row, tokenizer: "Tokenizer", labels: tuple[str, ...]) -> Iterato
     del labels
     for number, place in spans(row["segments"]):
         tokens, targets = row["tokens"][place].tolist(), row["targets"][place].tolist()
-        yield Shown(f"document {number}, {len(tokens)} tokens", _with_masks(tokens, tokenizer))
+        yield Shown(f"document {number}, {len(tokens)} tokens", _pieces(tokens, tokenizer))
         hidden = []
         for index in np.flatnonzero(row["weights"][place]).tolist():
             seen, name = tokens[index], repr(tokenizer.decode([targets[index]]))
             kept = f"{name} (kept)" if seen == targets[index] else f"{name} (shown as {tokenizer.decode([seen])!r})"
             hidden.append(name if seen == tokenizer.mask_id else kept)
-        yield Shown(f"document {number}, {len(hidden)} tokens to predict", ", ".join(hidden))
+        yield Shown(f"document {number}, {len(hidden)} tokens to predict", [Piece(", ".join(hidden))])
     yield from _padding(row)
-
-
-def _with_masks(ids: list[int], tokenizer: "Tokenizer") -> str:
-    """The text with [MASK] where a mask is, which `decode` leaves out."""
-    text, shown, start = tokenizer.decode(ids), "", 0
-    for index in (place for place, token in enumerate(ids) if token == tokenizer.mask_id):
-        stop = len(tokenizer.decode(ids[:index]))
-        shown, start = f"{shown}{text[start:stop]}[MASK]", stop
-    return shown + text[start:]
 
 
 def paired(row: Row, tokenizer: "Tokenizer", labels: tuple[str, ...]) -> Iterator[Shown]:
@@ -68,8 +65,8 @@ def paired(row: Row, tokenizer: "Tokenizer", labels: tuple[str, ...]) -> Iterato
     sources = dict(spans(row["input_segments"]))
     for number, place in spans(row["segments"]):
         inputs, targets = row["inputs"][sources[number]].tolist(), row["targets"][place].tolist()
-        yield Shown(f"example {number}, {len(inputs)} inputs", tokenizer.decode(inputs))
-        yield Shown(f"example {number}, {len(targets)} tokens to predict", tokenizer.decode(targets))
+        yield Shown(f"example {number}, {len(inputs)} inputs", _pieces(inputs, tokenizer))
+        yield Shown(f"example {number}, {len(targets)} tokens to predict", _pieces(targets, tokenizer))
     yield from _padding(row)
 
 
@@ -78,8 +75,9 @@ def classified(row: Row, tokenizer: "Tokenizer", labels: tuple[str, ...]) -> Ite
     ids = row["tokens"][row["segments"] > 0].tolist()
     # An eos that is not the last token stands between the two texts of a pair.
     border = ids.index(tokenizer.eos_id) + 1 if tokenizer.eos_id in ids[:-1] else len(ids)
-    yield Shown(f"text, {len(ids)} tokens", "\n".join(tokenizer.decode(part) for part in (ids[:border], ids[border:]) if part))
-    yield Shown("class to predict", ", ".join(labels[target] for target in row["targets"][row["weights"] > 0]))
+    second = [Piece("\n"), *_pieces(ids[border:], tokenizer)] if ids[border:] else []
+    yield Shown(f"text, {len(ids)} tokens", [*_pieces(ids[:border], tokenizer), *second])
+    yield Shown("class to predict", [Piece(", ".join(labels[target] for target in row["targets"][row["weights"] > 0]))])
 
 
 def tagged(row: Row, tokenizer: "Tokenizer", labels: tuple[str, ...]) -> Iterator[Shown]:
@@ -92,13 +90,40 @@ def tagged(row: Row, tokenizer: "Tokenizer", labels: tuple[str, ...]) -> Iterato
         words = (
             text.split() if len(text.split()) == len(classes) else [tokenizer.decode([token]) for token in tokens[counts].tolist()]
         )
-        yield Shown(f"text {number}, {len(tokens)} tokens", text)
+        yield Shown(f"text {number}, {len(tokens)} tokens", _pieces(tokens.tolist(), tokenizer))
         marks = (f"{word} {name}" for word, name in zip(words, classes, strict=True))
-        yield Shown(f"text {number}, {len(classes)} classes to predict", ", ".join(marks))
+        yield Shown(f"text {number}, {len(classes)} classes to predict", [Piece(", ".join(marks))])
     yield from _padding(row)
 
 
 def _padding(row: Row) -> Iterator[Shown]:
     count = int((row["segments"] == 0).sum())
     if count:
-        yield Shown(f"padding, {count} tokens", "")
+        yield Shown(f"padding, {count} tokens", [])
+
+
+def _pieces(ids: Sequence[int], tokenizer: "Tokenizer", trained: Sequence[bool] | None = None) -> list[Piece]:
+    """The text of the ids, with special tokens by their names, cut where `trained` changes.
+
+    A character that several tokens spell is not cut: it goes with the first of them. U+FFFD stands only for what the ids themselves
+    have no other part of, as where a row begins inside a character.
+    """
+    names, text, start = tokenize.names(tokenizer, ids), tokenizer.decode(list(ids)), 0
+    flags: Sequence[bool | None] = [None] * len(ids) if trained is None else trained
+    pieces = []
+    for (special, flag), group in groupby(range(len(ids)), lambda place: (ids[place] in names, flags[place])):
+        places = list(group)
+        if special:
+            pieces.append(Piece("".join(names[ids[place]] for place in places), flag))
+        else:
+            stop = _length(ids, places[-1] + 1, text, tokenizer)
+            pieces.append(Piece(text[start:stop], flag))
+            start = stop
+    spelled = groupby((piece for piece in pieces if piece.text), lambda piece: piece.trained)
+    return [Piece("".join(piece.text for piece in group), flag) for flag, group in spelled]
+
+
+def _length(ids: Sequence[int], count: int, text: str, tokenizer: "Tokenizer") -> int:
+    """How long the text of the first `count` ids is in that of all, with the rest of a character whose tokens go on behind them."""
+    starts = (tokenizer.decode(list(ids[:stop])) for stop in range(count, len(ids) + 1))
+    return next(len(start) for start in starts if text.startswith(start))

@@ -26,7 +26,7 @@ def test_the_label_stands_where_the_model_has_seen_the_text(model: str, places: 
         assert np.flatnonzero(batch["weights"][row]).tolist() == [place]
         assert batch["targets"][row].tolist() == [label if index == place else 0 for index in range(5)]
     assert "token_types" not in batch
-    assert totals == Totals(documents=2, tokens=9, weighted_tokens=2, cut=1)
+    assert totals == Totals(documents=2, tokens=9, weighted_tokens=2, cut=1, padding=1)
 
 
 @pytest.mark.parametrize(
