@@ -76,7 +76,7 @@ def test_older_checkpoints_go_only_when_the_new_one_would_survive_a_power_cut(
 ) -> None:
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     synced = []
-    monkeypatch.setattr("jaxllm.engine.checkpoint.sync_directory", lambda path: synced.append((path, checkpoints.steps())))
+    monkeypatch.setattr("jaxllm.engine.folder.sync_directory", lambda path: synced.append((path, checkpoints.steps())))
     for step in (1, 2):
         checkpoints.save(step, {"w": jnp.float32(step)})
     checkpoints.close()
