@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -270,27 +271,31 @@ class Checkpoints:
         for path, _, _ in writing:
             self._clear(path)
         processes.wait("checkpoint begun")
+        responses: list[Any] = []
         try:
-            begun = [(path, record, folder.begin(path, arrays)) for path, record, arrays in writing]
+            for path, _, arrays in writing:
+                responses.append(folder.begin(path, arrays))
         except OSError as error:
+            with suppress(Exception):
+                folder.finish(responses)
             raise self._unwritten(step, error) from error
-        self._pending = self._writer.submit(self._commit, step, begun)
+        records = {path: record for path, record, _ in writing}
+        self._pending = self._writer.submit(self._commit, step, records, responses)
 
-    def _commit(self, step: int, begun: list[tuple[Path, Record, Any]]) -> None:
+    def _commit(self, step: int, records: Mapping[Path, Record], responses: list[Any]) -> None:
         """Runs in the background: waits for the arrays, makes them visible, deletes what need not be kept."""
         try:
-            for _, _, response in begun:
-                response.result()
+            folder.finish(responses)
             if jax.process_index() == 0:
-                for path, record, _ in begun:
+                for path, record in records.items():
                     folder.commit(path, record)
             # Nobody goes on to look for it, or to save it again, before it is there.
             processes.wait("checkpoint written")
         except Exception as error:
-            for path, _, _ in begun:
+            for path in records:
                 self._clear(path)
             raise self._unwritten(step, error) from error
-        self._intact.update((path, record) for path, record, _ in begun)
+        self._intact.update(records)
         self._prune()
 
     def _path(self, name: int | str) -> Path:

@@ -6,7 +6,7 @@ rename commits both. Of a run with several processes all begin and read together
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,25 @@ SAVING, DELETING = ".saving", ".deleting"
 
 
 def begin(path: Path, arrays: Mapping[str, jax.Array]) -> Any:
-    """Starts to write what `commit` then makes visible as `path`; `.result()` waits for it. OSError if it cannot start.
+    """Starts to write what `commit` makes visible as `path` once `finish` has waited for it. OSError if it cannot start.
 
     When this returns, the arrays are in host memory: on a CPU these are views of the same memory, which JAX does not let a
     donating step reuse while somebody looks at it.
     """
     with _context():
         return ocp.save_checkpointables_async(_with(path, SAVING), {STATE: canonical.nested(arrays)})
+
+
+def finish(begun: Sequence[Any]) -> None:
+    """Waits for what `begin` has returned, for all of it also when some fails: the first error comes when nothing writes any more."""
+    errors = []
+    for response in begun:
+        try:
+            response.result()
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def commit(path: Path, record: Record) -> None:

@@ -64,7 +64,11 @@ def test_what_fits_passes_and_what_is_left_over_or_cast_does_not() -> None:
 
 
 def test_every_changed_character_of_the_file_is_noticed() -> None:
-    record = Record(7, 2.5, dict(list(SAVED.items())[:1]), {"seed": [1, "x", None]}, {"state/d/a": 12})
+    leaves = {
+        "params/norm/scale": Leaf((8,), "float32", "00000000"),
+        "params/layers/norm/scale": Leaf((2, 8), "int8", "00000000", (1, 3)),
+    }
+    record = Record(7, 2.5, leaves, {"seed": [1, "x", None]}, {"state/d/a": 12}, "0123456789abcdef")
     text = json.dumps(record.to_json())
     assert from_json(json.loads(text)) == record
     for position in range(len(text)):
