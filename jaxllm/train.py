@@ -196,10 +196,17 @@ def _next_command(config: ConfigDict, workdir: Workdir) -> str:
 
 
 def _bytes_to_come(session: Session, checkpoints: Checkpoints) -> int:
-    """Disk that the checkpoints of this run still need: one more than are kept is there while it is written."""
+    """Disk that the checkpoints of this run still need: one more than are kept is there while it is written. What is frozen is
+    written once."""
     keep = session.config.checkpoint
     missing = keep.keep_last + keep.keep_best + 1 - len(checkpoints.steps())
-    return max(missing, 1) * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(session.abstract))
+    frozen_bytes = _bytes(session.abstract.frozen)
+    step_bytes = _bytes(session.abstract) - frozen_bytes
+    return max(missing, 1) * step_bytes + (0 if checkpoints.has_frozen() else frozen_bytes)
+
+
+def _bytes(shapes: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
 def _rows(checkpoints: Checkpoints, newest: int | None, workdir: Workdir) -> str | None:

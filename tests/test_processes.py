@@ -38,6 +38,7 @@ def get_config():
     config.eval.every_steps, config.checkpoint.every_steps, config.sample.every_steps = 12, 8, 12
     config.sample.tokens, config.sample.prompts = 4, ("line ",)
     config.parallel.data, config.parallel.fsdp = 1, 4
+    config.train.trainable = "(?!layers/mlp/up/).*"
     return config
 """
 # Of one run: starting and compiling take most of it, and other tests may run beside it.
@@ -166,7 +167,8 @@ def test_four_processes_train_as_one_and_stop_at_the_same_step(stopped: Path, al
     assert 3 <= last < STEPS
     assert_equal(trained, [row for row in rows(alone) if row["kind"] == "train"][:last])
     assert str(last) in {path.name for path in (stopped / "checkpoints").iterdir()}
-    assert all(path.name.isdigit() for path in (stopped / "checkpoints").iterdir())
+    assert all(path.name.isdigit() or path.name == "frozen" for path in (stopped / "checkpoints").iterdir())
+    assert (stopped / "checkpoints" / "frozen" / "record.json").is_file()
     told = json.loads((stopped / "run.json").read_text())
     assert told["processes"] == 4
     assert told["sessions"][-1]["end_step"] == last

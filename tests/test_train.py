@@ -12,13 +12,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from rich.console import Console
 
 from jaxllm import config as schema
-from jaxllm import train
+from jaxllm import runs, train
 from jaxllm.engine.errors import NonFiniteError
+from jaxllm.engine.state import TrainState
 from jaxllm.engine.workdir import open_workdir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,6 +146,35 @@ def test_a_run_that_was_killed_and_stopped_ends_as_if_nothing_had_happened(
     assert len(json.loads((tmp_path / "run.json").read_text())["sessions"]) >= 4
 
 
+def test_a_run_with_frozen_parameters_resumes_to_the_bit_and_keeps_them_once(config_file: Path, tmp_path: Path) -> None:
+    """kill -9 after a checkpoint and Ctrl-C: the metrics of a run that nothing disturbed, and one frozen tree that nobody wrote again."""
+    frozen = "--config.train.trainable=layers/(?!attention/[qk]/).*"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = subprocess.run(command(config_file, whole, frozen), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    written = None
+    for step, number, code in ((9, signal.SIGKILL, -9), (14, signal.SIGINT, 130), (24, None, 0)):
+        process = subprocess.Popen(
+            command(config_file, broken, frozen), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        if number is not None:
+            wait_for_step(process, broken, step)
+            os.kill(process.pid, number)
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == code, errors
+        assert ("resuming at step" in output) == (number != signal.SIGKILL)
+        record = broken / "checkpoints" / "frozen" / "record.json"
+        assert written in (None, record.stat().st_mtime_ns)
+        written = record.stat().st_mtime_ns
+    assert numbers(broken) == numbers(whole)
+    assert {path.name for path in (broken / "checkpoints").iterdir()} == {"frozen", "20", "24"}
+    assert (broken / "samples.txt").read_text() == (whole / "samples.txt").read_text()
+    names = set(json.loads(record.read_text())["leaves"])
+    assert {"frozen/embed/tokens", "frozen/layers/attention/q/kernel"} < names and "frozen/layers/attention/v/kernel" not in names
+    one, other = (runs.load(workdir).params for workdir in (whole, broken))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
 def test_a_finished_run_says_so(config_file: Path, finished: Path) -> None:
     before = numbers(finished)
     code, output = run(schema.load(config_file), finished)
@@ -205,12 +236,18 @@ def test_a_run_is_not_continued_as_another(config_file: Path, finished: Path, ke
     assert (finished / "config.json").read_text() == stored
 
 
-@pytest.mark.parametrize(("there", "to_come"), [([], 4), ([4, 8], 2), ([4, 8, 12], 1), ([2, 4, 6, 8, 10], 1)])
-def test_checkpoints_that_are_there_need_no_more_room(there: list[int], to_come: int) -> None:
-    """keep_last 2 and keep_best 1, and one while it is written; a state of 3 float32 numbers."""
-    session: Any = SimpleNamespace(config=schema.base(), abstract={"w": jax.ShapeDtypeStruct((3,), "float32")})
-    checkpoints: Any = SimpleNamespace(steps=lambda: there)
-    assert train._bytes_to_come(session, checkpoints) == to_come * 12
+@pytest.mark.parametrize(
+    ("there", "frozen_there", "to_come"),
+    [([], False, 4 * 12 + 20), ([], True, 4 * 12), ([4, 8], True, 2 * 12), ([4, 8, 12], True, 12), ([2, 4, 6, 8, 10], True, 12)],
+)
+def test_checkpoints_that_are_there_need_no_more_room(there: list[int], frozen_there: bool, to_come: int) -> None:
+    """keep_last 2 and keep_best 1, and one while it is written; a state of 3 float32 numbers, and 5 that are frozen."""
+    params, frozen = {"w": jax.ShapeDtypeStruct((3,), "float32")}, {"w": jax.ShapeDtypeStruct((5,), "float32")}
+    none: Any = None
+    state = TrainState(none, params, frozen, none, none, none, none, none)
+    session: Any = SimpleNamespace(config=schema.base(), abstract=state)
+    checkpoints: Any = SimpleNamespace(steps=lambda: there, has_frozen=lambda: frozen_there)
+    assert train._bytes_to_come(session, checkpoints) == to_come
 
 
 def test_two_runs_in_one_directory(config_file: Path, finished: Path) -> None:

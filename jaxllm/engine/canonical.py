@@ -2,6 +2,11 @@
 
 A name is the path in the tree, `params/layers/attention/q/kernel` or `opt_state/0/mu/embed/tokens`. It does not depend on the
 class of a container, nor on whether layers are unrolled (a list, one tree a layer) or scanned (one tree with a leading axis).
+A leaf type (transforms/leaf.py) gives one array a field, `frozen/layers/attention/q/kernel/codes`; a field that is a hole gives
+none. Its class and what else it holds is not stored: the template of `restore_form` has them.
+
+Where layers are frozen, the unrolled `params` and `frozen` each have holes in place of the other's layers. Each then has a stack
+of the layers that it holds, leaf by leaf ([2, ...] and [10, ...] of 12 layers), and `layers_held` says which those are.
 """
 
 import functools
@@ -9,8 +14,10 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from jaxllm.engine import digest
 from jaxllm.transforms.tree import stack_layers, unstack_like
 
 
@@ -31,9 +38,31 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def _is_stack(node: Any) -> bool:
+    return isinstance(node, list)
+
+
 def _has_stacks(tree: Any) -> bool:
     """True if layers are unrolled somewhere."""
-    return any(isinstance(node, list) for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, list)))
+    return any(_is_stack(node) for node in jax.tree.leaves(tree, is_leaf=_is_stack))
+
+
+def layers_held(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Name -> which layers, counted from 0, its stack is of, in their order; only of stacks that are not of all layers."""
+
+    def one(node: Any) -> Any:
+        if not _is_stack(node):
+            return None
+        numbered = [jax.tree.map(lambda _, index=index: index, layer) for index, layer in enumerate(node)]
+        return stack_layers(numbered, lambda held: np.array(held) if len(held) < len(node) else None)
+
+    return {name: tuple(held.tolist()) for name, held in named(jax.tree.map(one, tree, is_leaf=_is_stack)).items()}
+
+
+def digests(tree: Any) -> dict[str, str]:
+    """Name -> digest of the array that `canonicalize` would give; unrolled layers are not stacked for it."""
+    found = named(stack_layers(tree, digest.stacked))
+    return {name: leaf if isinstance(leaf, str) else digest.digests({name: leaf})[name] for name, leaf in found.items()}
 
 
 def abstract(tree: Any) -> Any:
@@ -47,14 +76,11 @@ def abstract(tree: Any) -> Any:
         sharding = getattr(like, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
         return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
 
-    def stack(*layers: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def stack(layers: list[jax.ShapeDtypeStruct]) -> jax.ShapeDtypeStruct:
         first = layers[0]
         return jax.ShapeDtypeStruct((len(layers), *first.shape), first.dtype, sharding=_unsplit_first(first.sharding))
 
-    def one(node: Any) -> Any:
-        return jax.tree.map(stack, *node) if isinstance(node, list) else node
-
-    return jax.tree.map(one, jax.tree.map(leaf, tree), is_leaf=lambda node: isinstance(node, list))
+    return stack_layers(jax.tree.map(leaf, tree), stack)
 
 
 def _unsplit_first(sharding: Sharding) -> Sharding:

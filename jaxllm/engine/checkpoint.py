@@ -1,40 +1,42 @@
 """Checkpoints: written in the background, visible all at once, verified when read. Nothing falls back to an older step by itself.
 
-A directory holds one folder a step. Orbax (https://orbax.readthedocs.io, v1 API) writes the arrays; the record (engine/record.py)
-with their digests joins them, and one rename commits both. State is stored in canonical form (engine/canonical.py), so that it can
-be read under any mesh and either form of the layer stack.
+A directory holds one folder a step (engine/folder.py). What training does not change, the tree `frozen` of the state, is written
+once, into the folder `frozen`, before the first step is committed. A step holds all the rest and the fingerprint of the frozen tree
+that it belongs to. State is stored in canonical form (engine/canonical.py), so that it can be read under any mesh and either form of
+the layer stack.
 """
 
 import concurrent.futures
-import json
 import math
 import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import logging
-from orbax.checkpoint import v1 as ocp
 
-from jaxllm.engine import canonical
+from jaxllm.engine import canonical, folder
 from jaxllm.engine.digest import digests
-from jaxllm.engine.record import CheckpointError, DamagedError, Leaf, Record, check_fits, check_meta, from_json
-from jaxllm.engine.workdir import sync_directory, write_json
+from jaxllm.engine.parameters import FROZEN, Parts
+from jaxllm.engine.record import CheckpointError, DamagedError, Leaf, Record, check_fits, check_meta
 from jaxllm.parallel import processes
+from jaxllm.transforms import tree
 
-STATE = "state"
-RECORD = "record.json"
-# Trees of the train state that hold model parameters, best for inference first: the averaged weights, if there are any.
-PARAMETERS = ("ema", "params", "frozen")
 COMMITTED = re.compile(r"\d+")
-LEFTOVER = re.compile(r"\d+\..+")
-# Endings of folders that are not, or no longer, a checkpoint.
-SAVING, DELETING = ".saving", ".deleting"
+LEFTOVER = re.compile(rf"(\d+|{FROZEN})\..+")
+
+
+# What is left to do when the frozen tree is damaged.
+NO_WAY_OUT = (
+    "  Accepted: this folder as it was written. All checkpoints of the run share it, so that none can be restored without it.\n"
+    "  Bring it back from a copy, or start again in another --workdir."
+)
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class Checkpoints:
         # Waits for the files, then deletes what need not be kept: the next step does not wait for either.
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        # What this process has written, or read and verified.
-        self._intact: dict[int, Mapping[str, Leaf]] = {}
+        # What this process has written, or read and verified: folder -> its record.
+        self._intact: dict[Path, Record] = {}
 
     def steps(self) -> list[int]:
         """Committed steps, oldest first."""
@@ -89,39 +91,38 @@ class Checkpoints:
             logging.info("removed what an interrupted save left in %s: %s", self.directory, ", ".join(names))
         return names
 
+    def has_frozen(self) -> bool:
+        """True if the frozen tree is there, so that no step to come needs room for it."""
+        return self._path(FROZEN).is_dir()
+
     def record(self, step: int) -> Record:
         """What the checkpoint says about itself; DamagedError if that cannot be read."""
-        path = self._path(step)
-        try:
-            return from_json(json.loads((path / RECORD).read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise DamagedError(f"checkpoint {path} is damaged: its record ({RECORD}) cannot be read: {_summary(error)}.") from error
+        return folder.read_record(self._path(step))
 
     def save(self, step: int, state: Any, *, loss: float | None = None, meta: Mapping[str, Any] | None = None) -> float:
         """Starts to write `state` and returns the seconds for which it blocked. `state` may be donated as soon as it returns.
 
         loss: validation loss of exactly this step, if known, for keep_best. meta: JSON that `restore` gives back.
-        A checkpoint of this step that holds the same arrays is left as it is. CheckpointError if this save cannot start or the
-        one before failed in the background.
+        A checkpoint of this step that holds the same arrays is left as it is, and so is the frozen tree. CheckpointError if this
+        save cannot start, the one before failed in the background, or the frozen tree is not that of the steps which are there.
         """
         began = time.perf_counter()
         check_meta(meta or {})
         self.wait()
-        arrays = canonical.canonicalize(state)
-        sums = digests(arrays)
-        leaves = {name: Leaf(tuple(array.shape), array.dtype.name, sums[name]) for name, array in arrays.items()}
-        record = Record(int(step), float(loss) if loss is not None and math.isfinite(loss) else None, leaves, meta or {}, {})
-        if not self._holds(record):
-            self._clear(step)
-            processes.wait("checkpoint begun")
-            # When Orbax returns, the arrays are in host memory: on a CPU these are views of the same memory, which JAX does not
-            # let a donating step reuse while somebody looks at it.
-            try:
-                with _context():
-                    response = ocp.save_checkpointables_async(self._path(step, SAVING), {STATE: canonical.nested(arrays)})
-            except OSError as error:
-                raise self._unwritten(step, error) from error
-            self._pending = self._writer.submit(self._commit, record, response)
+        frozen, changing = tree.split(state, {name for name in tree.names(state) if name.startswith(f"{FROZEN}/")})
+        arrays = canonical.canonicalize(changing)
+        base = Record(int(step), None, _leaves(frozen, canonical.digests(frozen)), {}, {})
+        belongs = base.fingerprint() if base.leaves else None
+        loss = float(loss) if loss is not None and math.isfinite(loss) else None
+        record = Record(int(step), loss, _leaves(changing, digests(arrays)), meta or {}, {}, belongs)
+        writing: list[tuple[Path, Record, Mapping[str, jax.Array]]] = []
+        if base.leaves and not self._holds(self._path(FROZEN), base):
+            self._check_shared(base)
+            writing.append((self._path(FROZEN), base, canonical.canonicalize(frozen)))
+        if not self._holds(self._path(step), record):
+            writing.append((self._path(step), record, arrays))
+        if writing:
+            self._begin(step, writing)
         return time.perf_counter() - began
 
     def wait(self) -> None:
@@ -149,13 +150,13 @@ class Checkpoints:
         no such step, if it is from another model (decided before anything is loaded), or if it is damaged: then the error names
         the damage and the next older step that is good.
         """
-        wanted = canonical.named(canonical.abstract(template))
+        wanted, held = canonical.named(canonical.abstract(template)), canonical.layers_held(template)
 
         def load(candidate: int) -> Restored:
-            record = self.record(candidate)
-            arrays = self._read(record, record.leaves, wanted)
-            self._intact[candidate] = record.leaves
-            return Restored(candidate, canonical.restore_form(arrays, template), record.meta)
+            records = self._records(candidate)
+            arrays = self._read(candidate, records, _all_leaves(records), wanted, held)
+            self._intact.update(records)
+            return Restored(candidate, canonical.restore_form(arrays, template), records[self._path(candidate)].meta)
 
         return self._load(load, self._choose(step))
 
@@ -167,16 +168,11 @@ class Checkpoints:
         wanted = canonical.named(canonical.abstract(template))
 
         def load(candidate: int) -> Restored:
-            record = self.record(candidate)
-            found = {name: _holder(name, record) for name in wanted}
-            saved = {name: record.leaves[name] for name in found.values() if name in record.leaves}
-            for name, leaf in record.leaves.items():
-                if name.startswith(("params/", "frozen/")) and name.partition("/")[2] not in wanted:
-                    saved[name] = leaf
-            arrays = self._read(record, saved, {found[name]: leaf for name, leaf in wanted.items()})
-            return Restored(
-                candidate, canonical.restore_form({name: arrays[found[name]] for name in wanted}, template), record.meta
-            )
+            records = self._records(candidate)
+            parts = Parts(wanted, _all_leaves(records))
+            arrays = self._read(candidate, records, parts.saved, parts.wanted, parts.held)
+            meta = records[self._path(candidate)].meta
+            return Restored(candidate, canonical.restore_form(parts.join(arrays), template), meta)
 
         return self._load(load, self._choose(step))
 
@@ -198,17 +194,18 @@ class Checkpoints:
         return steps[-1] if step is None else step
 
     def _load(self, load: Callable[[int], Restored], step: int) -> Restored:
-        """`load(step)`; if that is damaged, the error also says which older step is good."""
+        """`load(step)`; if that is damaged, the error also says which older step is good, if that can be."""
         try:
             return load(step)
         except DamagedError as error:
-            self._intact.pop(step, None)
+            self._intact.pop(error.path, None)
             if not self._path(step).exists():
                 raise CheckpointError(
                     f"checkpoint {self._path(step)} was deleted while it was read; its run keeps checkpoint.keep_last of them.\n"
                     f"  Accepted: one that is there: {', '.join(map(str, self.steps())) or 'none'}. Run the same command again."
                 ) from error
-            raise DamagedError(f"{error} Nothing was loaded.\n{self._way_out(load, step)}") from error
+            way_out = NO_WAY_OUT if error.path == self._path(FROZEN) else self._way_out(load, step)
+            raise DamagedError(error.path, error.what, f" Nothing was loaded.\n{way_out}") from error
 
     def _way_out(self, load: Callable[[int], Restored], step: int) -> str:
         for older in reversed([older for older in self.steps() if older < step]):
@@ -222,64 +219,97 @@ class Checkpoints:
             )
         return "  Accepted: an undamaged checkpoint. This run has no older good one: start again in another --workdir."
 
-    def _read(self, record: Record, saved: Mapping[str, Leaf], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    def _records(self, step: int) -> dict[Path, Record]:
+        """Folder -> record of all that the checkpoint is made of: the step itself, and what is frozen where that lies apart."""
+        record = self.record(step)
+        if record.frozen is None:
+            return {self._path(step): record}
+        base = folder.read_record(self._path(FROZEN))
+        if base.fingerprint() != record.frozen:
+            raise CheckpointError(
+                f"checkpoint {self._path(step)} belongs to other frozen parameters than those in {self._path(FROZEN)};"
+                " nothing was loaded.\n"
+                f"  Accepted: the folder '{FROZEN}' that the same run wrote (fingerprint {record.frozen}; this one has"
+                f" {base.fingerprint()}).\n"
+                "  Bring it back from a copy of the run, or start again in another --workdir."
+            )
+        return {self._path(FROZEN): base, self._path(step): record}
+
+    def _read(
+        self,
+        step: int,
+        records: Mapping[Path, Record],
+        saved: Mapping[str, Leaf],
+        wanted: Mapping[str, jax.ShapeDtypeStruct],
+        held: Mapping[str, tuple[int, ...]],
+    ) -> dict[str, jax.Array]:
         """The arrays `wanted`, by their name in the checkpoint, after a check that they are all of `saved` and undamaged."""
-        path = self._path(record.step)
-        check_fits(saved, wanted, f"checkpoint {path}")
-        _check_files(record, path)
-        try:
-            with _context():
-                arrays = canonical.named(ocp.load_checkpointables(path, {STATE: canonical.nested(wanted)})[STATE])
-        except Exception as error:
-            if "RESOURCE_EXHAUSTED" in _summary(error):
-                raise  # Too little memory is no damage.
-            raise DamagedError(f"checkpoint {path} is damaged: {_summary(error)}.") from error
-        sums = digests(arrays)
-        altered = [name for name in wanted if sums[name] != saved[name].digest]
-        if altered:
-            more = f" and {len(altered) - 4} more" if len(altered) > 4 else ""
-            raise DamagedError(f"checkpoint {path} is damaged: the digest does not fit {', '.join(altered[:4])}{more}.")
+        check_fits(saved, wanted, held, f"checkpoint {self._path(step)}")
+        arrays: dict[str, jax.Array] = {}
+        for path, record in records.items():
+            arrays |= folder.read(path, record, {name: like for name, like in wanted.items() if name in record.leaves})
         return arrays
 
-    def _holds(self, record: Record) -> bool:
+    def _holds(self, path: Path, record: Record) -> bool:
         """True if exactly these arrays are there and intact, as after a resume that is stopped before its first step."""
-        return self._intact.get(record.step) == record.leaves and record.step in self.steps()
+        intact = self._intact.get(path)
+        return intact is not None and (intact.leaves, intact.frozen) == (record.leaves, record.frozen) and path.is_dir()
 
-    def _commit(self, record: Record, response: Any) -> None:
-        """Runs in the background: waits for the arrays, adds the record, makes both visible, deletes what need not be kept."""
+    def _check_shared(self, base: Record) -> None:
+        """CheckpointError if steps that are there belong to another frozen tree, which writing this one would take from them."""
+        records = [record for step in self.steps() if (record := self._readable(step)) is not None]
+        others = [str(record.step) for record in records if record.frozen not in (None, base.fingerprint())]
+        if others:
+            raise CheckpointError(
+                f"the frozen parameters are not those of the checkpoints in {self.directory} (of step {', '.join(others)}).\n"
+                "  Accepted: one frozen tree for all checkpoints of a run, which nothing changes.\n"
+                "  Go on from one of these checkpoints, or use another --workdir."
+            )
+
+    def _begin(self, step: int, writing: list[tuple[Path, Record, Mapping[str, jax.Array]]]) -> None:
+        """Starts to write these folders and has them committed, in this order, in the background."""
+        for path, _, _ in writing:
+            self._clear(path)
+        processes.wait("checkpoint begun")
+        responses: list[Any] = []
         try:
-            response.result()
+            for path, _, arrays in writing:
+                responses.append(folder.begin(path, arrays))
+        except OSError as error:
+            with suppress(Exception):
+                folder.finish(responses)
+            raise self._unwritten(step, error) from error
+        records = {path: record for path, record, _ in writing}
+        self._pending = self._writer.submit(self._commit, step, records, responses)
+
+    def _commit(self, step: int, records: Mapping[Path, Record], responses: list[Any]) -> None:
+        """Runs in the background: waits for the arrays, makes them visible, deletes what need not be kept."""
+        try:
+            folder.finish(responses)
             if jax.process_index() == 0:
-                folder = self._path(record.step, SAVING)
-                files = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-                write_json(folder / RECORD, replace(record, files=files).to_json())
-                replaced = self._set_aside(record.step)
-                folder.rename(self._path(record.step))
-                # Also a power cut must find the new one before older ones are deleted.
-                sync_directory(self.directory)
-                shutil.rmtree(replaced, ignore_errors=True)
+                for path, record in records.items():
+                    folder.commit(path, record)
             # Nobody goes on to look for it, or to save it again, before it is there.
             processes.wait("checkpoint written")
         except Exception as error:
-            self._clear(record.step)
-            raise self._unwritten(record.step, error) from error
-        self._intact[record.step] = record.leaves
+            for path in records:
+                self._clear(path)
+            raise self._unwritten(step, error) from error
+        self._intact.update(records)
         self._prune()
 
-    def _path(self, step: int, ending: str = "") -> Path:
-        return self.directory / f"{step}{ending}"
+    def _path(self, name: int | str) -> Path:
+        return self.directory / str(name)
 
-    def _clear(self, step: int) -> None:
-        """Removes what an earlier attempt to save this step left behind."""
+    def _clear(self, path: Path) -> None:
         if jax.process_index() == 0:
-            for path in self.directory.glob(f"{step}.*"):
-                shutil.rmtree(path, ignore_errors=True)
+            folder.clear(path)
 
     def _unwritten(self, step: int, error: Exception) -> CheckpointError:
         intact = ", ".join(map(str, self.steps())) or "none"
         free = shutil.disk_usage(next(path for path in (self.directory, *self.directory.parents) if path.exists())).free
         return CheckpointError(
-            f"checkpoint of step {step} could not be written to {self.directory}: {_summary(error)}.\n"
+            f"checkpoint of step {step} could not be written to {self.directory}: {folder.summary(error)}.\n"
             f"  Accepted: a writable disk with room; {free / 2**20:.0f} MiB are free. Intact: {intact}.\n"
             "  Make room and run the same command again."
         )
@@ -287,57 +317,28 @@ class Checkpoints:
     def _prune(self) -> None:
         """Deletes what neither keep_last nor keep_best protects."""
         steps = self.steps()
-        losses = {step: loss for step in steps if (loss := self._loss(step)) is not None}
+        records = {step: record for step in steps if (record := self._readable(step)) is not None}
+        losses = {step: record.loss for step, record in records.items() if record.loss is not None}
         best = sorted(losses, key=lambda step: (losses[step], -step))[: self._keep_best]
         for step in set(steps) - set(steps[-self._keep_last :]) - set(best):
             self._delete(step)
 
-    def _loss(self, step: int) -> float | None:
+    def _readable(self, step: int) -> Record | None:
         try:
-            return self.record(step).loss
+            return self.record(step)
         except DamagedError:
             return None
 
     def _delete(self, step: int) -> None:
+        self._intact.pop(self._path(step), None)
         if jax.process_index() == 0:
-            shutil.rmtree(self._set_aside(step))
-
-    def _set_aside(self, step: int) -> Path:
-        """Renames a committed step, if it is there: a deletion that is cut short must not leave what looks like a checkpoint."""
-        self._intact.pop(step, None)
-        path, doomed = self._path(step), self._path(step, DELETING)
-        shutil.rmtree(doomed, ignore_errors=True)
-        if path.exists():
-            path.rename(doomed)
-        return doomed
+            shutil.rmtree(folder.set_aside(self._path(step)))
 
 
-def _holder(name: str, record: Record) -> str:
-    """Name under which the checkpoint holds a model parameter; that of the trained one if it holds none."""
-    return next((full for tree in PARAMETERS if (full := f"{tree}/{name}") in record.leaves), f"params/{name}")
+def _leaves(part: Any, sums: Mapping[str, str]) -> dict[str, Leaf]:
+    held, arrays = canonical.layers_held(part), canonical.named(canonical.abstract(part))
+    return {name: Leaf(like.shape, like.dtype.name, sums[name], held.get(name, ())) for name, like in arrays.items()}
 
 
-def _check_files(record: Record, path: Path) -> None:
-    """DamagedError if a file is gone or has another size: plainer than what the storage library says to it."""
-    for name, size_bytes in record.files.items():
-        found_bytes = (path / name).stat().st_size if (path / name).is_file() else None
-        if found_bytes != size_bytes:
-            what = "is missing" if found_bytes is None else f"has {found_bytes} bytes instead of {size_bytes}"
-            raise DamagedError(f"checkpoint {path} is damaged: its file {name} {what}.")
-
-
-def _context() -> ocp.Context:
-    context = ocp.Context()
-    # Weights are noise to a compressor: it saves a tenth of the bytes and takes five times as long.
-    context.array.saving.use_compression = False
-    context.pytree.loading.partial_load = True
-    return context
-
-
-def _summary(error: BaseException) -> str:
-    """The first cause of an error on one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    # Tensorstore appends a page of its settings.
-    text = " ".join(str(error).partition(" [tensorstore_spec")[0].split())
-    return f"{type(error).__name__}: {text[:600]}"
+def _all_leaves(records: Mapping[Path, Record]) -> dict[str, Leaf]:
+    return {name: leaf for record in records.values() for name, leaf in record.leaves.items()}

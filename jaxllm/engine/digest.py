@@ -6,7 +6,7 @@ their order, so neither does the result depend on the mesh; scramble is a biject
 scramble is the 32-bit finalizer of MurmurHash3 (Appleby 2011, https://github.com/aappleby/smhasher, fmix32).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +42,13 @@ def _bits(array: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def checksum(array: jax.Array) -> jax.Array:
-    """uint32 scalar. The index enters axis by axis, so that arrays of more than 2^32 elements need no 64-bit index."""
+def checksum(array: jax.Array, start: jax.typing.ArrayLike = OFFSET) -> jax.Array:
+    """uint32 scalar. The index enters axis by axis, so that arrays of more than 2^32 elements need no 64-bit index.
+
+    start: what positions start from; other than OFFSET for a part of a larger array (`stacked`).
+    """
     words = _bits(array)
-    position = jnp.full(words.shape, OFFSET, jnp.uint32)
+    position = jnp.full(words.shape, start, jnp.uint32)
     for axis in range(words.ndim):
         position = _scramble(position + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis))
     return jnp.sum(_scramble(words + position), dtype=jnp.uint32)
@@ -57,4 +60,14 @@ def digests(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
     One array after the other: dozens of small programs with a collective each, all in flight at once, can lock up several CPU
     devices on few cores, as each waits for others that get no thread.
     """
-    return {name: f"{int(checksum(array)):08x}" for name, array in arrays.items()}
+    return {name: _text(int(checksum(array))) for name, array in arrays.items()}
+
+
+def stacked(layers: Sequence[jax.Array]) -> str:
+    """The digest of `jnp.stack(layers)`, which is not made: it would take their memory again."""
+    starts = [_scramble(jnp.uint32(OFFSET) + jnp.uint32(index)) for index in range(len(layers))]
+    return _text(sum(int(checksum(layer, start)) for layer, start in zip(layers, starts, strict=True)) % 2**32)
+
+
+def _text(checksum: int) -> str:
+    return f"{checksum:08x}"

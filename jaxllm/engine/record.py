@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -48,16 +49,24 @@ class CheckpointError(ValueError):
 
 
 class DamagedError(CheckpointError):
-    """The files of a committed checkpoint are not what was written."""
+    """The files of a committed checkpoint, in the folder `path`, are not what was written. advice: what to do."""
+
+    def __init__(self, path: Path, what: str, advice: str = ""):
+        super().__init__(f"checkpoint {path} is damaged: {what}.{advice}")
+        self.path, self.what = path, what
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One array of a checkpoint, in canonical form."""
+    """One array of a checkpoint, in canonical form. layers: which layers its stack is of; empty: all, or it is no stack."""
 
     shape: tuple[int, ...]
     dtype: str
     digest: str
+    layers: tuple[int, ...] = ()
+
+    def to_json(self) -> list[Any]:
+        return [list(self.shape), self.dtype, self.digest, *([list(self.layers)] if self.layers else [])]
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ class Record:
     """step: updates done. loss: validation loss at this step, if it was measured. leaves: name -> Leaf. meta: JSON of the run.
 
     files: path inside the checkpoint -> bytes, for all files but the record.
+    frozen: fingerprint of the frozen parameters that belong to it and lie in a folder of their own; None if there are none.
     """
 
     step: int
@@ -72,12 +82,25 @@ class Record:
     leaves: Mapping[str, Leaf]
     meta: Mapping[str, Any]
     files: Mapping[str, int]
+    frozen: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with a checksum of itself."""
-        leaves = {name: [list(leaf.shape), leaf.dtype, leaf.digest] for name, leaf in self.leaves.items()}
-        body = {"step": self.step, "loss": self.loss, "leaves": leaves, "meta": dict(self.meta), "files": dict(self.files)}
+        leaves = {name: leaf.to_json() for name, leaf in self.leaves.items()}
+        body: dict[str, Any] = {
+            "step": self.step,
+            "loss": self.loss,
+            "leaves": leaves,
+            "meta": dict(self.meta),
+            "files": dict(self.files),
+        }
+        if self.frozen is not None:
+            body["frozen"] = self.frozen
         return {**body, "checksum": _checksum(body)}
+
+    def fingerprint(self) -> str:
+        """Of the arrays alone, whenever they were written: names, shapes, dtypes, digests."""
+        return _checksum({name: leaf.to_json() for name, leaf in self.leaves.items()})
 
 
 def check_meta(meta: Mapping[str, Any]) -> None:
@@ -100,26 +123,39 @@ def from_json(stored: Any) -> Record:
     body = {key: value for key, value in stored.items() if key != "checksum"}
     if _checksum(body) != stored["checksum"]:
         raise ValueError("it was altered, as its checksum does not fit")
-    leaves = {name: Leaf(tuple(shape), dtype, digest) for name, (shape, dtype, digest) in body["leaves"].items()}
-    return Record(body["step"], body["loss"], leaves, body["meta"], body["files"])
+    leaves = {
+        name: Leaf(tuple(shape), dtype, digest, tuple(*layers)) for name, (shape, dtype, digest, *layers) in body["leaves"].items()
+    }
+    return Record(body["step"], body["loss"], leaves, body["meta"], body["files"], body.get("frozen"))
 
 
 def _checksum(body: Any) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_fits(saved: Mapping[str, Leaf], wanted: Mapping[str, jax.ShapeDtypeStruct], where: str) -> None:
-    """CheckpointError that lists the differing arrays and the config fields behind them, if `saved` is not exactly `wanted`."""
+def check_fits(
+    saved: Mapping[str, Leaf], wanted: Mapping[str, jax.ShapeDtypeStruct], held: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """CheckpointError that lists the differing arrays and the config fields behind them, if `saved` is not exactly `wanted`.
+
+    held: name -> layers of those stacks that are to be of some layers only.
+    """
     missing = [name for name in wanted if name not in saved]
     unexpected = [name for name in saved if name not in wanted]
     both = [name for name in wanted if name in saved]
-    shapes = [name for name in both if saved[name].shape != wanted[name].shape]
+    layers = [name for name in both if saved[name].layers != held.get(name, ())]
+    shapes = [name for name in both if name not in layers and saved[name].shape != wanted[name].shape]
     dtypes = [name for name in both if saved[name].dtype != wanted[name].dtype.name]
-    if not (missing or unexpected or shapes or dtypes):
+    if not (missing or unexpected or layers or shapes or dtypes):
         return
     lines = [f"{where} is from another model or another setup; nothing was loaded."]
     lines += _listing("not in the checkpoint", missing, {name: str(list(wanted[name].shape)) for name in missing})
     lines += _listing("only in the checkpoint", unexpected, {name: str(list(saved[name].shape)) for name in unexpected})
+    lines += _listing(
+        "layers",
+        layers,
+        {name: f"{_which(saved[name].layers)} in the checkpoint, {_which(held.get(name))} here" for name in layers},
+    )
     lines += _listing(
         "shape", shapes, {name: f"{_size(saved[name])} in the checkpoint, {_size(wanted[name])} here" for name in shapes}
     )
@@ -135,6 +171,10 @@ def check_fits(saved: Mapping[str, Leaf], wanted: Mapping[str, jax.ShapeDtypeStr
 
 def _size(leaf: Leaf | jax.ShapeDtypeStruct) -> str:
     return str(list(leaf.shape))
+
+
+def _which(layers: Sequence[int] | None) -> str:
+    return f"layers {', '.join(map(str, layers))}" if layers else "all layers"
 
 
 def _listing(title: str, names: Sequence[str], details: Mapping[str, str]) -> list[str]:

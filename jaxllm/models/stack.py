@@ -55,7 +55,7 @@ def init(layers_as: str, count: int, init_layer: Callable[[jax.Array], Any], rng
     # A loop, since XLA takes 0.5 s to compile a random generator and would need one a layer. Cutting its result apart holds the
     # parameters twice for a moment; training will hold them four times.
     stacked = jax.lax.map(lambda index: init_layer(jax.random.fold_in(rng, index)), jnp.arange(count))
-    return tree.unstack_like(stacked, [None] * count) if layers_as == "unrolled" else stacked
+    return tree.unstack_like(stacked, [stacked] * count) if layers_as == "unrolled" else stacked
 
 
 def axes(layers_as: str, count: int, layer_axes: Any) -> Any:

@@ -95,21 +95,42 @@ def _is_stack(node: Any) -> bool:
     return isinstance(node, list)
 
 
-def stack_layers(tree: Any) -> Any:
-    """Canonical form: every list of per-layer trees becomes one tree with a leading layer axis. Works on optimizer states too."""
+def _is_hole(node: Any) -> bool:
+    """True for what stands where another tree has a leaf: None, or what optax puts there; a node without leaf or child."""
+    return not jax.tree.leaves(node, is_leaf=lambda part: part is not node)
+
+
+def stack_layers(tree: Any, join: Callable[[list[Any]], Any] = jnp.stack) -> Any:
+    """Canonical form: every list of per-layer trees becomes one tree with a leading layer axis. Works on optimizer states too.
+
+    A leaf that some layers have and others do not (holes, where layers are frozen) becomes a stack of those that are there.
+    join: what is made of the leaves of one stack, given in the order of their layers.
+    """
+
+    def leaf(*layers: Any) -> Any:
+        there = [layer for layer in layers if not _is_hole(layer)]
+        return join(there) if there else layers[0]
 
     def one(node: Any) -> Any:
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *node) if _is_stack(node) else node
+        return jax.tree.map(leaf, *node, is_leaf=_is_hole) if _is_stack(node) else node
 
     return jax.tree.map(one, tree, is_leaf=_is_stack)
 
 
 def unstack_like(tree: Any, template: Any) -> Any:
-    """The inverse of `stack_layers`: gives `tree` (canonical) the form of `template`, which has lists where layers are unrolled."""
+    """The inverse of `stack_layers`: gives `tree` (canonical) the form of `template`, which has lists where layers are unrolled.
+
+    Layers go where the template has leaves, leaf by leaf; where it has a hole the result has one.
+    """
 
     def one(like: Any, node: Any) -> Any:
         if not _is_stack(like):
             return node
-        return [jax.tree.map(lambda leaf, index=index: leaf[index], node) for index in range(len(like))]
+        # Each stack hands out its layers one by one, to those that have this leaf.
+        stacks = jax.tree.map(lambda stack: (stack[index] for index in range(stack.shape[0])), node)
+        return [
+            jax.tree.map(lambda leaf, stack: leaf if _is_hole(leaf) else next(stack), layer, stacks, is_leaf=_is_hole)
+            for layer in like
+        ]
 
     return jax.tree.map(one, template, tree, is_leaf=_is_stack)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxllm.engine.digest import checksum, digests
+from jaxllm.engine.digest import checksum, digests, stacked
 
 DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn", "int32", "uint32", "int8", "uint8", "int4", "bool"]
 SHAPES = [(), (0,), (7,), (3, 4), (2, 3, 5)]
@@ -47,7 +47,14 @@ def test_it_is_what_the_definition_says(dtype: str, shape: tuple[int, ...]) -> N
     assert digests({"a": jnp.asarray(array)}) == {"a": f"{expected(array):08x}"}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_stack_needs_not_be_made(dtype: str, shape: tuple[int, ...]) -> None:
+    layers = [random(dtype, (3, *shape))[index] for index in range(3)]
+    assert stacked([jnp.asarray(layer) for layer in layers]) == f"{expected(np.stack(layers)):08x}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "uint8"])
 def test_every_flipped_bit_is_noticed(dtype: str) -> None:
     array = random(dtype, (3, 5))
     before = int(checksum(jnp.asarray(array)))

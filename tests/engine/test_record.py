@@ -48,23 +48,27 @@ def without(*names: str) -> dict[str, tuple[int, ...]]:
 )
 def test_a_difference_is_listed_and_explained(shapes: dict[str, tuple[int, ...]], listed: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        check_fits(SAVED, wanted(SHAPES | shapes), "checkpoint /run/3")
+        check_fits(SAVED, wanted(SHAPES | shapes), {}, "checkpoint /run/3")
     assert str(caught.value).startswith("checkpoint /run/3 is from another model or another setup; nothing was loaded.\n")
     assert listed in str(caught.value)
 
 
 def test_what_fits_passes_and_what_is_left_over_or_cast_does_not() -> None:
-    check_fits(SAVED, wanted(SHAPES), "")
+    check_fits(SAVED, wanted(SHAPES), {}, "")
     with pytest.raises(
         CheckpointError, match=r"only in the checkpoint: opt_state/0/mu/embed/tokens .*\n.*different: optimizer.name"
     ):
-        check_fits(SAVED, wanted(without("opt_state/0/mu/embed/tokens")), "")
+        check_fits(SAVED, wanted(without("opt_state/0/mu/embed/tokens")), {}, "")
     with pytest.raises(CheckpointError, match=r"dtype: params/embed/tokens \(float32 in the checkpoint, bfloat16 here\)"):
-        check_fits(SAVED, wanted(SHAPES, jnp.bfloat16), "")
+        check_fits(SAVED, wanted(SHAPES, jnp.bfloat16), {}, "")
 
 
 def test_every_changed_character_of_the_file_is_noticed() -> None:
-    record = Record(7, 2.5, dict(list(SAVED.items())[:1]), {"seed": [1, "x", None]}, {"state/d/a": 12})
+    leaves = {
+        "params/norm/scale": Leaf((8,), "float32", "00000000"),
+        "params/layers/norm/scale": Leaf((2, 8), "int8", "00000000", (1, 3)),
+    }
+    record = Record(7, 2.5, leaves, {"seed": [1, "x", None]}, {"state/d/a": 12}, "0123456789abcdef")
     text = json.dumps(record.to_json())
     assert from_json(json.loads(text)) == record
     for position in range(len(text)):

@@ -142,7 +142,7 @@ def test_logits_are_those_of_the_paper(switches: dict) -> None:
     params = draw(model)
     logits = jax.jit(model.apply)(params, batch["tokens"], segments=batch["segments"], positions=batch["positions"])
     assert logits.dtype == jnp.float32
-    unrolled = tree.unstack_like(params, {**params, "layers": [0] * 2}) if "layers_as" in switches else params
+    unrolled = tree.unstack_like(params, {**params, "layers": [params["layers"]] * 2}) if "layers_as" in switches else params
     exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), unrolled)
     oracle = {"llama": llama, "gpt": gpt2}[config.model.name]
     for row, (tokens, segments, positions) in enumerate(zip(*batch.values(), strict=True)):

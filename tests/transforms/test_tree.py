@@ -1,5 +1,8 @@
 """Paths, selections and the two forms of a layer stack, on parameters and on what optax makes of them."""
 
+import dataclasses
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,3 +100,70 @@ def test_unstack_is_the_inverse_of_stack(name):
     # The template may be abstract, and a stacked one asks for no change.
     assert_same(tree.unstack_like(stacked, jax.eval_shape(lambda: state)), state)
     assert_same(tree.unstack_like(stacked, stacked), stacked)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("base", "added"), meta_fields=("rank",))
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A leaf type: each of its fields may be a hole."""
+
+    base: object
+    added: object
+    rank: int
+
+
+def adapted_layers(present):
+    """[layers] of leaf types and an array; `present` [layers][3] says which leaves each layer has, with values that tell all apart."""
+
+    def layer(index, has):
+        base, added, scale = (jnp.full((2,), 10.0 * index + field) if there else None for field, there in enumerate(has))
+        return {"q": {"kernel": Adapted({"codes": base}, added, rank=4)}, "scale": scale}
+
+    return {"layers": [layer(index, has) for index, has in enumerate(present)], "embed": None}
+
+
+@pytest.mark.parametrize(
+    "present",
+    [
+        # The whole leaf type, or the same field of it, in every layer.
+        [(1, 1, 1), (1, 1, 1)],
+        [(0, 1, 1), (0, 1, 1), (0, 1, 1)],
+        # Layers without anything: the first ones, the last ones, every other one, all.
+        [(0, 0, 0), (0, 0, 0), (1, 1, 1)],
+        [(1, 0, 1), (0, 0, 0), (0, 0, 0)],
+        [(0, 0, 0), (0, 1, 1), (0, 0, 0), (0, 1, 1)],
+        [(0, 0, 0), (0, 0, 0)],
+        # Each leaf for itself.
+        [(1, 0, 0), (1, 1, 0), (0, 1, 1), (1, 0, 1)],
+    ],
+    ids=str,
+)
+def test_layers_with_holes_are_stacked_leaf_by_leaf_and_go_back_to_their_places(present):
+    params = adapted_layers(present)
+    canonical = tree.stack_layers(params)
+    kernel = canonical["layers"]["q"]["kernel"]
+    assert isinstance(kernel, Adapted) and kernel.rank == 4
+    for field, stack in enumerate((kernel.base["codes"], kernel.added, canonical["layers"]["scale"])):
+        values = [10.0 * index + field for index, has in enumerate(present) if has[field]]
+        assert stack is None if not values else stack[:, 0].tolist() == values and stack.shape == (len(values), 2)
+    assert_same(tree.unstack_like(canonical, params), params)
+    assert_same(jax.jit(lambda canonical: tree.unstack_like(canonical, params))(canonical), params)
+    assert_same(tree.unstack_like(jax.device_get(canonical), jax.eval_shape(lambda: params)), params)
+
+
+@pytest.mark.parametrize("name", ["adamw", "groups"])
+def test_optimizer_states_of_frozen_layers_have_their_holes(name):
+    params = make_params()
+    mine = {**params, "layers": [jax.tree.map(lambda _: None, params["layers"][0]), *params["layers"][1:]]}
+    labels = jax.tree.map_with_path(lambda path, _: "a" if tree.path_name(path).endswith("kernel") else "b", mine)
+    optimizers = {
+        "adamw": lambda: optax.adamw(1e-3),
+        "groups": lambda: optax.partition({"a": optax.adam(1e-3), "b": optax.sgd(1e-3, momentum=0.9)}, labels),
+    }
+    state = optimizers[name]().init(mine)
+    leaves, structure = jax.tree.flatten(state)
+    state = jax.tree.unflatten(structure, [leaf + index for index, leaf in enumerate(leaves)])
+    stacked = tree.stack_layers(state)
+    moments = [leaf for path, leaf in tree.named_leaves(stacked) if path.endswith("layers/mlp/up/kernel")]
+    assert moments and all(leaf.shape == (2, 4, 2) for leaf in moments)
+    assert_same(tree.unstack_like(stacked, state), state)
