@@ -4,7 +4,8 @@ The bytes are those that bitsandbytes 0.50 makes on a CPU, in another order: it 
 axes of the kernel [in, out]. Deviations:
 
 - Inputs that 64 does not divide are refused. There, bitsandbytes lets a block run from the end of one output into the next.
-- The mean of the scales is a sum of floats in another order, so it may differ in its last bits, and with it what is measured from it.
+- The mean of the scales is a sum of floats in another order. In every second kernel it differs by an ulp or two, and with it the nested
+  scales in their last bits, and one scale's code in 25,000. Where it is equal, so is every byte.
 
 4.127 bits a weight: 4 for its code, 8 / 64 for its block's scale, 32 / (64 x 256) for that scale's scale. Without double quantization 4.5.
 """
@@ -138,7 +139,7 @@ def quantize(kernel: Any, inputs: int, double: bool) -> Nf4:
     axis = quantized.packed_axis(kernel, inputs)
     absmax = quantized.largest(kernel, scales)
     # In the order of bitsandbytes, since x / absmax may be rounded to the other side of a middle. A block of zeros stays one.
-    shares = kernel * quantized.spread(jnp.where(absmax > 0, 1 / absmax, 0), kernel.shape)
+    shares = kernel * quantized.spread(1 / jnp.where(absmax > 0, absmax, 1), kernel.shape)
     # The number of middles that lie below. 15 comparisons, which are fused, are faster than a search and need no memory.
     codes = sum((shares > middle).astype(jnp.uint8) for middle in _middles(TABLE))
     packed = quantized.pack(codes, axis, quantized.HIGH_FIRST)

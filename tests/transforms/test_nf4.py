@@ -17,6 +17,7 @@ LAYOUTS |= {f"o_{k}": lambda n, out, k=k: ((n // k, k, out), 2) for k in (32, 64
 # Of a weight with 64 inputs there is no head of 128.
 USES = [(case, layout) for case in CASES for layout in LAYOUTS if (case, layout) not in (("nothing", "o_128"), ("ties", "o_128"))]
 quantize = jax.jit(nf4.quantize, static_argnums=(1, 2))
+read = jax.jit(lambda leaf: (leaf.scale(), leaf.dense()))
 
 
 def golden(case):
@@ -89,14 +90,15 @@ def test_bytes_are_those_of_bitsandbytes(case, layout):
     np.testing.assert_allclose(dense, found["dense"].ravel(), rtol=2.0**-24, atol=2.0**-21 * largest)
 
 
-@pytest.mark.parametrize(("case", "layout"), USES)
+@pytest.mark.parametrize("case", ["random", "zeros", "ties"])
+@pytest.mark.parametrize("layout", ["down", "q", "o_32", "o_64"])
 def test_without_double_quantization_every_bit_is_equal(case, layout):
     found = golden(case)
     kernel, inputs = kernel_of(found["weight"], layout)
     leaf = quantize(kernel, inputs, False)
     np.testing.assert_array_equal(packed_of(leaf, inputs), found["packed"])
     np.testing.assert_array_equal(torch_order(leaf.absmax, inputs), found["single_absmax"])
-    np.testing.assert_array_equal(torch_order(leaf.dense(), inputs), found["single_dense"].ravel())
+    np.testing.assert_array_equal(torch_order(read(leaf)[1], inputs), found["single_dense"].ravel())
     assert (leaf.nested, leaf.offset) == (None, None)
 
 
