@@ -1,6 +1,7 @@
 """What a training run would be, from the config alone: nothing is compiled, allocated or written, and no device is needed."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -10,7 +11,7 @@ from rich.table import Table
 from jaxllm import config as schema
 from jaxllm.data import folder, tokenize
 from jaxllm.engine.session import UNKNOWN_CLASSES, Session, build_session, bytes_by_category, count
-from jaxllm.parallel import activations, fits, layout, pipeline, plan, report, traffic
+from jaxllm.parallel import activations, fits, forms, layout, pipeline, plan, report, traffic
 from jaxllm.pipeline.simulate import simulate
 from jaxllm.transforms import tree
 
@@ -53,8 +54,8 @@ def _facts(session: Session, vocabulary: str) -> Table:
     table = Table("run", "", show_header=False, title="What would run", title_justify="left")
     rows = {
         "architecture": config.model.name,
-        "parameters": f"{count(session.abstract.params) + count(session.abstract.frozen):,}",
-        "trainable": f"{count(session.abstract.params):,}",
+        "parameters": f"{forms.weights(tree.combine(session.abstract.params, session.abstract.frozen)):,}",
+        "trainable": _trainable(session),
         "vocabulary": f"{config.model.vocab_size:,}" + (f" ({vocabulary})" if vocabulary else ""),
         "mesh": mesh,
         "steps": f"{train.steps:,}",
@@ -67,6 +68,11 @@ def _facts(session: Session, vocabulary: str) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _trainable(session: Session) -> str:
+    trained, dense = count(session.abstract.params), forms.weights(tree.combine(session.abstract.params, session.abstract.frozen))
+    return f"{trained:,}" + (f" ({trained / dense:.3%})" if trained < dense else "")
 
 
 def _pipeline(session: Session) -> str:
@@ -83,13 +89,19 @@ def sharding(session: Session) -> Group:
     made, abstract, axes = session.plan, session.abstract, session.model.axes
     everything = tree.combine(abstract.params, abstract.frozen)
     tables = [report.parameters(layout.entries(made, axes, everything), made.mesh.shape)]
-    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract.opt_state))
+    if count(abstract.frozen):
+        tables.append(report.forms(forms.of(everything, tree.names(abstract.params))))
+    state_bytes = _bytes(abstract.opt_state)
     uncut = {"parameters": layout.uncut(made, everything), "optimizer": layout.uncut(made, abstract.opt_state)}
-    textbook = layout.textbook(made, count(abstract.params), state_bytes)
+    textbook = layout.textbook(made, count(abstract.params), state_bytes, _bytes(abstract.frozen))
     tables.append(report.memory(bytes_by_category(session), textbook, uncut))
     if made.mesh.size > 1:
         tables.append(report.traffic(*moved(session)))
     return report.group(*tables)
+
+
+def _bytes(abstract: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
 
 
 def moved(session: Session, adds_first: bool = True) -> tuple[list[traffic.Row], str]:

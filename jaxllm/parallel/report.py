@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from jaxllm.parallel.forms import Form
 from jaxllm.parallel.layout import Entry
 from jaxllm.parallel.traffic import Difference, Row
 
@@ -27,6 +28,16 @@ def parameters(entries: Iterable[Entry], mesh_shape: Mapping[str, int]) -> Table
             _two(shape, spec),
             f"{entry.parts:,}",
             size_text(entry.bytes),
+        )
+    return table
+
+
+def forms(found: Iterable[Form]) -> Table:
+    """One row a form of parameters."""
+    table = _table("Parameters by form", "what", "", ">weights", ">bits a weight", ">on a device")
+    for form in found:
+        table.add_row(
+            form.what, "trained" if form.trained else "frozen", f"{form.weights:,}", f"{form.bits:.3f}", size_text(form.bytes)
         )
     return table
 

@@ -114,7 +114,10 @@ class Adaptation:
         def of_layer(kernel: Any, layer: Any) -> Any:
             for index, transform in enumerate(chosen):
                 key = jax.random.fold_in(jax.random.fold_in(rng, layer), index)
-                kernel = _inside(transform, kernel, transform.apply, count, key)
+                try:
+                    kernel = _inside(transform, kernel, transform.apply, count, key)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
             return kernel
 
         # One after the other: a decomposition or a search of all layers at once would need the memory of all.

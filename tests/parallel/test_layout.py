@@ -35,7 +35,7 @@ def test_bytes_are_those_of_the_formula(stage: int, layers_as: str) -> None:
     assert sizes["parameters"] == 4 * psi // (n if stage == 3 else 1)
     assert sizes["gradients"] == 4 * psi // (n if stage >= 2 else 1)
     assert sizes["optimizer"] - adam_counters(session) == 8 * psi // n
-    book = layout.textbook(session.plan, psi, 8 * psi)
+    book = layout.textbook(session.plan, psi, 8 * psi, 0)
     assert [sizes["parameters"], sizes["gradients"], 8 * psi // n] == [*book.values()]
     assert layout.uncut(session.plan, session.abstract.opt_state) == {"fsdp": 0}
     assert layout.uncut(session.plan, session.abstract.params) == {"fsdp": 0 if stage == 3 else 1}
