@@ -25,6 +25,7 @@ LEVELS = (
         "command",
         "runs",
         "start",
+        "logits",
         "api",
         "dry_run",
         "train",

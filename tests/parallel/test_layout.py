@@ -87,5 +87,6 @@ def test_every_rule_is_of_a_model() -> None:
     """A rule that matches no logical axis is a line too many in rules.py; an axis without a rule is an error (test_rules.py)."""
     models = [build(family, model__layers_as="scan").model for family in combinations.OBJECTIVES]
     models.append(build("bert", model__head="classify", model__classes=2, train__objective="sequence_classification").model)
+    models.append(build("llama", train__transforms=("int8", "lora"), model__start_rows=8).model)
     axes = {axis for model in models for axis in jax.tree.leaves(model.axes)}
     assert axes | ACTIVATIONS == set(rules.RULES)
