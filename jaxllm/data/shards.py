@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ class Totals:
 
     tokens: bos and eos included, padding not. weighted_tokens: predictions that count; where they are drawn anew each step, all that
     may be drawn. text_bytes: UTF-8 bytes of the text that these spell, where that can be said, else 0. cut: examples too long for a row.
+    dropped: documents that were left out, by the reason.
     """
 
     documents: int = 0
@@ -44,6 +45,7 @@ class Totals:
     weighted_tokens: int = 0
     text_bytes: int = 0
     cut: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
 
 
 FLAG = np.dtype(np.uint8)
@@ -110,6 +112,7 @@ class Shards:
         self.weighted_tokens: int = index["weighted_tokens"]
         self.text_bytes: int = index["text_bytes"]
         self.cut: int = index["cut"]
+        self.dropped: dict[str, int] = index.get("dropped", {})
         self._rows: int = index["rows"]
         self._parts: dict[str, Any] = index["arrays"]
         self._arrays = {name: self._open(name) for name in self._parts}
@@ -138,7 +141,8 @@ class Shards:
     def summary(self) -> dict[str, Any]:
         """The counts, for the record of what was prepared."""
         names = ("row_tokens", "documents", "tokens", "weighted_tokens", "text_bytes", "cut", "bytes", "fingerprint")
-        return {"rows": len(self)} | {name: getattr(self, name) for name in names}
+        dropped = {"dropped": self.dropped} if self.dropped else {}
+        return {"rows": len(self)} | {name: getattr(self, name) for name in names} | dropped
 
     def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """int32 [B, width] of these rows, by the name of the array."""

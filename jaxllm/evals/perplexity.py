@@ -92,6 +92,7 @@ _SCORES = {
     "masked_lm": "masked token perplexity",
     "span_corruption": "span corruption perplexity",
     "seq2seq": "target token perplexity",
+    "sft": "trained token perplexity",
     "sequence_classification": "perplexity of a text's class",
     "token_classification": "perplexity of a word's class",
 }

@@ -46,7 +46,8 @@ Show = Callable[[Mapping[str, np.ndarray], "Tokenizer", tuple[str, ...]], Iterat
 class Examples:
     """The data side of one objective for one config.
 
-    reads: what a document has besides its text: "text" (nothing), "target" (a second text), "label" or "labels" (one a word).
+    reads: what a document has besides its text: "text" (nothing), "target" (a second text), "label" or "labels" (one a word); or
+        "messages", those of a conversation.
     added: special tokens that the tokenizer must have.
     recipe: the config values that the stored rows depend on, besides those of the text and the tokenizer.
     columns(vocab_size): the stored arrays by name.

@@ -27,6 +27,16 @@ def continued(row: Row, tokenizer: "Tokenizer", labels: tuple[str, ...]) -> Iter
     yield from _padding(row)
 
 
+def conversed(row: Row, tokenizer: "Tokenizer", labels: tuple[str, ...]) -> Iterator[Shown]:
+    """Conversations, with what follows the last token that the model reads of each."""
+    del labels
+    for number, place in spans(row["segments"]):
+        ids = [*row["tokens"][place].tolist(), int(row["targets"][place][-1])]
+        trained = int(row["weights"][place].sum())
+        yield Shown(f"conversation {number}, {len(ids)} tokens, {trained} of them trained", tokenizer.decode(ids))
+    yield from _padding(row)
+
+
 def prefixed(row: Row, tokenizer: "Tokenizer", labels: tuple[str, ...]) -> Iterator[Shown]:
     """Each document's prefix and what is predicted after it."""
     del labels
