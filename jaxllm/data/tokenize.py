@@ -33,11 +33,12 @@ def make(config: ConfigDict, texts: Callable[[], Iterable[str]]) -> "Tokenizer":
     wanted = needed(config)
     made = registry.resolve("tokenizer", config.tokenizer.kind)(config, texts, wanted._replace(tokens=()))
     _check(made, wanted, config)
-    template = getattr(made, "template", None)
     if registry.resolve("examples", config.train.objective)(config).reads == "messages":
-        template = templates.choose(config, made)
-    tokenizer = extend(made, wanted.tokens, template)
-    if rows := tokenizer.vocab_size - made.vocab_size:
+        tokenizer = extend(made, wanted.tokens, templates.choose(config, made), templates.end(config))
+    else:
+        tokenizer = extend(made, wanted.tokens, made.template)
+    rows = tokenizer.vocab_size - made.vocab_size
+    if rows and config.tokenizer.kind == "file":
         logging.warning(
             "%s added to the tokenizer, which now has %d tokens: a model that was made for it without them needs %d more rows in its"
             " embedding.",
@@ -54,13 +55,22 @@ def needed(config: ConfigDict) -> Added:
     return added._replace(tokens=tuple(dict.fromkeys((*added.tokens, *config.tokenizer.add_tokens))))
 
 
-def extend(tokenizer: Any, tokens: Sequence[str], template: ChatTemplate | None) -> Any:
-    """The same tokenizer with these special tokens, as far as it lacks them, above all others, and with this chat template."""
+def extend(tokenizer: Any, tokens: Sequence[str], template: ChatTemplate | None, end: str = "") -> Any:
+    """The same tokenizer with these special tokens, as far as it lacks them, above all others, and with this chat template.
+
+    end: the one of the tokens that ends an answer, and so a text, as eos does; empty for eos alone.
+    """
     lacking = [token for token in tokens if token not in tokenizer.special_tokens]
-    if not lacking and template == tokenizer.template:
-        return tokenizer
+    if lacking or template != tokenizer.template:
+        tokenizer = _rewrite(tokenizer, {}, lacking, template)
+    if end and (index := tokenizer.special_tokens[end]) not in stop_ids(tokenizer):
+        tokenizer = _rewrite(tokenizer, {"other_stop_ids": [*tokenizer.other_stop_ids, index]}, [], template)
+    return tokenizer
+
+
+def _rewrite(tokenizer: Any, changes: dict[str, Any], lacking: Sequence[str], template: ChatTemplate | None) -> Any:
     parts = dict(tokenizer.contents())
-    record = json.loads(parts.pop(files.RECORD))
+    record = json.loads(parts.pop(files.RECORD)) | changes
     if record["kind"] == "huggingface":
         parts[huggingface.FILE] = huggingface.with_tokens(parts[huggingface.FILE], lacking)
     elif lacking:

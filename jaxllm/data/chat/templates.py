@@ -77,20 +77,21 @@ PLAIN = """{{ bos_token }}
 
 
 class Named(NamedTuple):
-    """text: the Jinja program. tokens: special tokens that it writes besides bos and eos."""
+    """text: the Jinja program. tokens: special tokens that it writes besides bos and eos. end: what it ends an answer with, if not eos."""
 
     text: str
     tokens: tuple[str, ...] = ()
+    end: str = ""
 
 
 def chatml() -> Named:
     """Role and text between <|im_start|> and <|im_end|>."""
-    return Named(CHATML, ("<|im_start|>", "<|im_end|>"))
+    return Named(CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_end|>")
 
 
 def llama3() -> Named:
     """The role in a header, <|eot_id|> at the end (Grattafiori et al. 2024, arXiv:2407.21783); without its lines about dates and tools."""
-    return Named(LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
+    return Named(LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>")
 
 
 def alpaca() -> Named:
@@ -112,6 +113,11 @@ def named(name: str) -> Named:
     """The template of this name."""
     found: Named = registry.resolve("chat_template", name)()
     return found
+
+
+def end(config: ConfigDict) -> str:
+    """What the template in chat.template ends an answer with, if that is neither eos nor known to the tokenizer by itself."""
+    return "" if config.chat.template == OWN else named(config.chat.template).end
 
 
 def choose(config: ConfigDict, tokenizer: "Tokenizer") -> ChatTemplate:

@@ -21,12 +21,12 @@ class ByteTokenizer:
     eos_id = 257
     pad_id = 258
 
-    def __init__(self, extra: Added = NONE, template: ChatTemplate | None = None) -> None:
+    def __init__(self, extra: Added = NONE, template: ChatTemplate | None = None, other_stop_ids: tuple[int, ...] = ()) -> None:
         self.extra, self.template = extra._replace(borders=False), template  # it has borders anyway
         ids = added.place(extra, self.vocab_size, self.bos_id, self.eos_id)
         self.mask_id, self.sentinel_ids, self.vocab_size = ids.mask_id, ids.sentinel_ids, ids.vocab_size
         self.special_tokens = added.special_tokens(ids.tokens, bos=self.bos_id, eos=self.eos_id, pad=self.pad_id, mask=self.mask_id)
-        self.added_tokens = self.special_tokens
+        self.added_tokens, self.other_stop_ids = self.special_tokens, other_stop_ids
 
     def encode(self, text: str) -> list[int]:
         return list(files.utf8(text))
@@ -47,7 +47,9 @@ class ByteTokenizer:
         return added.spell(files.valid(ids, self.vocab_size), added.names(self.sentinel_ids), _decode)
 
     def contents(self) -> dict[str, bytes]:
-        return files.contents({"kind": "byte"} | added.record(self.extra), chat_template.contents(self.template))
+        record = {"kind": "byte"} | added.record(self.extra)
+        record |= {"other_stop_ids": self.other_stop_ids} if self.other_stop_ids else {}
+        return files.contents(record, chat_template.contents(self.template))
 
     def save(self, directory: str) -> None:
         files.write(directory, self.contents())
@@ -70,4 +72,5 @@ def train(config: ConfigDict, texts: Callable[[], Iterable[str]], extra: Added =
 
 
 def restore(saved: files.Saved) -> ByteTokenizer:
-    return ByteTokenizer(added.restore(saved.record), chat_template.restore(saved))
+    other_stop_ids = tuple(saved.record.get("other_stop_ids", ()))
+    return ByteTokenizer(added.restore(saved.record), chat_template.restore(saved), other_stop_ids)

@@ -22,12 +22,18 @@ class CharTokenizer:
 
     pad_id = 0
 
-    def __init__(self, characters: str, extra: Added = NONE, template: ChatTemplate | None = None) -> None:
+    def __init__(
+        self,
+        characters: str,
+        extra: Added = NONE,
+        template: ChatTemplate | None = None,
+        other_stop_ids: tuple[int, ...] = (),
+    ) -> None:
         self.characters, self.extra, self.template = characters, extra, template
         ids = added.place(extra, len(characters))
         self.bos_id, self.eos_id, self.mask_id, self.sentinel_ids, tokens, self.vocab_size = ids
         self.special_tokens = added.special_tokens(tokens, bos=self.bos_id, eos=self.eos_id, mask=self.mask_id)
-        self.added_tokens = self.special_tokens
+        self.added_tokens, self.other_stop_ids = self.special_tokens, other_stop_ids
         self.ids = {character: index for index, character in enumerate(characters)}
 
     def encode(self, text: str) -> list[int]:
@@ -64,7 +70,9 @@ class CharTokenizer:
 
     def contents(self) -> dict[str, bytes]:
         parts = {FILE: json.dumps(list(self.characters)).encode(), **chat_template.contents(self.template)}
-        return files.contents({"kind": "char"} | added.record(self.extra), parts)
+        record = {"kind": "char"} | added.record(self.extra)
+        record |= {"other_stop_ids": self.other_stop_ids} if self.other_stop_ids else {}
+        return files.contents(record, parts)
 
     def save(self, directory: str) -> None:
         files.write(directory, self.contents())
@@ -82,4 +90,5 @@ def train(config: ConfigDict, texts: Callable[[], Iterable[str]], extra: Added =
 
 
 def restore(saved: files.Saved) -> CharTokenizer:
-    return CharTokenizer("".join(json.loads(saved.files[FILE])), added.restore(saved.record), chat_template.restore(saved))
+    characters, other_stop_ids = "".join(json.loads(saved.files[FILE])), tuple(saved.record.get("other_stop_ids", ()))
+    return CharTokenizer(characters, added.restore(saved.record), chat_template.restore(saved), other_stop_ids)
