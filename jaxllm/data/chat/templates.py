@@ -5,12 +5,16 @@ the token that ends it. `add_generation_prompt` ends the text where an answer be
 token, so that the beginning of an answer does not become one token with what stands before it.
 """
 
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import logging
 from ml_collections import ConfigDict
 
 from jaxllm import registry
+from jaxllm.data.chat.render import render
+from jaxllm.data.documents import Message
 from jaxllm.data.tokenizers.chat_template import ChatTemplate
 
 if TYPE_CHECKING:
@@ -140,6 +144,14 @@ def choose(config: ConfigDict, tokenizer: "Tokenizer") -> ChatTemplate:
             OWN,
         )
     return ChatTemplate(text, names)
+
+
+def spell(config: ConfigDict, messages: Sequence[Message]) -> list[str]:
+    """What the template in chat.template, a named one, writes of a conversation between its special tokens."""
+    template = named(config.chat.template)
+    text = render(ChatTemplate(template.text, {"bos_token": "", "eos_token": ""}), messages, add_generation_prompt=False)
+    pattern = "|".join(map(re.escape, template.tokens))
+    return [part for part in re.split(pattern, text) if part] if pattern else [text]
 
 
 def _names(tokenizer: Any) -> dict[str, str]:

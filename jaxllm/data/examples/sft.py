@@ -47,8 +47,21 @@ def make(config: ConfigDict) -> Examples:
 
     recipe = {"rows": "sft", "data.target_field": config.data.target_field}
     recipe |= {f"chat.{name}": config.chat[name] for name in ("format", "template", "train_on")}
-    added = Added(borders=True, tokens=templates.tokens(config))
-    return Examples(columns, decoder_arrays(width), rows, _batch, shown.conversed, reads="messages", added=added, recipe=recipe)
+
+    def spell(document: Document) -> list[str]:
+        return templates.spell(config, document.messages)
+
+    return Examples(
+        columns,
+        decoder_arrays(width),
+        rows,
+        _batch,
+        shown.conversed,
+        reads="messages",
+        added=Added(borders=True, tokens=templates.tokens(config)),
+        recipe=recipe,
+        spell=spell,
+    )
 
 
 def _conversations(
