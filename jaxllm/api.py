@@ -15,6 +15,8 @@ from pathlib import Path
 import jax
 
 from jaxllm import runs
+from jaxllm.data.chat import encoding
+from jaxllm.data.documents import Message
 from jaxllm.decode import beam, masks, text
 from jaxllm.decode import chat as conversations
 from jaxllm.decode import classes as labels
@@ -68,7 +70,7 @@ def chat(
     model: Model,
     params: Params,
     tokenizer: Tokenizer,
-    messages: str | Sequence[conversations.Message],
+    messages: str | Sequence[Message],
     max_new_tokens: int = 512,
     seed: int = 0,
     *,
@@ -84,7 +86,7 @@ def chat(
     spells a special token, and for one that leaves no room for an answer in the context.
     """
     asked = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    prompt_ids = conversations.encode(tokenizer, asked)
+    prompt_ids = encoding.encode(tokenizer, asked)
     settings = sampling.Settings(temperature, top_k, top_p, min_p, repetition_penalty)
     options = {"max_new_tokens": max_new_tokens, "seed": seed}
     return "".join(conversations.stream(model, params, tokenizer, prompt_ids, settings, **options)).rstrip()

@@ -15,6 +15,8 @@ from absl import flags
 from rich.console import Console
 
 from jaxllm import api, command, runs
+from jaxllm.data.chat import encoding
+from jaxllm.data.documents import Message
 from jaxllm.decode import chat
 from jaxllm.engine import compilation
 from jaxllm.generate import prepare_stdout, write
@@ -58,11 +60,11 @@ class Talk:
 
     def __init__(self, run: Run, settings: sampling.Settings, *, system: str, max_tokens: int, seed: int) -> None:
         self.run, self.settings, self.max_tokens, self.seed = run, settings, max_tokens, seed
-        self.system: list[chat.Message] = [{"role": "system", "content": system}] if system else []
+        self.system: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages = list(self.system)
-        chat.require(run.tokenizer)
+        encoding.require(run.tokenizer)
         if system:
-            chat.check(run.tokenizer, self.system)
+            encoding.check(run.tokenizer, self.system)
 
     def reset(self) -> None:
         """Forgets everything but the system's message."""
@@ -82,7 +84,7 @@ class Talk:
         pieces = chat.stream(model, self.run.params, tokenizer, prompt.ids, self.settings, **options)
         return self._keep(asked, pieces)
 
-    def _keep(self, asked: list[chat.Message], pieces: Iterable[str]) -> Iterator[str]:
+    def _keep(self, asked: list[Message], pieces: Iterable[str]) -> Iterator[str]:
         said = ""
         try:
             for piece in pieces:

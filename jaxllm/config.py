@@ -150,6 +150,7 @@ SCHEMA: dict[str, Field] = {
     ),
     "tokenizer.vocab_size": Field(4096, at_least(2), "of a trained bpe or unigram tokenizer"),
     "tokenizer.path": Field("", TEXT, "tokenizer.model or tokenizer.json (kind file) or GGUF file (kind gguf) to load"),
+    "tokenizer.add_tokens": Field((), TEXTS, "special tokens added to it, besides those that the chat template needs"),
     "data.source": Field(
         "python_docs", TEXT, "python_docs, a file, a folder, a glob, hf:OWNER/NAME?config=C&split=S, or sequences:copy"
     ),
@@ -171,6 +172,15 @@ SCHEMA: dict[str, Field] = {
     "data.noise_frac": Field(0.15, between(0.01, 0.9), "share of tokens that masked_lm and span_corruption predict"),
     "data.mean_span_tokens": Field(3.0, at_least(1), "mean length of a span of span_corruption"),
     "data.whole_words": Field(False, YES_NO, "masked_lm masks all tokens of a word or none"),
+    "chat.format": Field(
+        "auto", one_of(("auto", "messages", "sharegpt", "alpaca", "prompt")), "how conversations are written in the source (sft)"
+    ),
+    "chat.template": Field(
+        "tokenizer",
+        one_of(("tokenizer", *registry.names("chat_template"))),
+        "how they become text; tokenizer: as its own template says",
+    ),
+    "chat.train_on": Field("assistant", one_of(("assistant", "last", "all")), "each answer, the last one, or all tokens"),
     "data.dir": Field("", TEXT, "where prepared shards are kept; empty means WORKDIR/data"),
     # How it is trained.
     "train.objective": Field("causal_lm", one_of(registry.names("objective")), "what is minimized"),

@@ -10,12 +10,13 @@ MODELS = {
     "span_corruption": ("t5", "transformer"),
     "seq2seq": ("t5", "transformer"),
     "sequence_classification": ("bert", "gpt", "llama"),
+    "sft": ("gpt", "llama"),
     "token_classification": ("bert", "gpt", "llama"),
 }
 # The head that it needs, if not "lm".
 HEADS = {"sequence_classification": "classify", "token_classification": "tag"}
 # Objectives whose documents are more than a text.
-PAIRED = ("seq2seq", *HEADS)
+PAIRED = ("seq2seq", "sft", *HEADS)
 
 
 def check(config: ConfigDict) -> None:
@@ -88,6 +89,11 @@ def _check_data(config: ConfigDict) -> None:
             "  Accepted: the path of a tokenizer.model, tokenizer.json or GGUF file."
             "\n  Set tokenizer.path."
         )
+    if config.train.objective == "sft" and config.chat.template == "tokenizer" and config.tokenizer.kind != "file":
+        raise ValueError(
+            f"chat.template = 'tokenizer' with tokenizer.kind = '{config.tokenizer.kind}', which is made here and has no chat template.\n"
+            "  Accepted: alpaca, chatml, llama3 or plain; tokenizer for a tokenizer.path that has one.\n  Set chat.template=chatml."
+        )
     if not config.data.source:
         raise ValueError(
             "data.source is empty.\n  Accepted: python_docs, a file, a folder, a glob or another source.\n  Set data.source."
@@ -99,7 +105,7 @@ def _check_data(config: ConfigDict) -> None:
         )
     if config.data.split_by == "characters" and config.train.objective in PAIRED and not config.data.validation_source:
         raise ValueError(
-            f"data.split_by = 'characters' cuts a text, which train.objective = '{config.train.objective}' cannot do with its pairs.\n"
+            f"data.split_by = 'characters' cuts a text, which train.objective = '{config.train.objective}' cannot do with its documents.\n"
             "  Accepted: documents.\n  Set data.split_by=documents, or data.validation_source."
         )
 

@@ -115,6 +115,7 @@ def evaluate_source(run: Run, source: str, max_seqs: int = MOST_SEQS) -> dict[st
     with tempfile.TemporaryDirectory() as directory:
         documents = _documents(run, source, run.classes)
         rows = examples.write(run.config, Path(directory, "rows"), documents, run.tokenizer, run.classes, shards.Totals())
+        _tell_dropped(rows.dropped, source)
         return _measure(run, rows, _train_rows(run), source, max_seqs)
 
 
@@ -145,6 +146,10 @@ def _documents(run: Run, source: str, classes: tuple[str, ...]) -> Iterator[Docu
             if classes:
                 labels.check_known(labels.of(cleaned), classes, cleaned.origin)
             yield cleaned
+    _tell_dropped(dropped, source)
+
+
+def _tell_dropped(dropped: Mapping[str, int], source: str) -> None:
     if dropped:
         logging.warning("documents dropped from %s: %s", source, ", ".join(f"{count} by {name}" for name, count in dropped.items()))
 

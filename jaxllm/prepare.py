@@ -94,11 +94,15 @@ def table(prepared: Prepared) -> Table:
         f"rows of {train.row_tokens:,} tokens": (f"{len(split):,}" for split in (train, validation)),
         "positions filled": (f"{split.filled_frac:.2%}" for split in (train, validation)),
         predictions: (f"{split.weighted_tokens / (len(split) * split.row_tokens):.2%}" for split in (train, validation)),
+        "trained tokens": (f"{split.weighted_tokens / max(split.tokens, 1):.2%}" for split in (train, validation)),
         "cut to a row": (f"{split.cut:,}" for split in (train, validation)),
+        "dropped": (f"{sum(split.dropped.values()):,}" for split in (train, validation)),
         "files": (decimal(split.bytes) for split in (train, validation)),
     }
-    # Where targets are no text in order, nothing is known of their bytes; most data has nothing to cut.
+    # Where targets are no text in order, nothing is known of their bytes; most data has nothing to cut or to drop.
     absent = ([] if train.text_bytes else ["text", "bytes a token"]) + ([] if train.cut + validation.cut else ["cut to a row"])
+    absent += [] if train.dropped or validation.dropped else ["dropped"]
+    absent += [] if prepared.record["recipe"].get("rows") == "sft" else ["trained tokens"]
     for name, cells in lines.items():
         if name not in absent:
             shown.add_row(name, *cells)
@@ -114,6 +118,9 @@ def remarks(prepared: Prepared) -> str:
         lines.append(
             f"{field} {record['recipe'][field]}: read {count['read']:,} documents, kept {count['kept']:,}, dropped {dropped}"
         )
+    for name, split in record["splits"].items():
+        if dropped := split.get("dropped"):
+            lines.append(f"{name}: dropped {', '.join(f'{number:,} by {reason}' for reason, number in dropped.items())}")
     if prepared.labels:
         lines.append(f"{len(prepared.labels):,} classes: {', '.join(prepared.labels)}")
     tokenizer = record["tokenizer"]

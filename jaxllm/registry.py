@@ -23,6 +23,7 @@ TABLE: dict[str, dict[str, str]] = {
         "prefix_lm": "jaxllm.objectives.tokens:make",
         "seq2seq": "jaxllm.objectives.tokens:make",
         "sequence_classification": "jaxllm.objectives.tokens:make",
+        "sft": "jaxllm.objectives.tokens:make",
         "span_corruption": "jaxllm.objectives.tokens:make",
         "token_classification": "jaxllm.objectives.tokens:make",
     },
@@ -32,6 +33,7 @@ TABLE: dict[str, dict[str, str]] = {
         "prefix_lm": "jaxllm.data.examples.prefix_lm:make",
         "seq2seq": "jaxllm.data.examples.seq2seq:make",
         "sequence_classification": "jaxllm.data.examples.sequence_classification:make",
+        "sft": "jaxllm.data.examples.sft:make",
         "span_corruption": "jaxllm.data.examples.span_corruption:make",
         "token_classification": "jaxllm.data.examples.token_classification:make",
     },
@@ -97,6 +99,12 @@ TABLE: dict[str, dict[str, str]] = {
         "char": "jaxllm.data.tokenizers.char:train",
         "file": "jaxllm.data.tokenizers.file:load",
         "gguf": "jaxllm.interop.gguf:load_tokenizer",
+    },
+    "chat_template": {
+        "alpaca": "jaxllm.data.chat.templates:alpaca",
+        "chatml": "jaxllm.data.chat.templates:chatml",
+        "llama3": "jaxllm.data.chat.templates:llama3",
+        "plain": "jaxllm.data.chat.templates:plain",
     },
     "tracker": {
         "jsonl": "jaxllm.engine.trackers.jsonl:make",

@@ -192,7 +192,8 @@ def _next_command(config: ConfigDict, workdir: Workdir) -> str:
     if config.train.objective == "masked_lm":
         return f'python -m jaxllm.fill_mask {run} --text "The [MASK]."'
     prompt = config.sample.prompts[0] if config.sample.prompts else ""
-    return f"python -m jaxllm.generate {run} --prompt {shlex.quote(prompt)}"
+    command = "chat" if config.train.objective == "sft" else "generate"
+    return f"python -m jaxllm.{command} {run} --prompt {shlex.quote(prompt)}"
 
 
 def _bytes_to_come(session: Session, checkpoints: Checkpoints) -> int:

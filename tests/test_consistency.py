@@ -24,6 +24,7 @@ FITTING = {
     "span_corruption": ("t5 transformer", "lm"),
     "seq2seq": ("t5 transformer", "lm"),
     "sequence_classification": ("bert gpt llama", "classify"),
+    "sft": ("gpt llama", "lm"),
     "token_classification": ("bert gpt llama", "tag"),
 }
 
@@ -32,7 +33,7 @@ FITTING = {
 def test_each_objective_takes_its_models_and_head(objective: str) -> None:
     fitting, head = FITTING[objective]
     for model in registry.names("model"):
-        config = config_of(train__objective=objective, model__name=model, model__head=head)
+        config = config_of(train__objective=objective, model__name=model, model__head=head, chat__template="chatml")
         if model in fitting.split():
             schema.check(config)
         else:
@@ -52,6 +53,7 @@ def test_each_objective_takes_its_models_and_head(objective: str) -> None:
         ),
         ({"train__objective": "token_classification", "model__head": "classify"}, "Accepted: tag"),
         ({"model__head": "none"}, "model.head = 'none' does not fit train.objective = 'causal_lm'.\n  Accepted: lm"),
+        ({"train__objective": "sft"}, "chat.template = 'tokenizer' with tokenizer.kind = 'bpe', .*Set chat.template=chatml"),
         ({"data__input_tokens": 300}, "data.input_tokens = 300 is more than model.context_tokens = 256"),
         (
             {"train__objective": "seq2seq", "model__name": "t5", "data__split_by": "characters"},

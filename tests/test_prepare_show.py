@@ -20,9 +20,10 @@ MODELS = {
     "span_corruption": "t5",
     "seq2seq": "t5",
     "sequence_classification": "bert",
+    "sft": "llama",
     "token_classification": "gpt",
 }
-FIELDS = {"seq2seq": "answer", "sequence_classification": "label", "token_classification": "tags"}
+FIELDS = {"seq2seq": "answer", "sft": "answer", "sequence_classification": "label", "token_classification": "tags"}
 # Shown of a text of 5 documents, "say NUMBER words": each with its numbers put in.
 SEEN = {
     "causal_lm": ["document 1, ", "say 2 words<eos>", " tokens, 13 trained", "45 of 48 tokens trained (93.8%)"],
@@ -31,6 +32,7 @@ SEEN = {
     "span_corruption": ["<extra_id_0>", "example 1, 48 inputs", "tokens to predict"],
     "seq2seq": ["say 2 words", "answer 2", "example 1, 12 inputs", "example 1, 9 tokens to predict"],
     "sequence_classification": ["<bos>say 2 words<eos>\nno 2<eos>", "class to predict", "even"],
+    "sft": ["document 1, 22 tokens, 9 trained", "answer 2"],
     "token_classification": ["say 2 words", "say O, 2 N, words O", "3 classes to predict"],
 }
 
@@ -50,7 +52,7 @@ def test_rows_are_shown(tmp_path: Path, objective: str) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = schema.base()
     config.train.objective, config.model.name, config.model.context_tokens = objective, MODELS[objective], 48
-    config.tokenizer.kind = "byte"
+    config.tokenizer.kind, config.chat.template = "byte", "plain"
     config.data.update({"source": str(tmp_path / "rows.jsonl"), "validation_frac": 0.3, "target_field": FIELDS.get(objective, "")})
     config.data.pair_field = "no" if objective == "sequence_classification" else ""
     prepared = prepare(config, tmp_path / "data", log=lambda line: None)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from jaxllm import registry
 from jaxllm.data.documents import Document
+from jaxllm.data.sources import conversations
 
 # Text to text, or None: the document is dropped.
 Clean = Callable[[str], str | None]
@@ -49,7 +50,18 @@ def make(config: ConfigDict) -> Callable[[Document], Document | Dropped]:
             text = cleaned
         return text, ""
 
+    def converse(document: Document) -> Document | Dropped:
+        """Its messages cleaned; a system message may be blank, which is to say that there is none of a template's own."""
+        done = [apply(message["content"]) for message in document.messages]
+        reasons = (reason for message, (_, reason) in zip(document.messages, done, strict=True) if message["role"] != "system")
+        if reason := conversations.flaw(document.messages) or next(filter(None, reasons), ""):
+            return Dropped(document, reason)
+        cleaned = [{**message, "content": text} for message, (text, _) in zip(document.messages, done, strict=True)]
+        return conversations.document(cleaned, document.origin)
+
     def clean(document: Document) -> Document | Dropped:
+        if document.messages:
+            return converse(document)
         # Labels stay as they are.
         texts = {"text": document.text, "pair": document.pair, "target": document.target if target_is_text else None}
         done = {field: apply(text) for field, text in texts.items() if isinstance(text, str)}

@@ -10,7 +10,7 @@ import glob
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,17 +32,23 @@ TEXTS = frozenset(
 )
 
 
+# {"role": "system", "user" or "assistant", "content": text}
+Message = Mapping[str, str]
+
+
 class Document(NamedTuple):
     """A text and where it came from: `folder/file.txt`, `file.jsonl:17`, `python_docs:json.decoder`.
 
     target: what the objective predicts from it: a text, a class, a class for each of its words (which single spaces divide), or None.
     pair: a second text to classify with it, or None.
+    messages: of a conversation, which is all that is learnt from; its `text` joins their contents. Else empty.
     """
 
     text: str
     origin: str
     target: str | tuple[str, ...] | None = None
     pair: str | None = None
+    messages: tuple[Message, ...] = ()
 
 
 def open(source: str, config: ConfigDict, *, setting: str = "the source") -> Iterator[Document]:
@@ -62,6 +68,12 @@ def open(source: str, config: ConfigDict, *, setting: str = "the source") -> Ite
 def _check_targets(places: list[tuple[str, str]], config: ConfigDict, setting: str) -> None:
     reads = registry.resolve("examples", config.train.objective)(config).reads
     whole = [location or kind for kind, location in places if kind in WHOLE]
+    if reads == "messages" and (alone := [*whole, *(f"{kind}:{location}" for kind, location in places if kind == "sequences")]):
+        raise ValueError(
+            f"{setting}: '{alone[0]}' holds no conversations, which train.objective = '{config.train.objective}' learns from.\n"
+            "  Accepted: JSON Lines, a JSON array, CSV, Parquet or hf:OWNER/NAME with messages, conversations, instruction and output, or"
+            f" prompt and completion.\n  Change {setting}, or train.objective."
+        )
     if whole and reads != "text":
         raise ValueError(
             f"{setting}: '{whole[0]}' is text alone, and train.objective = '{config.train.objective}' also needs what to predict from it.\n"

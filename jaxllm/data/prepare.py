@@ -252,6 +252,12 @@ def _pack(
     written = examples.write(config, directory, watched(), tokenizer, classes, totals)
     rows = f"{len(written):,} rows of {written.row_tokens:,} tokens"
     log(f"{name}: {rows} from {totals.documents:,} documents, {totals.tokens:,} tokens")
+    if made.reads == "messages":
+        share = f"{totals.weighted_tokens / max(totals.tokens, 1):.1%} of the tokens are trained"
+        log(f"{name}: {share} (chat.train_on = {config.chat.train_on})")
+    if totals.dropped:
+        reasons = ", ".join(f"{count:,} by {reason}" for reason, count in totals.dropped.items())
+        log(f"{name}: {sum(totals.dropped.values()):,} conversations dropped: {reasons}")
     if totals.cut:
         setting = "data.row_tokens, data.input_tokens" if made.reads == "target" else "data.row_tokens"
         log(f"{name}: {totals.cut:,} of {totals.documents:,} documents were longer than a row and are cut ({setting})")

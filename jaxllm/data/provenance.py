@@ -14,9 +14,11 @@ from jaxllm import __version__
 from jaxllm.config import flatten
 from jaxllm.data import documents, examples, shards
 from jaxllm.data.sources import text
-from jaxllm.data.tokenizers import file, files
+from jaxllm.data.tokenizers import chat_template, file, files
 
 TRAINED = ("bpe", "unigram")
+# Files beside the one of the tokenizer that say which ids are special, and how conversations are written.
+BESIDE = (file.SETTINGS, files.RECORD, chat_template.TEXT_FILE)
 
 
 class SourceGone(ValueError):
@@ -31,6 +33,7 @@ def recipe(config: ConfigDict) -> dict[str, Any]:
     keys += ["data.validation_source"] if config.data.validation_source else ["data.validation_frac", "data.split_by"]
     keys += ["tokenizer.vocab_size"] if config.tokenizer.kind in TRAINED else []
     keys += ["tokenizer.path"] if config.tokenizer.kind in ("file", "gguf") else []
+    keys += ["tokenizer.add_tokens"] if config.tokenizer.add_tokens else []
     fields = {key: flat[key] for key in keys} | {"data.row_tokens": examples.row_tokens(config), "format": shards.FORMAT}
     return json.loads(json.dumps(fields | dict(made.recipe)))
 
@@ -82,7 +85,7 @@ def _places(config: ConfigDict) -> dict[str, list[str]]:
 
 
 def _tokenizer_files(path: Path) -> list[str]:
-    """A folder's files, or a file and those beside it that say which ids are special."""
+    """A folder's files, or a file and those beside it."""
     if path.is_dir():
         return sorted(str(each) for each in path.iterdir() if each.is_file())
     if not path.is_file():
@@ -90,7 +93,7 @@ def _tokenizer_files(path: Path) -> list[str]:
             f"tokenizer.path = '{path}' does not exist.\n  Accepted: tokenizer.model, tokenizer.json, or a folder with one of them."
             "\n  Set tokenizer.path."
         )
-    return [str(path), *(str(path.with_name(name)) for name in (file.SETTINGS, files.RECORD) if path.with_name(name).is_file())]
+    return [str(path), *(str(path.with_name(name)) for name in BESIDE if path.with_name(name).is_file())]
 
 
 def _resolve(source: str, setting: str) -> list[str]:

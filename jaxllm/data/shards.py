@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ class Totals:
     tokens: bos and eos included, padding not. weighted_tokens: predictions that count; where they are drawn anew each step, all that
     may be drawn. text_bytes: UTF-8 bytes of the text that these spell, where that can be said, else 0. cut: examples too long for a row.
     positions: what the model computes of all rows, and padding: those of them that hold no token.
+    dropped: documents that were left out, by the reason.
     """
 
     documents: int = 0
@@ -47,6 +48,7 @@ class Totals:
     cut: int = 0
     positions: int = 0
     padding: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
 
 
 FLAG = np.dtype(np.uint8)
@@ -115,6 +117,7 @@ class Shards:
         self.cut: int = index["cut"]
         self.positions: int = index["positions"]
         self.padding: int = index["padding"]
+        self.dropped: dict[str, int] = index["dropped"]
         self._rows: int = index["rows"]
         self._parts: dict[str, Any] = index["arrays"]
         self._arrays = {name: self._open(name) for name in self._parts}

@@ -3,17 +3,20 @@
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from absl import logging
 from ml_collections import ConfigDict
 
 from jaxllm import registry
-from jaxllm.data.tokenizers import files
+from jaxllm.data.chat import templates
+from jaxllm.data.tokenizers import chat_template, files, huggingface
+from jaxllm.data.tokenizers.added import Added
+from jaxllm.data.tokenizers.chat_template import ChatTemplate
 
 if TYPE_CHECKING:
-    from jaxllm.data.tokenizers.added import Added
     from jaxllm.types import Tokenizer
 
 # The kinds that a saved tokenizer may have; each is a module of data/tokenizers with `restore(saved)`.
@@ -23,21 +26,60 @@ KINDS = ("byte", "char", "huggingface", "sentencepiece")
 def make(config: ConfigDict, texts: Callable[[], Iterable[str]]) -> "Tokenizer":
     """The tokenizer that `config.tokenizer` describes. Those that are trained call `texts()` once and read it to its end.
 
-    Those that are made here get the special tokens that the objective needs. ValueError if there is no text, if
-    `tokenizer.vocab_size` does not fit the text, or if a file's tokenizer lacks a special token.
+    Those that are made here get the special tokens that the objective needs, and all get those of `tokenizer.add_tokens` and of a named
+    chat template. ValueError if there is no text, if `tokenizer.vocab_size` does not fit the text, or if a file's tokenizer lacks a
+    special token or a chat template.
     """
     wanted = needed(config)
-    tokenizer = registry.resolve("tokenizer", config.tokenizer.kind)(config, texts, wanted)
-    _check(tokenizer, wanted, config)
+    made = registry.resolve("tokenizer", config.tokenizer.kind)(config, texts, wanted._replace(tokens=()))
+    _check(made, wanted, config)
+    if registry.resolve("examples", config.train.objective)(config).reads == "messages":
+        tokenizer = extend(made, wanted.tokens, templates.choose(config, made), templates.end(config))
+    else:
+        tokenizer = extend(made, wanted.tokens, made.template)
+    rows = tokenizer.vocab_size - made.vocab_size
+    if rows and config.tokenizer.kind == "file":
+        logging.warning(
+            "%s added to the tokenizer, which now has %d tokens: a model that was made for it without them needs %d more rows in its"
+            " embedding.",
+            ", ".join(token for token in wanted.tokens if token not in made.added_tokens),
+            tokenizer.vocab_size,
+            rows,
+        )
     return tokenizer
 
 
-def needed(config: ConfigDict) -> "Added":
-    """The special tokens that the objective needs besides those that every tokenizer has."""
-    return registry.resolve("examples", config.train.objective)(config).added
+def needed(config: ConfigDict) -> Added:
+    """The special tokens that the objective and the config need besides those that every tokenizer has."""
+    added: Added = registry.resolve("examples", config.train.objective)(config).added
+    return added._replace(tokens=tuple(dict.fromkeys((*added.tokens, *config.tokenizer.add_tokens))))
 
 
-def _check(tokenizer: "Tokenizer", wanted: "Added", config: ConfigDict) -> None:
+def extend(tokenizer: Any, tokens: Sequence[str], template: ChatTemplate | None, end: str = "") -> Any:
+    """The same tokenizer with these special tokens, as far as it lacks them, above all others, and with this chat template.
+
+    end: the one of the tokens that ends an answer, and so a text, as eos does; empty for eos alone.
+    """
+    lacking = [token for token in tokens if token not in tokenizer.special_tokens]
+    if lacking or template != tokenizer.template:
+        tokenizer = _rewrite(tokenizer, {}, lacking, template)
+    if end and (index := tokenizer.special_tokens[end]) not in stop_ids(tokenizer):
+        tokenizer = _rewrite(tokenizer, {"other_stop_ids": [*tokenizer.other_stop_ids, index]}, [], template)
+    return tokenizer
+
+
+def _rewrite(tokenizer: Any, changes: dict[str, Any], lacking: Sequence[str], template: ChatTemplate | None) -> Any:
+    parts = dict(tokenizer.contents())
+    record = json.loads(parts.pop(files.RECORD)) | changes
+    if record["kind"] == "huggingface":
+        parts[huggingface.FILE] = huggingface.with_tokens(parts[huggingface.FILE], lacking)
+    elif lacking:
+        added = record.get("added", {})
+        record["added"] = added | {"tokens": [*added.get("tokens", ()), *lacking]}
+    return _restore(files.Saved(record, parts | chat_template.contents(template)))
+
+
+def _check(tokenizer: "Tokenizer", wanted: Added, config: ConfigDict) -> None:
     lacks = ""
     if wanted.mask and tokenizer.mask_id is None:
         lacks, accepted = "has no mask token", "one whose tokenizer_config.json names a mask_token, or with [MASK] or <mask>"
@@ -95,9 +137,14 @@ def load(directory: str | Path) -> "Tokenizer":
             "  It was saved by another version of jaxllm: install that one, or prepare the data again."
         )
     try:
-        return importlib.import_module(f"jaxllm.data.tokenizers.{kind}").restore(saved)
+        return _restore(saved)
     except (files.NotATokenizer, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(files.damaged(directory, error)) from error
+
+
+def _restore(saved: files.Saved) -> "Tokenizer":
+    made: Tokenizer = importlib.import_module(f"jaxllm.data.tokenizers.{saved.record['kind']}").restore(saved)
+    return made
 
 
 def fingerprint(tokenizer: "Tokenizer") -> str:

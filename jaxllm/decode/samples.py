@@ -6,7 +6,9 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from jaxllm import models
-from jaxllm.decode import masks, text
+from jaxllm.data.chat import encoding
+from jaxllm.decode import generate as generation
+from jaxllm.decode import masks, network, text
 from jaxllm.ops import sampling
 from jaxllm.types import Model, Params, Tokenizer, Unconstrained
 
@@ -29,7 +31,8 @@ def make(config: ConfigDict, tokenizer: Tokenizer, say: Callable[[str], None]) -
     # Without the plan's layout of activations: a few prompts do not divide over the mesh, so the compiler follows the weights.
     model = models.build(config, Unconstrained("the compiler alone decides where the arrays of a sample lie"))
     try:
-        return (_make_filler if model.decode is None else _make_writer)(config, model, tokenizer, say)
+        make_sampler = _make_filler if model.decode is None else _make_talker if config.train.objective == "sft" else _make_writer
+        return make_sampler(config, model, tokenizer, say)
     except ValueError as error:
         raise ValueError(f"sample.prompts: {error}") from error
 
@@ -44,6 +47,24 @@ def _make_writer(config: ConfigDict, model: Model, tokenizer: Tokenizer, say: Ca
         seed = (config.seed + step) % 2**32
         written = text.complete(model, params, tokenizer, sample.prompts, settings, max_new_tokens=sample.tokens, seed=seed)
         return [text.join(model, each) for each in written]
+
+    return Sampler(tuple(sample.prompts), generate)
+
+
+def _make_talker(config: ConfigDict, model: Model, tokenizer: Tokenizer, say: Callable[[str], None]) -> Sampler:
+    """Each prompt is a message of the user, and what is shown is the answer."""
+    del say
+    sample = config.sample
+    prompts_ids = [encoding.encode(tokenizer, [{"role": "user", "content": prompt}]) for prompt in sample.prompts]
+    network.check_prompts(model, prompts_ids)
+    settings = sampling.Settings(temperature=sample.temperature)
+    options = {"max_new_tokens": sample.tokens, "stop_ids": encoding.stop_ids(tokenizer), "vocab_size": tokenizer.vocab_size}
+
+    def generate(params: Params, step: int) -> list[str]:
+        seed = (config.seed + step) % 2**32
+        written = generation.generate(model, params, prompts_ids, settings, seed=seed, **options)
+        answers = (text.Detokenizer(tokenizer, ids).text(new) for ids, new in zip(prompts_ids, written, strict=True))
+        return [f"{text.ARROW}{answer}" for answer in answers]
 
     return Sampler(tuple(sample.prompts), generate)
 

@@ -92,6 +92,7 @@ _SCORES = {
     "masked_lm": "masked token perplexity",
     "span_corruption": "span corruption perplexity",
     "seq2seq": "target token perplexity",
+    "sft": "trained token perplexity",
     "sequence_classification": "perplexity of a text's class",
     "token_classification": "perplexity of a word's class",
 }
@@ -118,4 +119,7 @@ def _conditions(config: ConfigDict, tokenizer: Tokenizer, row_tokens: int) -> li
         return [f"inputs of {row_tokens}", f"{data.noise_frac:g} of the tokens hidden in spans of {data.mean_span_tokens:g}"]
     if objective == "seq2seq":
         return [f"inputs up to {data.input_tokens or row_tokens}, targets up to {row_tokens}", "EOS is predicted"]
+    if objective == "sft":
+        what = {"assistant": "answers", "last": "last answers", "all": "all tokens"}[config.chat.train_on]
+        return [f"{what} of conversations up to {row_tokens}", f"chat template {config.chat.template}", "their ends are predicted"]
     return [f"{config.model.classes} classes", f"texts up to {row_tokens}"]

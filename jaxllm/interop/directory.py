@@ -196,7 +196,9 @@ def _ids(arch: Architecture, tokenizer: Tokenizer | None) -> dict[str, Any]:
     if tokenizer is None:
         return {}
     pad_id = tokenizer.pad_id if tokenizer.pad_id in tokenize.special_ids(tokenizer) else None
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad_id}
+    stops = tokenize.stop_ids(tokenizer)
+    eos_ids = tokenizer.eos_id if len(stops) < 2 else list(stops)
+    ids: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos_ids, "pad_token_id": pad_id}
     if arch.family.kind == "encoder_decoder":
         ids["decoder_start_token_id"] = tokenize.start_id(tokenizer)
     return ids

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.data import tokenize
-from jaxllm.data.tokenizers import chat_template
+from jaxllm.data.tokenizers import added, chat_template
 from jaxllm.data.tokenizers.byte import ByteTokenizer
 from jaxllm.data.tokenizers.huggingface import HuggingFaceTokenizer
 from jaxllm.data.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -84,7 +84,7 @@ def _tokens(tokenizer: Any) -> Described:
 
 
 def _sentencepiece(tokenizer: SentencePieceTokenizer) -> Described:
-    """As the model file has them; tokens that were added above it (a mask, sentinels) are special."""
+    """As the model file has them; tokens that were added above it (a mask, sentinels, those of a chat template) are special."""
     pb2: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     proto = pb2.ModelProto.FromString(tokenizer.model)
     spec, trained = proto.normalizer_spec, proto.trainer_spec
@@ -100,8 +100,8 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> Described:
             "Take a model with the normalization 'identity'",
         )
     pieces: list[Any] = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
-    named = {getattr(tokenizer, f"{name}_id"): text for name, text in tokenizer_files.SPECIALS.items()}
-    named |= {index: f"<extra_id_{order}>" for order, index in enumerate(tokenizer.sentinel_ids)}
+    named = {getattr(tokenizer, f"{name}_id"): text for name, text in added.NAMES.items()}
+    named |= added.names(tokenizer.sentinel_ids) | {index: token for token, index in tokenizer.tokens.items()}
     pieces += [(named[index], 0.0, CONTROL) for index in range(len(pieces), tokenizer.vocab_size)]
     tokens, scores, kinds = (list(column) for column in zip(*pieces, strict=True))
     prefix, squeeze = bool(spec.add_dummy_prefix), bool(spec.remove_extra_whitespaces)

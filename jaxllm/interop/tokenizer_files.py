@@ -30,8 +30,6 @@ NAMES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Names of the special tokens of tokenizers that have none of their own.
-SPECIALS = {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "mask": "<mask>"}
 # Whether bos stands before a text and eos behind it, by the kind of the model: as it was trained, and as it reads prompts.
 FRAMES = {"decoder": (True, False), "encoder": (True, True), "encoder_decoder": (False, True)}
 # Score of pieces that no text is to be cut into: bytes and special tokens.
@@ -84,7 +82,7 @@ def make(tokenizer: Any, context_tokens: int, kind: str) -> Made:
 def _ids(tokenizer: Tokenizer) -> dict[str, int]:
     """The special ids that there are; a pad id that is also text is none."""
     special = tokenize.special_ids(tokenizer)
-    found = {name: getattr(tokenizer, f"{name}_id") for name in SPECIALS}
+    found = {name: getattr(tokenizer, f"{name}_id") for name in added_tokens.NAMES}
     return {name: index for name, index in found.items() if index is not None and index in special}
 
 
@@ -111,8 +109,9 @@ def _finish(tokenizer: Any, kind: str, made: Any, named: Mapping[int, str]) -> t
     """
     tokenizers = huggingface.library()
     ids = _ids(tokenizer)
-    special = {name: named.get(index, SPECIALS[name]) for name, index in ids.items()}
+    special = {name: named.get(index, added_tokens.NAMES[name]) for name, index in ids.items()}
     spelled = {index: special[name] for name, index in ids.items()} | added_tokens.names(tokenizer.sentinel_ids)
+    spelled |= {tokenizer.special_tokens[token]: token for token in tokenizer.extra.tokens}
     added = [tokenizers.AddedToken(spelled[index], special=True, normalized=False) for index in sorted(spelled)]
     # They get the ids above the vocabulary in this order, or those that they have.
     made.add_special_tokens(added)

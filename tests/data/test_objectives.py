@@ -24,6 +24,7 @@ MODELS = {
     "span_corruption": "t5",
     "seq2seq": "transformer",
     "sequence_classification": "bert",
+    "sft": "gpt",
     "token_classification": "llama",
 }
 NOISY = ("prefix_lm", "masked_lm", "span_corruption")
@@ -50,11 +51,12 @@ def config_of(folder: Path, objective: str, **changes: Any) -> ConfigDict:
     config.train.objective, config.model.name = objective, MODELS[objective]
     config.model.head = {"sequence_classification": "classify", "token_classification": "tag"}.get(objective, "lm")
     config.model.context_tokens, config.train.batch_seqs, config.tokenizer.kind = 32, 8, "byte"
+    config.chat.template = "plain"
     config.data.update({"source": str(source), "validation_frac": 0.2})
-    target = {"seq2seq": "answer", "sequence_classification": "label", "token_classification": "tags"}
+    target = {"seq2seq": "answer", "sft": "answer", "sequence_classification": "label", "token_classification": "tags"}
     config.data.target_field = target.get(objective, "target")
     config.data.pair_field = "other" if objective == "sequence_classification" else ""
-    config.data.text_field = "words" if objective == "token_classification" else "text"
+    config.data.text_field = {"token_classification": "words", "sft": "label"}.get(objective, "text")
     for key, value in changes.items():
         section, _, name = key.partition("__")
         config[section][name] = value

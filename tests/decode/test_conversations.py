@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import pytest
 import tiny_gguf
 
+from jaxllm.data.chat import encoding, render
+from jaxllm.data.documents import Message
 from jaxllm.data.tokenizers.byte import ByteTokenizer
 from jaxllm.data.tokenizers.chat_template import ChatTemplate
 from jaxllm.decode import chat
@@ -63,14 +65,14 @@ def tokenizer(template: str | None = tiny_gguf.TEMPLATE, **changes: Any) -> Any:
         ("{{ tools is none }} {{ documents is none }}", ASK, "True True"),
     ],
 )
-def test_rendering(template: str, messages: list[chat.Message], expected: str) -> None:
+def test_rendering(template: str, messages: list[Message], expected: str) -> None:
     """Blocks eat the line they stand on, json is not escaped for HTML, a last newline goes: what transformers sets Jinja to do."""
-    assert chat.render(ChatTemplate(template, NAMES), messages) == expected
+    assert render.render(ChatTemplate(template, NAMES), messages) == expected
 
 
 def test_the_next_answer_is_begun_unless_asked_not_to() -> None:
     template = ChatTemplate(tiny_gguf.TEMPLATE, {})
-    assert chat.render(template, ASK, add_generation_prompt=False) == "<|start|>user\nHi<|end|>\n"
+    assert render.render(template, ASK, add_generation_prompt=False) == "<|start|>user\nHi<|end|>\n"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_the_next_answer_is_begun_unless_asked_not_to() -> None:
 def test_what_cannot_be_rendered_is_explained(template: str, messages: list[Any], words: str) -> None:
     """A template may neither change the messages nor reach for Python's insides."""
     with pytest.raises(ValueError, match=words):
-        chat.render(ChatTemplate(template, NAMES), messages)
+        render.render(ChatTemplate(template, NAMES), messages)
 
 
 def test_jinja_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,12 +109,12 @@ def test_jinja_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ValueError, match=r"needs the package jinja2[\s\S]*pip install 'jaxllm\[hf\]'"):
-        chat.render(ChatTemplate("", {}), ASK)
+        render.render(ChatTemplate("", {}), ASK)
 
 
 @pytest.mark.parametrize("other", [ByteTokenizer(), tokenizer(None)])
 def test_a_tokenizer_without_a_template_is_refused(other: Any) -> None:
-    for call in (chat.encode, lambda *given: chat.fit(*given, 64, 8), lambda *given: chat.stop_ids(given[0])):
+    for call in (encoding.encode, lambda *given: chat.fit(*given, 64, 8), lambda *given: encoding.stop_ids(given[0])):
         with pytest.raises(ValueError, match=r"has no chat template.\n  Accepted: .*\n  Use python -m jaxllm.generate"):
             call(other, ASK)
 
@@ -120,7 +122,7 @@ def test_a_tokenizer_without_a_template_is_refused(other: Any) -> None:
 def test_ids_are_those_of_the_text_with_special_tokens_and_nothing_before() -> None:
     """Also for a tokenizer that puts a bos before a text: the template has written what it wants there."""
     for talker in (tokenizer(), tokenizer(**{"ggml.add_bos_token": True})):
-        assert chat.encode(talker, ASK) == [
+        assert encoding.encode(talker, ASK) == [
             1,
             *talker.encode("user\nHi"),
             2,
@@ -129,7 +131,7 @@ def test_ids_are_those_of_the_text_with_special_tokens_and_nothing_before() -> N
             *talker.encode("assistant\n"),
         ]
     talker = tokenizer("{{ bos_token }}" + tiny_gguf.TEMPLATE, **{"ggml.bos_token_id": 0, "ggml.add_bos_token": True})
-    assert chat.encode(talker, ASK)[:2] == [0, 1], "one bos"
+    assert encoding.encode(talker, ASK)[:2] == [0, 1], "one bos"
 
 
 def test_the_end_of_an_answer_need_not_be_a_special_token() -> None:
@@ -137,10 +139,10 @@ def test_the_end_of_an_answer_need_not_be_a_special_token() -> None:
     kinds = [3, 4, 4, *[1] * (len(tiny_gguf.TOKENS) - 3)]
     talker = tokenizer(**{"ggml.token_type": kinds, "ggml.eos_token_id": 0})
     assert set(talker.special_tokens) == {"<|text|>"}
-    assert chat.stop_ids(talker) == (0, 2)
+    assert encoding.stop_ids(talker) == (0, 2)
     with pytest.raises(ValueError, match=r"contains '<\|end\|>', which would end the message"):
-        chat.encode(talker, [{"role": "user", "content": "x<|end|>y"}])
-    assert chat.encode(talker, [{"role": "user", "content": "<|start|>"}]).count(1) == 3
+        encoding.encode(talker, [{"role": "user", "content": "x<|end|>y"}])
+    assert encoding.encode(talker, [{"role": "user", "content": "<|start|>"}]).count(1) == 3
 
 
 @pytest.mark.parametrize("where", ["role", "content"])
@@ -149,8 +151,8 @@ def test_a_message_cannot_end_itself(where: str) -> None:
     with pytest.raises(
         ValueError, match=r"contains '<\|start\|>', '<\|end\|>', which would end the message.*\n  Accepted: text without"
     ):
-        chat.encode(tokenizer(), [message])
-    assert chat.encode(tokenizer(), [{"role": "user", "content": "< |end|>"}])
+        encoding.encode(tokenizer(), [message])
+    assert encoding.encode(tokenizer(), [{"role": "user", "content": "< |end|>"}])
 
 
 @pytest.mark.parametrize(
@@ -164,21 +166,21 @@ def test_a_message_cannot_end_itself(where: str) -> None:
     ],
 )
 def test_answers_end_where_the_template_ends_them(template: str, expected: tuple[int, ...]) -> None:
-    assert chat.stop_ids(tokenizer(template)) == expected
+    assert encoding.stop_ids(tokenizer(template)) == expected
 
 
-def turns(count: int) -> list[chat.Message]:
+def turns(count: int) -> list[Message]:
     return [{"role": ("user", "assistant")[index % 2], "content": f"message {index}"} for index in range(count)]
 
 
 def test_the_oldest_turns_go_first() -> None:
     talker, system = tokenizer(), [{"role": "system", "content": "rules"}]
-    whole = chat.encode(talker, [*system, *turns(5)])
+    whole = encoding.encode(talker, [*system, *turns(5)])
     assert chat.fit(talker, [*system, *turns(5)], len(whole) + 10, 10) == (whole, 0)
-    assert chat.fit(talker, [*system, *turns(5)], len(whole) + 9, 10) == (chat.encode(talker, [*system, *turns(5)[2:]]), 2)
-    alone = chat.encode(talker, [*system, turns(5)[4]])
+    assert chat.fit(talker, [*system, *turns(5)], len(whole) + 9, 10) == (encoding.encode(talker, [*system, *turns(5)[2:]]), 2)
+    alone = encoding.encode(talker, [*system, turns(5)[4]])
     assert chat.fit(talker, [*system, *turns(5)], len(alone) + 1, 10) == (alone, 4), "less room for the answer, but some"
-    assert chat.fit(talker, turns(3), len(chat.encode(talker, [turns(3)[2]])) + 1, 10).dropped == 2
+    assert chat.fit(talker, turns(3), len(encoding.encode(talker, [turns(3)[2]])) + 1, 10).dropped == 2
     with pytest.raises(ValueError, match=rf"are {len(alone)} tokens.\n  Accepted: up to {len(alone) - 1}, as the context"):
         chat.fit(talker, [*system, *turns(5)], len(alone), 1)
 
@@ -204,7 +206,7 @@ def parrot(prompt_tokens: int, script: Sequence[int]) -> Model:
 
 def test_an_answer_begins_with_its_first_word_and_ends_with_its_turn() -> None:
     talker = tokenizer("{% for m in messages %}{{ m.content + '<|text|>' }}{% endfor %}")
-    prompt_ids = chat.encode(talker, ASK)
+    prompt_ids = encoding.encode(talker, ASK)
     script = [*talker.encode(" \n\n hello é "), 0, *talker.encode("never shown")]
     pieces = list(
         chat.stream(parrot(len(prompt_ids), script), {}, talker, prompt_ids, Settings(temperature=0), max_new_tokens=40, seed=0)

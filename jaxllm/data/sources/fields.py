@@ -7,19 +7,27 @@ from ml_collections import ConfigDict
 
 from jaxllm import registry
 from jaxllm.data.documents import Document
+from jaxllm.data.sources import conversations
+from jaxllm.data.sources.values import kind, valid
 
 
 class Fields(NamedTuple):
-    """The names of the fields; target is empty if none is read, and so is pair. `reads` is that of `examples.contract.Examples`."""
+    """The names of the fields; target is empty if none is read, and so is pair. `reads` is that of `examples.contract.Examples`.
+
+    format: how a conversation is written (chat.format).
+    """
 
     text: str
     target: str
     pair: str
     reads: str
+    format: str
 
     @property
     def settings(self) -> dict[str, str]:
-        """Field that is read -> the setting with its name."""
+        """Field that is read -> the setting with its name; empty for conversations, whose fields each row shows by itself."""
+        if self.reads == "messages":
+            return {}
         named = {self.text: "data.text_field", self.target: "data.target_field", self.pair: "data.pair_field"}
         return {name: setting for name, setting in named.items() if name}
 
@@ -28,11 +36,13 @@ def of(config: ConfigDict) -> Fields:
     """What the objective reads."""
     reads = registry.resolve("examples", config.train.objective)(config).reads
     target = "" if reads == "text" else config.data.target_field
-    return Fields(config.data.text_field, target, config.data.pair_field if reads == "label" else "", reads)
+    return Fields(config.data.text_field, target, config.data.pair_field if reads == "label" else "", reads, config.chat.format)
 
 
 def document(row: Any, fields: Fields, origin: str) -> Document:
     """The document in a row; ValueError that lists the row's fields if it lacks one of them or holds something else there."""
+    if fields.reads == "messages":
+        return conversations.read(row, fields.format, (fields.text, fields.target), origin)
     if fields.reads == "labels":
         return _words(row, fields, origin)
     text = field_text(row, fields.text, origin)
@@ -63,11 +73,10 @@ def field_text(row: Any, field: str, origin: str, setting: str = "data.text_fiel
     if not isinstance(value, str):
         texts = ", ".join(name for name, other in row.items() if isinstance(other, str)) or "none of its fields"
         raise ValueError(
-            f"{origin}: field '{field}' holds {_kind(value)}, not text.\n  Accepted: a field with text; here {texts}.\n"
+            f"{origin}: field '{field}' holds {kind(value)}, not text.\n  Accepted: a field with text; here {texts}.\n"
             f"  Set {setting} to one of these."
         )
-    # A JSON string may hold half a surrogate pair ("\ud83d"), which is no Unicode text and has no UTF-8 form.
-    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return valid(value)
 
 
 def _held(setting: str) -> str:
@@ -77,7 +86,7 @@ def _held(setting: str) -> str:
 def _value(row: Any, field: str, origin: str, setting: str) -> Any:
     if not isinstance(row, dict):
         raise ValueError(
-            f"{origin} is {_kind(row)}, not an object.\n  Accepted: objects with the text in a field.\n"
+            f"{origin} is {kind(row)}, not an object.\n  Accepted: objects with the text in a field.\n"
             f'  Write the row as {{"{field}": "..."}}.'
         )
     if field not in row:
@@ -95,7 +104,7 @@ def _label(value: Any, field: str, origin: str) -> str:
     if isinstance(value, int) or (isinstance(value, str) and value.strip()):
         return str(value).strip()
     raise ValueError(
-        f"{origin}: field '{field}' holds {_kind(value)}, not a label.\n  Accepted: a text that is not blank, or a whole number.\n"
+        f"{origin}: field '{field}' holds {kind(value)}, not a label.\n  Accepted: a text that is not blank, or a whole number.\n"
         "  Set data.target_field to another field, or leave the row out."
     )
 
@@ -126,22 +135,7 @@ def _list(row: Any, field: str, origin: str, setting: str, read: Callable[[Any],
         value = value.split()
     if not isinstance(value, list):
         raise ValueError(
-            f"{origin}: field '{field}' holds {_kind(value)}.\n  Accepted: a list, or a text with spaces between its parts.\n"
+            f"{origin}: field '{field}' holds {kind(value)}.\n  Accepted: a list, or a text with spaces between its parts.\n"
             f"  Set {setting} to a field with one of these."
         )
     return [read(each) for each in value]
-
-
-def _kind(value: Any) -> str:
-    kinds = {
-        "dict": "an object",
-        "list": "an array",
-        "tuple": "an array",
-        "int": "a number",
-        "float": "a number",
-        "bool": "true or false",
-    }
-    kinds |= {"NoneType": "null"}
-    if isinstance(value, str):
-        return "a blank text"
-    return kinds.get(type(value).__name__, f"a value of type {type(value).__name__}")

@@ -57,7 +57,7 @@ def read_parquet(location: str, config: ConfigDict) -> Iterator[Document]:
         with pyarrow.parquet.ParquetFile(location) as file:
             fields.check_columns(location, file.schema_arrow.names, wanted)
             row = 0
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=list(wanted.settings)):
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=list(wanted.settings) or None):
                 for values in batch.to_pylist():
                     yield fields.document(values, wanted, f"{location}[{row}]")
                     row += 1

@@ -1,16 +1,20 @@
-"""Special tokens that an objective needs and that no text contains: they get the ids above a tokenizer's own ones."""
+"""Special tokens that no text contains, as an objective or the config asks for them: they get the ids above a tokenizer's own ones."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
+# What the special tokens of a tokenizer are called that has no names of its own.
+NAMES = {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "mask": "<mask>"}
+
 
 class Added(NamedTuple):
-    """How many there are of each. borders: a bos and an eos, for a tokenizer that has none (char)."""
+    """How many there are of each. borders: a bos and an eos, for a tokenizer that has none (char). tokens: others, by their names."""
 
     mask: bool = False
     sentinels: int = 0
     borders: bool = False
+    tokens: tuple[str, ...] = ()
 
 
 NONE = Added()
@@ -23,11 +27,15 @@ class Ids(NamedTuple):
     eos_id: int | None
     mask_id: int | None
     sentinel_ids: tuple[int, ...]
+    tokens: dict[str, int]
     vocab_size: int
 
 
 def place(added: Added, base: int, bos_id: int | None = None, eos_id: int | None = None) -> Ids:
-    """Ids from `base` on: bos and eos as far as they are missing, the mask, then the sentinels, whose first is the topmost id."""
+    """Ids from `base` on: bos and eos as far as they are missing, the mask, the sentinels in falling order, the other tokens.
+
+    These come last, so that those that are added later move no id.
+    """
     after = base
     if added.borders and bos_id is None:
         bos_id, after = after, after + 1
@@ -36,7 +44,8 @@ def place(added: Added, base: int, bos_id: int | None = None, eos_id: int | None
     mask_id = after if added.mask else None
     after += added.mask
     top = after + added.sentinels
-    return Ids(bos_id, eos_id, mask_id, tuple(range(top - 1, after - 1, -1)), top)
+    tokens = {token: top + order for order, token in enumerate(added.tokens)}
+    return Ids(bos_id, eos_id, mask_id, tuple(range(top - 1, after - 1, -1)), tokens, top + len(tokens))
 
 
 def record(added: Added) -> dict[str, Any]:
@@ -46,7 +55,13 @@ def record(added: Added) -> dict[str, Any]:
 
 def restore(saved: Mapping[str, Any]) -> Added:
     """From a tokenizer's record."""
-    return Added(**saved.get("added", {}))
+    fields = saved.get("added", {})
+    return Added(**fields | {"tokens": tuple(fields.get("tokens", ()))})
+
+
+def special_tokens(tokens: Mapping[str, int], **ids: int | None) -> dict[str, int]:
+    """Names of special tokens, and their ids: bos, eos, pad and mask as far as there is one, and the added `tokens`."""
+    return {NAMES[name]: index for name, index in ids.items() if index is not None} | dict(tokens)
 
 
 def names(sentinel_ids: Sequence[int]) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""The chat template of a tokenizer: the Jinja program that writes a conversation as one text. Kept here, run in decode/chat.py."""
+"""The chat template of a tokenizer: the Jinja program that writes a conversation as one text. Kept here, run in data/chat/render.py."""
 
 import json
 from collections.abc import Mapping

@@ -1,12 +1,13 @@
 """Tokenizers from a `tokenizer.json` (the format of Hugging Face tokenizers)."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from jaxllm.data.tokenizers import added, chat_template, files
 from jaxllm.data.tokenizers.chat_template import ChatTemplate
+from jaxllm.data.tokenizers.located import Located
 
 FILE = "tokenizer.json"
 
@@ -55,12 +56,20 @@ class HuggingFaceTokenizer:
 
     def encode_with_specials(self, text: str) -> list[int]:
         """As `encode`, but what spells a special token is that token. For text of which every such token is meant."""
+        return self.locate(text).ids
+
+    def locate(self, text: str) -> Located:
+        """The ids of `encode_with_specials` with their places."""
         files.utf8(text)
-        self.tokenizer.encode_special_tokens = False
-        try:
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
-        finally:
-            self.tokenizer.encode_special_tokens = True
+        encoding = self._locator.encode(text, add_special_tokens=False)
+        return Located(encoding.ids, encoding.offsets)
+
+    @cached_property
+    def _locator(self) -> Any:
+        """The library's tokenizer, as it reads special tokens, and without the post-processor: that takes spaces off the places."""
+        tokenizer = parse(self.definition)
+        tokenizer.encode_special_tokens, tokenizer.post_processor = False, None
+        return tokenizer
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Same ids as `encode`, by all processor cores."""
@@ -99,6 +108,13 @@ def restore(saved: files.Saved) -> HuggingFaceTokenizer:
         other_stop_ids=other_stop_ids,
         template=chat_template.restore(saved),
     )
+
+
+def with_tokens(definition: bytes, tokens: Sequence[str]) -> bytes:
+    """The tokenizer.json with these special tokens: those that are no token yet get the ids above all others."""
+    tokenizer = library().Tokenizer.from_buffer(definition)
+    tokenizer.add_special_tokens([library().AddedToken(token, special=True, normalized=False) for token in tokens])
+    return tokenizer.to_str().encode()
 
 
 def _letters(tokenizer: Any) -> dict[int, str]:

@@ -15,9 +15,10 @@ from typing import Any
 import sentencepiece
 from ml_collections import ConfigDict
 
-from jaxllm.data.tokenizers import added, chat_template, files
+from jaxllm.data.tokenizers import added, chat_template, files, located
 from jaxllm.data.tokenizers.added import NONE, Added
 from jaxllm.data.tokenizers.chat_template import ChatTemplate
+from jaxllm.data.tokenizers.located import Located
 
 FILE = "tokenizer.model"
 PAD, EOS, BOS, UNKNOWN = range(4)
@@ -62,7 +63,7 @@ class SentencePieceTokenizer:
         ids = added.place(extra, self.pieces, bos_id, eos_id)
         self.bos_id, self.eos_id, self.pad_id = ids.bos_id, ids.eos_id, pad_id
         self.mask_id = mask_id if ids.mask_id is None else ids.mask_id
-        self.sentinel_ids, self.vocab_size = ids.sentinel_ids, ids.vocab_size
+        self.sentinel_ids, self.tokens, self.vocab_size = ids.sentinel_ids, ids.tokens, ids.vocab_size
         self.extra = extra._replace(borders=extra.borders and None in (bos_id, eos_id))
         self.exact, self.other_stop_ids = exact, other_stop_ids
         self.space_mark_ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
@@ -72,10 +73,10 @@ class SentencePieceTokenizer:
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
-        """Special tokens and their ids: control pieces and the unknown one."""
+        """Special tokens and their ids: control pieces, the unknown one and those that were added by name."""
         made = self.processor
         ids = (index for index in range(self.pieces) if made.is_control(index) or made.is_unknown(index))
-        return {made.id_to_piece(index): index for index in ids}
+        return {made.id_to_piece(index): index for index in ids} | self.tokens
 
     @property
     def added_tokens(self) -> dict[str, int]:
@@ -87,11 +88,18 @@ class SentencePieceTokenizer:
 
         What stands between two of them is encoded by itself, where a model that puts a space before a text puts one too.
         """
-        tokens = self.special_tokens
-        pattern = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
-        parts = [part for part in re.split(f"({pattern})", text) if part] if tokens else [text]
-        encoded = [[tokens[part]] if part in tokens else self.encode(part) for part in parts]
-        return list(chain.from_iterable(encoded))
+        return self.locate(text).ids
+
+    def locate(self, text: str) -> Located:
+        """The ids of `encode_with_specials` with their places."""
+        files.utf8(text)
+        return located.with_specials(text, self.special_tokens, self._locate)
+
+    def _locate(self, text: str) -> Located:
+        if not self.exact:
+            return _places(self.processor, text)
+        mark = Located(self.space_mark_ids, [(0, 1)] * len(self.space_mark_ids))
+        return located.join((part, mark if part == SPACE_MARK else _places(self.processor, part)) for part in _parts(text))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Same ids as `encode`, by all processor cores."""
@@ -138,6 +146,44 @@ def _parts(text: str) -> Iterator[str]:
             end = part.find("\n", start + PART_CHARS) + 1 or len(part)
             yield part[start:end]
             start = end
+
+
+def _places(processor: sentencepiece.SentencePieceProcessor, text: str) -> Located:
+    """Ids and places, out of the library's message SentencePieceText (fields of its pieces: 2 id, 4 begin, 5 end, in bytes)."""
+    message = processor.encode(text, out_type="serialized_proto")
+    pieces = [dict(_fields(piece)) for number, piece in _fields(message) if number == 2]
+    character = [place for place, letter in enumerate(text) for _ in letter.encode()] + [len(text)]
+    # A character of several pieces belongs, for the library, to the last of them.
+    spans = [(character[piece.get(4, 0)], character[piece.get(5, 0)]) for piece in pieces]
+    return Located([piece.get(2, 0) for piece in pieces], spans)
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, value) of each field of a message of Protocol Buffers: a whole number, or the bytes of a part."""
+    place = 0
+
+    def number() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            byte = message[place]
+            place += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while place < len(message):
+        key = number()
+        if key & 7 == 5:  # a float of four bytes: the score of the text
+            place += 4
+            continue
+        value = number()
+        if key & 7 == 2:
+            yield key >> 3, message[place : place + value]
+            place += value
+        else:
+            yield key >> 3, value
 
 
 def processor(model: bytes) -> sentencepiece.SentencePieceProcessor:

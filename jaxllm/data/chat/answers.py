@@ -1,0 +1,146 @@
+"""Which tokens of a conversation are trained: found exactly, or the conversation is refused with the reason.
+
+The text is what the template writes, encoded once, as a prompt is (encoding.py). Where an answer stands in it is said by the template's
+{% generation %}; a template without one is asked twice: an answer begins where the text of what stands before it ends, with the
+beginning of the next answer, and the text with the answer must go on from there. In both ways an answer goes up to the first token
+that ends it, and with it.
+
+A token is trained if it holds a character of an answer. One that also holds characters before it (`joined`) is one that no model
+comes to write, as its first half is then given: a template should end what stands before an answer with a special token or a newline.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxllm.data.chat import encoding, render
+from jaxllm.data.documents import Message
+from jaxllm.data.tokenizers.chat_template import ChatTemplate
+from jaxllm.data.tokenizers.located import Located
+from jaxllm.types import Tokenizer
+
+# A question that no template contains.
+QUESTION = "a-question-to-look-for"
+# [start, stop) of an answer in a text, with the token that ends it.
+Span = tuple[int, int]
+
+
+class Refused(ValueError):
+    """A conversation that cannot be trained on; the text says why in a few words."""
+
+
+class Encoded(NamedTuple):
+    """ids: int32 [N]. trained: bool [N], whether an id is to be predicted. joined: answers that begin inside of a token."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+    joined: int
+
+
+def make(tokenizer: Tokenizer, train_on: str) -> Callable[[Sequence[Message]], Encoded]:
+    """messages -> their ids and which of them are trained: those of each answer (assistant), of the last one (last), or all.
+
+    ValueError for a tokenizer without a chat template, and for a template that marks other things than answers. Refused, by the
+    function, for a conversation that cannot be used.
+    """
+    talker = encoding.require(tokenizer)
+    _check_marks(talker.template)
+    reserved, ends = encoding.reserved(talker), encoding.ends(talker)
+
+    def encode(messages: Sequence[Message]) -> Encoded:
+        if found := [token for message in messages for token in encoding.spelled(message, reserved)]:
+            raise Refused(f"a message that spells {found[0]}")
+        try:
+            text, spans = find(talker.template, messages, ends)
+        except Refused:
+            raise
+        except ValueError as error:
+            raise Refused(f"the chat template refuses it ({error.__cause__ or error})".partition("\n")[0]) from error
+        located = talker.locate(text)
+        if tokenizer.bos_id is not None and located.ids[:2] == [tokenizer.bos_id] * 2:
+            raise Refused("two bos tokens at the beginning")
+        return _mark(located, spans, train_on)
+
+    return encode
+
+
+def find(template: ChatTemplate, messages: Sequence[Message], ends: Mapping[str, int]) -> tuple[str, list[Span]]:
+    """The conversation as text, and where its answers are. ends: the tokens that may end one."""
+    rendered = render.marked(template, messages, add_generation_prompt=False)
+    text = rendered.text
+    spans = _marked(rendered, ends) if render.marks_answers(template) else _between(template, messages, text)
+    if not spans:
+        raise Refused("no answer that the chat template marks")
+    return text, [(start, _end(text, start, stop, ends)) for start, stop in spans]
+
+
+def _check_marks(template: ChatTemplate) -> None:
+    """ValueError for a template whose {% generation %} marks a question, or marks no answer."""
+    if not render.marks_answers(template):
+        return
+    exchange = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": encoding.MARK}]
+    try:
+        text, spans = render.marked(template, exchange, add_generation_prompt=False)
+    except ValueError:
+        # It wants other conversations than this one: those of the data are looked at one by one.
+        return
+    marked = "".join(text[start:stop] for start, stop in spans)
+    if QUESTION in marked or encoding.MARK not in marked:
+        what = (
+            "a user's message, so that all tokens would be trained"
+            if QUESTION in marked
+            else "no answer: no token would be trained"
+        )
+        raise ValueError(
+            f"{{% generation %}} in the chat template marks {what}.\n  Accepted: it stands around what the assistant writes, and nothing"
+            " else.\n  Correct the template, take it out (answers are then found by themselves), or set another chat.template."
+        )
+
+
+def _marked(rendered: render.Rendered, ends: Mapping[str, int]) -> list[Span]:
+    """What the template marks; parts that follow each other directly are one answer until a token ends it."""
+    spans: list[Span] = []
+    for start, stop in rendered.spans:
+        begun = spans[-1] if spans else (0, 0)
+        if spans and begun[1] == start and not any(token in rendered.text[slice(*begun)] for token in ends):
+            spans[-1] = (begun[0], stop)
+        else:
+            spans.append((start, stop))
+    return spans
+
+
+def _between(template: ChatTemplate, messages: Sequence[Message], text: str) -> list[Span]:
+    """Where each answer begins and what follows it, by the texts of the messages before it, with and without it."""
+    spans = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render.render(template, messages[:number], add_generation_prompt=True)
+        after = render.render(template, messages[: number + 1], add_generation_prompt=False)
+        if not (after.startswith(before) and text.startswith(after)):
+            raise Refused("the chat template writes a message differently when others follow it")
+        spans.append((len(before), len(after)))
+    return spans
+
+
+def _end(text: str, start: int, stop: int, ends: Mapping[str, int]) -> int:
+    """Where the answer in text[start:stop] ends: behind the first token that ends it, which may follow upon white space."""
+    blank = len(text[stop:]) - len(text[stop:].lstrip())
+    places = [(place, place + len(token)) for token in ends if token and (place := text.find(token, start)) >= 0]
+    within = [(place, end) for place, end in places if place <= stop + blank]
+    if not within:
+        raise Refused("no token that ends the answer")
+    # Of two that begin at one place the longer one is meant.
+    return min(within, key=lambda found: (found[0], -found[1]))[1]
+
+
+def _mark(located: Located, spans: Sequence[Span], train_on: str) -> Encoded:
+    ids, places = np.array(located.ids, np.int32), np.array(located.spans, np.int32).reshape(-1, 2)
+    starts, stops = places[:, 0], places[:, 1]
+    trained, joined = np.zeros(len(ids), bool), 0
+    for start, stop in spans[-1:] if train_on == "last" else spans:
+        # A token without characters (the space that SentencePiece puts before a text) counts where it stands.
+        trained |= (starts < stop) & ((stops > start) | (starts >= start))
+        joined += bool(((starts < start) & (stops > start)).any())
+    return Encoded(ids, np.ones(len(ids), bool) if train_on == "all" else trained, joined)
