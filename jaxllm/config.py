@@ -186,6 +186,9 @@ SCHEMA: dict[str, Field] = {
     "optimizer.state": Field(
         "float32", one_of(("float32", "bfloat16", "int8")), "how moments are stored: 4, 2 or about 1 byte a number"
     ),
+    "optimizer.layer_decay": Field(
+        1.0, Accept("above 0, up to 1", lambda value: 0 < value <= 1), "learning rate of a layer as a share of that of the next one"
+    ),
     "optimizer.groups": Field(((".*(scale|bias)", 1.0, 0.0),), GROUPS, "first match wins: (pattern, lr factor, decay factor)"),
     "schedule.name": Field("cosine", one_of(registry.names("schedule")), "of the learning rate"),
     "schedule.warmup_steps": Field(100, at_least(0), "linear from 0 to the peak"),
