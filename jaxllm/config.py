@@ -167,6 +167,9 @@ SCHEMA: dict[str, Field] = {
     "train.batch_seqs": Field(16, at_least(1), "rows an update"),
     "train.microbatches": Field(1, at_least(1), "parts that a batch is split into (gradient accumulation)"),
     "train.trainable": Field(".*", TEXT, "regular expression over parameter paths; the others stay as they are"),
+    "train.frozen_layers": Field(
+        0, at_least(0), "first layers of each stack that stay as they are, and with them the embeddings; needs layers_as=unrolled"
+    ),
     "train.loss_chunk_tokens": Field(256, at_least(0), "tokens whose logits exist at once on a device; 0 means all"),
     "train.z_loss": Field(0.0, at_least(0), "coefficient of log(Z)^2, which keeps logits near 0"),
     "train.label_smoothing": Field(0.0, between(0, 0.9), "share of the target's probability that is spread over the vocabulary"),

@@ -24,6 +24,7 @@ def check(config: ConfigDict) -> None:
     _check_objective(config)
     _check_data(config)
     _check_optimizer(config)
+    _check_frozen(config)
     open_sizes = [f"parallel.{axis}" for axis in ("pipe", "data", "fsdp", "seq", "tensor") if config.parallel[axis] == -1]
     if len(open_sizes) > 1:
         raise ValueError(
@@ -77,6 +78,24 @@ def _check_optimizer(config: ConfigDict) -> None:
             f"optimizer.state = '{optimizer.state}' with optimizer.name = 'adafactor', whose state is a row and a column of each matrix.\n"
             "  Accepted: float32 with adafactor; adamw, lion or muon with another state.\n"
             "  Set optimizer.state=float32: there is next to nothing to save."
+        )
+
+
+def _check_frozen(config: ConfigDict) -> None:
+    """Layers can be frozen one by one, and are there."""
+    first, model = config.train.frozen_layers, config.model
+    if first and model.layers_as != "unrolled":
+        raise ValueError(
+            f"train.frozen_layers = {first} with model.layers_as = '{model.layers_as}', where all layers are one array.\n"
+            "  Accepted: unrolled, and so no pipeline.\n  Set model.layers_as=unrolled."
+        )
+    depths = {"model.layers": model.layers}
+    if model.name in MODELS["seq2seq"] and model.decoder_layers:
+        depths["model.decoder_layers"] = model.decoder_layers
+    name, layers = min(depths.items(), key=lambda item: item[1])
+    if first > layers:
+        raise ValueError(
+            f"train.frozen_layers = {first}, but {name} = {layers}.\n  Accepted: 0 to {layers}.\n  Set train.frozen_layers."
         )
 
 

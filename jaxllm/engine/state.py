@@ -1,7 +1,7 @@
 """Everything that a training run carries from one step to the next, born on the mesh with its final sharding."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxllm.transforms import tree
+from jaxllm.transforms import depth, tree
 from jaxllm.types import Model, Params
 
 
@@ -64,7 +64,7 @@ def abstract(model: Model, optimizer: optax.GradientTransformation, config: Any,
     shapes = jax.eval_shape(_make_init(model, optimizer, config), rng)
     params = jax.eval_shape(model.init, rng)
     shardings = plan.state_shardings(shapes, model.axes, params)
-    own, frozen = tree.split(plan.shardings(model.axes, params), set(tree.names(shapes.params)))
+    own, frozen = tree.split_by(plan.shardings(model.axes, params), trains(config, model.axes))
     shardings = dataclasses.replace(shardings, params=own, frozen=frozen)
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
@@ -83,13 +83,10 @@ def random_key(seed: int, purpose: str) -> jax.Array:
 
 
 def _make_init(model: Model, optimizer: optax.GradientTransformation, config: Any) -> Callable[[jax.Array], TrainState]:
-    try:
-        trainable = tree.matches(config.train.trainable, model.axes)
-    except ValueError as error:
-        raise ValueError(f"train.trainable: {error}") from None
+    selects = trains(config, model.axes)
 
     def init(rng: jax.Array) -> TrainState:
-        params, frozen = tree.split(model.init(rng), trainable)
+        params, frozen = tree.split_by(model.init(rng), selects)
         zero = jnp.zeros((), jnp.int32)
         return TrainState(
             step=zero,
@@ -103,6 +100,30 @@ def _make_init(model: Model, optimizer: optax.GradientTransformation, config: An
         )
 
     return init
+
+
+def trains(config: Any, axes: Any) -> Callable[[Sequence[Any]], bool]:
+    """Whether the array at a key path of a tree like `axes` is trained; ValueError if none is.
+
+    train.frozen_layers takes out what is below the layers (transforms/depth.py) and the first layers of each stack.
+    """
+    try:
+        trainable = tree.matches(config.train.trainable, axes)
+    except ValueError as error:
+        raise ValueError(f"train.trainable: {error}") from None
+    first = config.train.frozen_layers
+
+    def selects(path: Sequence[Any]) -> bool:
+        name, layer = tree.path_name(path), depth.layer_of(path)
+        frozen = first and (depth.is_below(name) or (layer is not None and layer < first))
+        return name in trainable and not frozen
+
+    if not any(selects(path) for path, _ in jax.tree.leaves_with_path(axes, is_leaf=lambda node: isinstance(node, tuple))):
+        raise ValueError(
+            f"train.frozen_layers = {first} freezes all that train.trainable = '{config.train.trainable}' selects.\n"
+            "  Accepted: fewer frozen layers, or a pattern that also selects what stands behind them.\n  Change one of them."
+        )
+    return selects
 
 
 def _first_scale(precision: Any) -> LossScale:
