@@ -160,6 +160,10 @@ SCHEMA: dict[str, Field] = {
     "data.noise_frac": Field(0.15, between(0.01, 0.9), "share of tokens that masked_lm and span_corruption predict"),
     "data.mean_span_tokens": Field(3.0, at_least(1), "mean length of a span of span_corruption"),
     "data.whole_words": Field(False, YES_NO, "masked_lm masks all tokens of a word or none"),
+    "data.replay_source": Field(
+        "", TEXT, "as source: what is not to be forgotten; its held-out part is evaluated, too. Plain text for decoders"
+    ),
+    "data.replay_frac": Field(0.0, between(0, 0.9), "share of the rows of a batch that come from replay_source"),
     "data.dir": Field("", TEXT, "where prepared shards are kept; empty means WORKDIR/data"),
     # How it is trained.
     "train.objective": Field("causal_lm", one_of(registry.names("objective")), "what is minimized"),

@@ -115,10 +115,30 @@ def _check_data(config: ConfigDict) -> None:
             "data.validation_frac = 0 without a data.validation_source: there is nothing to evaluate on.\n"
             "  Accepted: a share above 0, or another source. Set one of them."
         )
+    _check_replay(config)
     if config.data.split_by == "characters" and config.train.objective in PAIRED and not config.data.validation_source:
         raise ValueError(
             f"data.split_by = 'characters' cuts a text, which train.objective = '{config.train.objective}' cannot do with its pairs.\n"
             "  Accepted: documents.\n  Set data.split_by=documents, or data.validation_source."
+        )
+
+
+def _check_replay(config: ConfigDict) -> None:
+    data, batch = config.data, config.train.batch_seqs
+    if data.replay_frac and not data.replay_source:
+        raise ValueError(
+            f"data.replay_frac = {data.replay_frac} without a data.replay_source.\n  Accepted: 0, or a source to take rows from.\n"
+            "  Set data.replay_source."
+        )
+    if data.replay_source and not data.validation_frac:
+        raise ValueError(
+            "data.validation_frac = 0 with a data.replay_source, of which that share is held out to measure what is forgotten.\n"
+            "  Accepted: a share above 0.\n  Set data.validation_frac."
+        )
+    if data.replay_frac and batch < 2:
+        raise ValueError(
+            f"data.replay_frac = {data.replay_frac} of a batch of train.batch_seqs = {batch} row.\n"
+            "  Accepted: 2 rows or more, of which one at least is replayed and one is not.\n  Set train.batch_seqs."
         )
 
 
