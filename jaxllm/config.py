@@ -181,6 +181,10 @@ SCHEMA: dict[str, Field] = {
         "how they become text; tokenizer: as its own template says",
     ),
     "chat.train_on": Field("assistant", one_of(("assistant", "last", "all")), "each answer, the last one, or all tokens"),
+    "data.replay_source": Field(
+        "", TEXT, "as source: what is not to be forgotten; its held-out part is evaluated, too. Plain text for decoders"
+    ),
+    "data.replay_frac": Field(0.0, between(0, 0.9), "share of the rows of a batch that come from replay_source"),
     "data.dir": Field("", TEXT, "where prepared shards are kept; empty means WORKDIR/data"),
     # How it is trained.
     "train.objective": Field("causal_lm", one_of(registry.names("objective")), "what is minimized"),
@@ -199,6 +203,9 @@ SCHEMA: dict[str, Field] = {
         "auto",
         TEXT,
         "regular expression over parameter paths; the others stay as they are. auto: adapters, or without any everything",
+    ),
+    "train.frozen_layers": Field(
+        0, at_least(0), "first layers of each stack that stay as they are, and with them the embeddings; needs layers_as=unrolled"
     ),
     "train.loss_chunk_tokens": Field(256, at_least(0), "tokens whose logits exist at once on a device; 0 means all"),
     "train.z_loss": Field(0.0, at_least(0), "coefficient of log(Z)^2, which keeps logits near 0"),
@@ -230,6 +237,9 @@ SCHEMA: dict[str, Field] = {
     ),
     "optimizer.groups": Field(
         ((".*(scale|bias|magnitude)", 1.0, 0.0),), GROUPS, "first match wins: (pattern, lr factor, decay factor)"
+    ),
+    "optimizer.layer_decay": Field(
+        1.0, Accept("above 0, up to 1", lambda value: 0 < value <= 1), "learning rate of a layer as a share of that of the next one"
     ),
     "schedule.name": Field("cosine", one_of(registry.names("schedule")), "of the learning rate"),
     "schedule.warmup_steps": Field(100, at_least(0), "linear from 0 to the peak"),

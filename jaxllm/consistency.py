@@ -25,6 +25,7 @@ def check(config: ConfigDict) -> None:
     _check_objective(config)
     _check_data(config)
     _check_optimizer(config)
+    _check_frozen(config)
     open_sizes = [f"parallel.{axis}" for axis in ("pipe", "data", "fsdp", "seq", "tensor") if config.parallel[axis] == -1]
     if len(open_sizes) > 1:
         raise ValueError(
@@ -81,6 +82,24 @@ def _check_optimizer(config: ConfigDict) -> None:
         )
 
 
+def _check_frozen(config: ConfigDict) -> None:
+    """Layers can be frozen one by one, and are there."""
+    first, model = config.train.frozen_layers, config.model
+    if first and model.layers_as != "unrolled":
+        raise ValueError(
+            f"train.frozen_layers = {first} with model.layers_as = '{model.layers_as}', where all layers are one array.\n"
+            "  Accepted: unrolled, and so no pipeline.\n  Set model.layers_as=unrolled."
+        )
+    depths = {"model.layers": model.layers}
+    if model.name in MODELS["seq2seq"] and model.decoder_layers:
+        depths["model.decoder_layers"] = model.decoder_layers
+    name, layers = min(depths.items(), key=lambda item: item[1])
+    if first > layers:
+        raise ValueError(
+            f"train.frozen_layers = {first}, but {name} = {layers}.\n  Accepted: 0 to {layers}.\n  Set train.frozen_layers."
+        )
+
+
 def _check_data(config: ConfigDict) -> None:
     """Where text comes from, and how it is split."""
     if config.tokenizer.kind in ("file", "gguf") and not config.tokenizer.path:
@@ -103,10 +122,30 @@ def _check_data(config: ConfigDict) -> None:
             "data.validation_frac = 0 without a data.validation_source: there is nothing to evaluate on.\n"
             "  Accepted: a share above 0, or another source. Set one of them."
         )
+    _check_replay(config)
     if config.data.split_by == "characters" and config.train.objective in PAIRED and not config.data.validation_source:
         raise ValueError(
             f"data.split_by = 'characters' cuts a text, which train.objective = '{config.train.objective}' cannot do with its documents.\n"
             "  Accepted: documents.\n  Set data.split_by=documents, or data.validation_source."
+        )
+
+
+def _check_replay(config: ConfigDict) -> None:
+    data, batch = config.data, config.train.batch_seqs
+    if data.replay_frac and not data.replay_source:
+        raise ValueError(
+            f"data.replay_frac = {data.replay_frac} without a data.replay_source.\n  Accepted: 0, or a source to take rows from.\n"
+            "  Set data.replay_source."
+        )
+    if data.replay_source and not data.validation_frac:
+        raise ValueError(
+            "data.validation_frac = 0 with a data.replay_source, of which that share is held out to measure what is forgotten.\n"
+            "  Accepted: a share above 0.\n  Set data.validation_frac."
+        )
+    if data.replay_frac and batch < 2:
+        raise ValueError(
+            f"data.replay_frac = {data.replay_frac} of a batch of train.batch_seqs = {batch} row.\n"
+            "  Accepted: 2 rows or more, of which one at least is replayed and one is not.\n  Set train.batch_seqs."
         )
 
 

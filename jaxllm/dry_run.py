@@ -107,8 +107,11 @@ def _bytes(abstract: Any) -> int:
 def moved(session: Session, adds_first: bool = True) -> tuple[list[traffic.Row], str]:
     """What a step moves, as far as it can be said, and a line that says what cannot; adds_first: see parallel/activations.py."""
     made, model, config, abstract = session.plan, session.model, session.config, session.abstract
+    # The backward pass ends above frozen layers, and does not gather them again.
+    whole = not config.train.frozen_layers
+    parameters = traffic.predict(made, model, abstract.params, abstract.frozen, config.train.microbatches) if whole else None
     found = {
-        "parameters and gradients": traffic.predict(made, model, abstract.params, abstract.frozen, config.train.microbatches),
+        "parameters and gradients": parameters if made.mesh.size > 1 else [],
         "activations over tensor": activations.over_tensor(made, model, config, session.row_tokens, adds_first),
         "activations over pipe": activations.over_pipe(made, model, config, session.row_tokens),
         "activations over seq": None if made.mesh.shape["seq"] > 1 else [],

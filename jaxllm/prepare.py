@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxllm import command
-from jaxllm.data import examples, order
+from jaxllm.data import examples, mixture, order
 from jaxllm.data.examples.contract import Piece
 from jaxllm.data.prepare import Prepared, place, prepare
 
@@ -37,12 +37,14 @@ def main(arguments: list[str]) -> None:
     prepared = prepare(
         config, place(config, workdir), force=flags.FLAGS.force, log=lambda line: console.print(Text(line), soft_wrap=True)
     )
-    for split in (prepared.train, prepared.validation):
+    for split in prepared.splits.values():
         split.verify()
     if flags.FLAGS.show:
         show_rows(console, config, prepared, flags.FLAGS.show)
     console.print(table(prepared))
     console.print(Text(remarks(prepared)), soft_wrap=True)
+    if prepared.replay is not None:
+        console.print(Text(mixture.describe(config, prepared.train, prepared.replay)), soft_wrap=True)
 
 
 def show_rows(console: Console, config: ConfigDict, prepared: Prepared, count: int) -> None:
@@ -79,29 +81,31 @@ def spelled(pieces: Sequence[Piece], console: Console) -> Text:
 
 
 def table(prepared: Prepared) -> Table:
-    """The counts of the two splits side by side."""
-    train, validation = prepared.train, prepared.validation
+    """The counts of the splits side by side."""
+    train, splits = prepared.train, prepared.splits.values()
     shown = Table("", box=box.SIMPLE_HEAD, title=f"data in {prepared.directory}", title_justify="left", title_style="bold")
-    for name in ("train", "validation"):
-        shown.add_column(name, justify="right")
+    for name in prepared.splits:
+        shown.add_column(name.replace("_", " "), justify="right")
     # What masked_lm predicts is drawn anew each time.
     predictions = "may be predicted" if prepared.record["recipe"].get("rows") == "masked_lm" else "weighted predictions"
     lines = {
-        "documents": (f"{split.documents:,}" for split in (train, validation)),
-        "text": (decimal(split.text_bytes) for split in (train, validation)),
-        "tokens": (f"{split.tokens:,}" for split in (train, validation)),
-        "bytes a token": (f"{split.bytes_per_token:.2f}" for split in (train, validation)),
-        f"rows of {train.row_tokens:,} tokens": (f"{len(split):,}" for split in (train, validation)),
-        "positions filled": (f"{split.filled_frac:.2%}" for split in (train, validation)),
-        predictions: (f"{split.weighted_tokens / (len(split) * split.row_tokens):.2%}" for split in (train, validation)),
-        "trained tokens": (f"{split.weighted_tokens / max(split.tokens, 1):.2%}" for split in (train, validation)),
-        "cut to a row": (f"{split.cut:,}" for split in (train, validation)),
-        "dropped": (f"{sum(split.dropped.values()):,}" for split in (train, validation)),
-        "files": (decimal(split.bytes) for split in (train, validation)),
+        "documents": (f"{split.documents:,}" for split in splits),
+        "text": (decimal(split.text_bytes) for split in splits),
+        "tokens": (f"{split.tokens:,}" for split in splits),
+        "bytes a token": (f"{split.bytes_per_token:.2f}" for split in splits),
+        f"rows of {train.row_tokens:,} tokens": (f"{len(split):,}" for split in splits),
+        "positions filled": (f"{split.filled_frac:.2%}" for split in splits),
+        predictions: (f"{split.weighted_tokens / (len(split) * split.row_tokens):.2%}" for split in splits),
+        "trained tokens": (f"{split.weighted_tokens / max(split.tokens, 1):.2%}" for split in splits),
+        "cut to a row": (f"{split.cut:,}" for split in splits),
+        "dropped": (f"{sum(split.dropped.values()):,}" for split in splits),
+        "files": (decimal(split.bytes) for split in splits),
     }
     # Where targets are no text in order, nothing is known of their bytes; most data has nothing to cut or to drop.
-    absent = ([] if train.text_bytes else ["text", "bytes a token"]) + ([] if train.cut + validation.cut else ["cut to a row"])
-    absent += [] if train.dropped or validation.dropped else ["dropped"]
+    absent = ([] if train.text_bytes else ["text", "bytes a token"]) + (
+        [] if any(split.cut for split in splits) else ["cut to a row"]
+    )
+    absent += [] if any(split.dropped for split in splits) else ["dropped"]
     absent += [] if prepared.record["recipe"].get("rows") == "sft" else ["trained tokens"]
     for name, cells in lines.items():
         if name not in absent:

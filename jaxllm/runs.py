@@ -65,7 +65,9 @@ def load(directory: str | Path, step: int | None = None, *, for_decoding: bool =
     tokenizer = tokenize.load(workdir.tokenizer)
     config = schema.with_vocabulary(config, tokenizer.vocab_size)
     model = models.build(config)
-    template = jax.eval_shape(lambda rng: state.narrowed(model.init(rng), model.axes, config), jax.random.key(0))
+    template = jax.eval_shape(
+        lambda rng: state.narrowed(model.init(rng), model.axes, config, state.trains(config, model.axes)), jax.random.key(0)
+    )
     restored = Checkpoints(workdir.checkpoints).load_params(canonical.abstract(template), step)
     # Cut into layers on the host: on the device that is a program to compile, which takes longer than all the rest.
     params = tree.unstack_like(jax.device_get(restored.tree), template)

@@ -162,10 +162,10 @@ class _Placing:
         plain.train.transforms = ()
         self._dense = models.build(plain)
         self._adaptation = adapt.Adaptation(self._dense.axes, model.config.transforms)
-        self._selected = state.trainable(session.config, model.axes)
+        self._selects = state.trains(session.config, model.axes)
         self._rng = state.random_key(session.config.seed, "init")
         self._placed: dict[str, Any] = {}
-        self._programs: dict[str, Callable[..., Any]] = {}
+        self._programs: dict[tuple[str, bool], Callable[..., Any]] = {}
         self._unused: list[str] = []
         self._grown = 0
         self.template = jax.eval_shape(self._dense.init, jax.random.key(0))
@@ -189,19 +189,21 @@ class _Placing:
             return
         layer = next((part.idx for part in path if isinstance(part, jax.tree_util.SequenceKey)), 0)
         # Waits, or copies of many parameters would be in memory at once.
-        self._placed[key] = jax.block_until_ready(self._program(name, key)(host, np.int32(layer)))
+        self._placed[key] = jax.block_until_ready(self._program(path, layer)(host, np.int32(layer)))
 
-    def _program(self, name: str, key: str) -> Callable[..., Any]:
-        """What transforms and lays out the parameter: one program for all layers of an unrolled stack."""
-        if name not in self._programs:
-            target = self._targets[key]
+    def _program(self, path: Any, layer: int) -> Callable[..., Any]:
+        """What transforms and lays out the parameter: one for all layers of an unrolled stack, and for frozen ones."""
+        name = tree.path_name(path)
+        kind = (name, layer < self._config.train.frozen_layers)
+        if kind not in self._programs:
+            target = self._targets[jax.tree_util.keystr(path)]
 
             def one(host: jax.Array, layer: jax.Array) -> Any:
                 node = self._adaptation.kernel(name, target.axes[0] == "layers", host, self._rng, layer)
-                return state.narrowed(node, target.node_axes, self._config, self._selected, under=name)
+                return state.narrowed(node, target.node_axes, self._config, self._selects, under=path)
 
-            self._programs[name] = jax.jit(one, out_shardings=target.shardings)
-        return self._programs[name]
+            self._programs[kind] = jax.jit(one, out_shardings=target.shardings)
+        return self._programs[kind]
 
     def finish(self) -> tuple[Params, str]:
         """All parameters, and a remark for the user on what was not simply taken over."""

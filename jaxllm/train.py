@@ -23,10 +23,10 @@ from rich.console import Console
 
 from jaxllm import command, dry_run, start
 from jaxllm.config import flatten, with_classes, with_vocabulary
-from jaxllm.data import loader
+from jaxllm.data import loader, mixture
 from jaxllm.data.prepare import Prepared, place, prepare
 from jaxllm.decode import samples
-from jaxllm.engine import compilation, hang, hooks, trackers
+from jaxllm.engine import compilation, evaluation, hang, hooks, trackers
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.environment import Record
 from jaxllm.engine.loop import Hook, Monitor, train
@@ -36,10 +36,12 @@ from jaxllm.engine.session import Session, build_session, check, count
 from jaxllm.engine.signals import Interrupts
 from jaxllm.engine.state import TrainState, eval_params
 from jaxllm.engine.step import Compiled
+from jaxllm.engine.trackers import jsonl
 from jaxllm.engine.watchdog import Watchdog
 from jaxllm.engine.workdir import Workdir, check_space, open_workdir, write_json
-from jaxllm.evals import baseline, perplexity
 from jaxllm.parallel import distributed, fits, plan, processes
+from jaxllm.report import runs
+from jaxllm.report.summary import describe_change
 from jaxllm.report.training import write_report
 from jaxllm.transforms import tree
 from jaxllm.types import Params
@@ -113,6 +115,8 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
     sampler = samples.make(config, prepared.tokenizer, say)
     what = f"resuming at step {begin}" if resuming else "starting"
     say(f"{what}: {config.model.name}, {count(session.abstract.params):,} trainable parameters")
+    if prepared.replay is not None:
+        say(mixture.describe(config, prepared.train, prepared.replay))
     say(f"{session.positions_a_step:,} tokens a step, {config.train.steps:,} steps; compiling ...")
     watchdog.beside("compiling", begin)
     compiled = session.compile()
@@ -153,6 +157,8 @@ def _report(workdir: Workdir, say: Callable[[str], None]) -> None:
     """Writes the report, on the first process; the others need not wait for it."""
     if processes.is_first():
         say(f"report: {write_report(workdir.path)}")
+        if line := describe_change(runs.read(workdir.path)):
+            say(line)
 
 
 def _newest(checkpoints: Checkpoints) -> int | None:
@@ -173,8 +179,8 @@ def _prepare(config: ConfigDict, workdir: Workdir, rows: str | None, say: Callab
     prepared = made or make()
     processes.check_same(
         {
-            "training rows": prepared.train.fingerprint,
-            "validation rows": prepared.validation.fingerprint,
+            "training rows": prepared.fingerprint,
+            **{f"{name} rows": split.fingerprint for name, split in prepared.splits.items() if "validation" in name},
             "tokenizer": prepared.record["tokenizer"]["fingerprint"],
         },
         f"the prepared data in '{prepared.directory}'",
@@ -247,15 +253,7 @@ def _train(
         progress = stack.enter_context(Progress(total, start, console))
         tracker = trackers.open_all(config, workdir.path, start, progress.message) if processes.is_first() else trackers.Trackers()
         stack.callback(tracker.close)
-        source = stack.enter_context(
-            loader.make(
-                prepared.train,
-                session.plan.arrange(prepared.make_batch(config)),
-                batch_seqs=config.train.batch_seqs,
-                seed=config.seed,
-                sharding=session.plan.batch_sharding(),
-            )
-        )
+        source = stack.enter_context(_open_source(session, prepared))
 
         def write(row: Mapping[str, Any]) -> None:
             tracker.write(row)
@@ -274,11 +272,15 @@ def _train(
             first_moves=session.first_moves,
             tell=watchdog.step,
         )
-        validation = hooks.Validation(_make_evaluation(session, prepared, watchdog), write, progress.message)
+        before = jsonl.find(workdir.path, "eval", 0) if start else None
+        validation = hooks.Validation(evaluation.make(session, prepared, watchdog), write, progress.message, before)
+        if start == 0 and (config.train.start or prepared.replay is not None):
+            # What is known before is what can be forgotten.
+            watchdog.around("validation", validation.run)(0, state)
 
         def save(step: int, state: TrainState) -> None:
             watchdog.beside("saving a checkpoint", step)
-            checkpoints.save(step, state, loss=validation.loss(step), meta={"rows": prepared.train.fingerprint})
+            checkpoints.save(step, state, loss=validation.loss(step), meta={"rows": prepared.fingerprint})
 
         beside = [Hook(watchdog.around("validation", validation.run), config.eval.every_steps)]
         if sampler is not None:
@@ -297,23 +299,14 @@ def _train(
     return step, state, "done" if interrupts.decided is None or step == total else interrupts.decided.name
 
 
-def _make_evaluation(session: Session, prepared: Prepared, watchdog: Watchdog) -> Any:
-    """evaluate(state) -> the row of a validation, with what a guess that reads nothing would get."""
-    config, shards = session.config, prepared.validation
-    measure = perplexity.make_eval(session.model, config, session.region)
-    make_batch = prepared.make_batch(config)
-
-    outcomes = config.model.vocab_size if config.model.head == "lm" else config.model.classes
-    guess = baseline.measure(prepared.train, shards, make_batch, outcomes, config.eval.max_seqs)
-
-    def evaluate(state: TrainState) -> Mapping[str, Any]:
-        batches = loader.sweep(
-            shards, session.plan.arrange(make_batch), session.eval_seqs, session.plan.batch_sharding(), config.eval.max_seqs
-        )
-        row = measure(eval_params(state), watchdog.each(batches), shards.bytes_per_token)
-        return row | {"baseline_loss": guess.loss, "baseline_accuracy": guess.accuracy}
-
-    return evaluate
+def _open_source(session: Session, prepared: Prepared) -> loader.Loader:
+    """The batches of the run, with what it replays of data.replay_source."""
+    config, sharding, arrange = session.config, session.plan.batch_sharding(), session.plan.arrange
+    replay, seqs = None, mixture.replay_seqs(config)
+    if prepared.replay is not None and seqs:
+        replay = mixture.Replay(prepared.replay, arrange(prepared.make_replay_batch(config)), seqs, config.train.microbatches)
+    make_batch, batch_seqs = arrange(prepared.make_batch(config)), config.train.batch_seqs
+    return loader.make(prepared.train, make_batch, batch_seqs=batch_seqs, seed=config.seed, sharding=sharding, replay=replay)
 
 
 def _sample(sampler: samples.Sampler, state: TrainState, step: int) -> list[str]:

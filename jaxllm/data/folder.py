@@ -16,7 +16,8 @@ from typing import Any
 RECORD = "data.json"
 PARTIAL = ".partial"
 LOCK = "lock"
-PARTS = ("train", "validation", "tokenizer")
+SPLITS = ("train", "validation", "replay", "replay_validation")  # the last two of data.replay_source, if there is one
+PARTS = (*SPLITS, "tokenizer")
 UNFINISHED = {"unfinished": True}
 
 # Errors of the system: the disk or what one may use of it is full; writing is not allowed.
@@ -103,6 +104,7 @@ def replace(directory: Path) -> None:
     for name in PARTS:
         if (directory / name).exists():
             (directory / name).rename(partial / f"old-{name}")
-        (partial / name).rename(directory / name)
+        if (partial / name).exists():
+            (partial / name).rename(directory / name)
     (partial / RECORD).replace(directory / RECORD)
     shutil.rmtree(partial)

@@ -10,8 +10,9 @@ from functools import partial
 import jax
 import numpy as np
 
-from jaxllm.data import order
+from jaxllm.data import mixture, order
 from jaxllm.data.examples.contract import MakeBatch
+from jaxllm.data.mixture import Replay
 from jaxllm.data.shards import Shards
 
 AHEAD_STEPS = 2
@@ -20,18 +21,30 @@ NO_ROW = -1
 # What a sweep's noise is drawn from, so that every evaluation of every run sees the same one.
 SWEEP_SEED, SWEEP_STEP = 0, 0
 
+Arrays = dict[str, np.ndarray]
+
 
 class Loader:
     """A `types.Source`. Ask for any step in any order; steps that follow one another come from the read-ahead."""
 
-    def __init__(self, shards: Shards, make_batch: MakeBatch, batch_seqs: int, seed: int, sharding: jax.sharding.Sharding):
-        self._shards, self._make_batch = shards, make_batch
+    def __init__(
+        self,
+        shards: Shards,
+        make_batch: MakeBatch,
+        batch_seqs: int,
+        seed: int,
+        sharding: jax.sharding.Sharding,
+        replay: Replay | None,
+    ):
+        self._shards, self._make_batch, self._replay = shards, make_batch, replay
         self._batch_seqs, self._seed, self._sharding = batch_seqs, seed, sharding
         self._pool = ThreadPoolExecutor(1, "loader")
         self._coming: dict[int, Future[dict[str, jax.Array]]] = {}
 
     def rows(self, step: int) -> np.ndarray:
-        """int64 [B]: the rows of the shards that make up the global batch of this step."""
+        """int64 [B]: the rows of the shards that make up the global batch of this step; those of replay count from the last one on."""
+        if self._replay is not None:
+            return mixture.batch_rows(len(self._shards), self._replay, self._batch_seqs, self._seed, step)
         return order.batch_rows(len(self._shards), self._batch_seqs, self._seed, step)
 
     def batch(self, step: int) -> dict[str, jax.Array]:
@@ -58,13 +71,31 @@ class Loader:
         self.close()
 
     def _read(self, step: int) -> dict[str, jax.Array]:
-        return _place(self._shards, partial(self._make_batch, seed=self._seed, step=step), self.rows(step), self._sharding)
+        return _place(partial(self._arrays, step), self.rows(step), self._sharding)
+
+    def _arrays(self, step: int, rows: np.ndarray) -> Arrays:
+        first = len(self._shards)
+        is_replayed = rows >= first
+        own, other = rows[~is_replayed], rows[is_replayed]
+        made = self._make_batch(self._shards.rows(own), own, self._seed, step) if own.size else None
+        if self._replay is None or not other.size:
+            return made or {}
+        replayed = self._replay.make_batch(self._replay.shards.rows(other - first), other, self._seed, step)
+        return replayed if made is None else mixture.arrays(made, replayed, is_replayed)
 
 
-def make(shards: Shards, make_batch: MakeBatch, *, batch_seqs: int, seed: int, sharding: jax.sharding.Sharding) -> Loader:
-    """The training batches of these shards. Close it, or use it in a `with`."""
+def make(
+    shards: Shards,
+    make_batch: MakeBatch,
+    *,
+    batch_seqs: int,
+    seed: int,
+    sharding: jax.sharding.Sharding,
+    replay: Replay | None = None,
+) -> Loader:
+    """The training batches of these shards, with rows of `replay` among them. Close it, or use it in a `with`."""
     _check_divides("train.batch_seqs", batch_seqs, sharding)
-    return Loader(shards, make_batch, batch_seqs, seed, sharding)
+    return Loader(shards, make_batch, batch_seqs, seed, sharding, replay)
 
 
 def sweep(
@@ -77,10 +108,13 @@ def sweep(
     _check_divides("batch_seqs", batch_seqs, sharding)
     count = min(max_seqs or len(shards), len(shards))
     chosen = np.arange(count) * len(shards) // max(count, 1)
-    still = partial(make_batch, seed=SWEEP_SEED, step=SWEEP_STEP)
+
+    def read(rows: np.ndarray) -> Arrays:
+        return make_batch(shards.rows(rows), rows, SWEEP_SEED, SWEEP_STEP)
+
     for start in range(0, count, batch_seqs):
         rows = chosen[start : start + batch_seqs]
-        yield _place(shards, still, np.pad(rows, (0, batch_seqs - len(rows)), constant_values=NO_ROW), sharding)
+        yield _place(read, np.pad(rows, (0, batch_seqs - len(rows)), constant_values=NO_ROW), sharding)
 
 
 def _check_divides(name: str, batch_seqs: int, sharding: jax.sharding.Sharding) -> None:
@@ -94,20 +128,15 @@ def _check_divides(name: str, batch_seqs: int, sharding: jax.sharding.Sharding) 
         )
 
 
-def _place(
-    shards: Shards,
-    make_batch: Callable[[dict[str, np.ndarray], np.ndarray], dict[str, np.ndarray]],
-    rows: np.ndarray,
-    sharding: jax.sharding.Sharding,
-) -> dict[str, jax.Array]:
-    """The batch of these rows as global arrays [B, T], of which this host makes the rows that its own devices hold."""
+def _place(read: Callable[[np.ndarray], Arrays], rows: np.ndarray, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
+    """The batch of these rows as global arrays [B, T]. Of them this host makes, by `read`, those that its own devices hold."""
     # The second axis may be split, too: any number of entries that divides tells the rows.
     shape = (len(rows), sharding.num_devices)
     indices = sharding.addressable_devices_indices_map(shape).values()
     spans = sorted({index[0].indices(len(rows))[:2] for index in indices if index is not None})
     mine = np.concatenate([np.arange(*span) for span in spans])
     real = np.maximum(rows[mine], 0)
-    local = make_batch(shards.rows(real), real)
+    local = read(real)
     if (missing := rows[mine] == NO_ROW).any():
         local = {name: np.where(missing[:, None], array.dtype.type(0), array) for name, array in local.items()}
 

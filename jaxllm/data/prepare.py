@@ -1,9 +1,10 @@
 """From raw text to packed rows on disk: read, clean, split, train the tokenizer, pack.
 
-A prepared directory holds `train/` and `validation/` (see shards.py), `tokenizer/` and `data.json`, the record of what
-they were made from (see folder.py for how it gets there).
+A prepared directory holds `train/` and `validation/` (see shards.py), the same two of data.replay_source as `replay/` and
+`replay_validation/`, `tokenizer/`, and `data.json`, the record of what they were made from (see folder.py for how it gets there).
 """
 
+import hashlib
 import shutil
 import time
 from collections import Counter
@@ -30,13 +31,25 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """Prepared data, opened. `record` is the content of data.json."""
+    """Prepared data, opened. `record` is the content of data.json. The replay splits are None without a data.replay_source."""
 
     directory: Path
     tokenizer: "Tokenizer"
     train: shards.Shards
     validation: shards.Shards
+    replay: shards.Shards | None
+    replay_validation: shards.Shards | None
     record: dict[str, Any]
+
+    @property
+    def splits(self) -> dict[str, shards.Shards]:
+        """Those that are there, by name."""
+        return {name: split for name in folder.SPLITS if (split := getattr(self, name)) is not None}
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all rows that may be trained on."""
+        return _fingerprint(self.train, self.replay)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -46,6 +59,10 @@ class Prepared:
     def make_batch(self, config: ConfigDict) -> MakeBatch:
         """What makes batches of these rows for the objective."""
         return examples.make(config).batch(self.tokenizer)
+
+    def make_replay_batch(self, config: ConfigDict) -> MakeBatch:
+        """The same for rows of the replay splits."""
+        return examples.make(examples.replayed(config)).batch(self.tokenizer)
 
 
 def place(config: ConfigDict, workdir: str | Path) -> Path:
@@ -72,7 +89,7 @@ def prepare(
                 log(f"preparing {directory}: {'; '.join(reasons)}")
                 _remake(config, directory, rows, log)
     prepared = load(config, directory)
-    _check_rows(rows, prepared.train, directory)
+    _check_rows(rows, prepared.fingerprint, directory)
     return prepared
 
 
@@ -91,14 +108,16 @@ def load(config: ConfigDict, directory: str | Path) -> Prepared:
             f"  Put the old one back. {shards.AGAIN}"
         )
     _check_vocabulary(config, tokenizer)
-    splits = {name: shards.Shards(directory / name) for name in ("train", "validation")}
+    splits = {name: shards.Shards(directory / name) for name in record["splits"]}
     for name, split in splits.items():
         if split.summary() != record["splits"][name]:
             raise ValueError(
                 f"the shards in '{directory / name}' are not those that {folder.RECORD} beside them describes.\n"
                 f"  Accepted: the directory as prepare wrote it.\n  Put the old files back. {shards.AGAIN}"
             )
-    return Prepared(directory, tokenizer, splits["train"], splits["validation"], record)
+    return Prepared(
+        directory, tokenizer, splits["train"], splits["validation"], splits.get("replay"), splits.get("replay_validation"), record
+    )
 
 
 def _stale(config: ConfigDict, directory: Path, log: Log) -> list[str]:
@@ -111,12 +130,14 @@ def _stale(config: ConfigDict, directory: Path, log: Log) -> list[str]:
     except provenance.SourceGone as error:
         log(f"{error} The data prepared from it on {record['prepared']} is used.")
         return []
-    return changes or [f"'{directory / name}' is missing" for name in folder.PARTS if not (directory / name).is_dir()]
+    return changes or [
+        f"'{directory / name}' is missing" for name in (*record["splits"], "tokenizer") if not (directory / name).is_dir()
+    ]
 
 
 def _check_outside(config: ConfigDict, directory: Path) -> None:
     """ValueError if the source is a folder that the prepared files would land in: they would be read as text the next time."""
-    for field in ("source", "validation_source"):
+    for field in ("source", "validation_source", "replay_source"):
         source = Path(config.data[field]).expanduser()
         if config.data[field] and source.is_dir() and directory.resolve().is_relative_to(source.resolve()):
             raise ValueError(
@@ -125,10 +146,16 @@ def _check_outside(config: ConfigDict, directory: Path) -> None:
             )
 
 
-def _check_rows(wanted: str | None, train: shards.Shards, directory: Path) -> None:
-    if wanted is not None and train.fingerprint != wanted:
+def _fingerprint(train: shards.Shards, replay: shards.Shards | None) -> str:
+    """Hash of the training rows."""
+    both = "" if replay is None else train.fingerprint + replay.fingerprint
+    return hashlib.sha256(both.encode()).hexdigest() if both else train.fingerprint
+
+
+def _check_rows(wanted: str | None, found: str, directory: Path) -> None:
+    if wanted is not None and found != wanted:
         raise ValueError(
-            f"the training rows for '{directory}' are not those that this run began with: their hash is {train.fingerprint[:16]}.\n"
+            f"the training rows for '{directory}' are not those that this run began with: their hash is {found[:16]}.\n"
             f"  Accepted: {wanted[:16]}. Put the source back as it was, or use another --workdir."
         )
 
@@ -139,7 +166,8 @@ def _remake(config: ConfigDict, directory: Path, rows: str | None, log: Log) -> 
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         _build(config, partial, log)
-        _check_rows(rows, shards.Shards(partial / "train"), directory)
+        replay = shards.Shards(partial / "replay") if config.data.replay_source else None
+        _check_rows(rows, _fingerprint(shards.Shards(partial / "train"), replay), directory)
         folder.replace(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -150,20 +178,20 @@ def _build(config: ConfigDict, partial: Path, log: Log) -> None:
     started = time.monotonic()
     origins = provenance.origins(config)
     counts: dict[str, Any] = {}
-    made = examples.make(config)
-    split = _split(config, made, partial, counts, log)
-    sources = [split["train"]]
-    if config.tokenizer.kind == "char":
-        # A vocabulary of characters has to cover both splits, or some held-out text could not be written at all.
-        sources.append(split["validation"])
+    replayed = examples.replayed(config)
+    split = _split(config, replayed, partial, counts, log)
+    setups = {name: replayed if name.startswith("replay") else config for name in split}
+    # A vocabulary of characters has to cover all splits, or some held-out text could not be written at all.
+    read = [name for name in split if config.tokenizer.kind == "char" or "validation" not in name]
     log(f"tokenizer: {config.tokenizer.kind}")
     tokenizer = tokenize.make(
-        config, lambda: (text for source in sources for document in source() for text in made.texts(document))
+        config,
+        lambda: (text for name in read for document in split[name]() for text in examples.make(setups[name]).texts(document)),
     )
     _check_vocabulary(config, tokenizer)
     tokenizer.save(str(partial / "tokenizer"))
-    classes = _classes(made, split)
-    splits = {name: _pack(config, partial / name, split[name], tokenizer, classes, log) for name in ("train", "validation")}
+    classes = _classes(config, split)
+    splits = {name: _pack(setups[name], partial / name, split[name], tokenizer, classes, log) for name in split}
     record = {
         "prepared": datetime.now(UTC).isoformat(timespec="seconds"),
         "secs": round(time.monotonic() - started, 1),
@@ -180,30 +208,39 @@ def _build(config: ConfigDict, partial: Path, log: Log) -> None:
         path.unlink()
 
 
-def _split(
-    config: ConfigDict, made: examples.Examples, partial: Path, counts: dict[str, Any], log: Log
-) -> dict[str, spool.Documents]:
-    def read(field: str) -> spool.Spool:
+def _split(config: ConfigDict, replayed: ConfigDict, partial: Path, counts: dict[str, Any], log: Log) -> dict[str, spool.Documents]:
+    """The documents of each split. `replayed`: the config of data.replay_source."""
+
+    def read(config: ConfigDict, field: str) -> spool.Spool:
         cleaned = _clean(config, field, counts.setdefault(field, {}), log)
         return spool.Spool(partial / f"{field.partition('.')[2]}.documents", cleaned)
 
-    source = read("data.source")
-    if not config.data.validation_source:
+    def halve(config: ConfigDict, field: str, source: spool.Spool) -> dict[str, spool.Documents]:
         by = config.data.split_by
-        if source.count == 1 and by == "documents" and made.reads == "text":
-            log("data.source is one document, so that the end of its text is held out, as with data.split_by=characters")
+        if source.count == 1 and by == "documents" and examples.make(config).reads == "text":
+            log(f"{field} is one document, so that the end of its text is held out, as with data.split_by=characters")
             by = "characters"
         return spool.split(source, by, config.data.validation_frac)
-    return {"train": source.documents, "validation": read("data.validation_source").documents}
+
+    source = read(config, "data.source")
+    if config.data.validation_source:
+        split = {"train": source.documents, "validation": read(config, "data.validation_source").documents}
+    else:
+        split = halve(config, "data.source", source)
+    if config.data.replay_source:
+        found = halve(replayed, "data.replay_source", read(replayed, "data.replay_source"))
+        split |= {"replay": found["train"], "replay_validation": found["validation"]}
+    return split
 
 
-def _classes(made: examples.Examples, split: dict[str, spool.Documents]) -> tuple[str, ...]:
-    """Names of the classes in the training data, by number; ValueError if the validation data has others."""
-    if made.reads not in ("label", "labels"):
+def _classes(config: ConfigDict, split: dict[str, spool.Documents]) -> tuple[str, ...]:
+    """Names of the classes in the training data, by number; ValueError if another split has others."""
+    if examples.make(config).reads not in ("label", "labels"):
         return ()
     found = {name: {label for document in source() for label in labels.of(document)} for name, source in split.items()}
     classes = labels.distinct(found["train"])
-    labels.check_known(found["validation"], classes, "the validation data")
+    for name in [name for name in found if name != "train"]:
+        labels.check_known(found[name], classes, f"the {name.replace('_', ' ')} data")
     return classes
 
 
@@ -262,9 +299,10 @@ def _pack(
         setting = "data.row_tokens, data.input_tokens" if made.reads == "target" else "data.row_tokens"
         log(f"{name}: {totals.cut:,} of {totals.documents:,} documents were longer than a row and are cut ({setting})")
     least = made.columns(tokenizer.vocab_size)["tokens"].width if made.reads == "text" else 0
-    if name == "train" and totals.tokens < least:
+    if name in ("train", "replay") and totals.tokens < least:
+        text = "training" if name == "train" else name
         raise ValueError(
-            f"the training text has {totals.tokens:,} tokens, which is shorter than one row of {written.row_tokens:,} tokens.\n"
+            f"the {text} text has {totals.tokens:,} tokens, which is shorter than one row of {written.row_tokens:,} tokens.\n"
             f"  Accepted: {least:,} tokens or more.\n  Give more text, or lower data.row_tokens."
         )
     if not written.weighted_tokens:

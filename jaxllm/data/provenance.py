@@ -31,6 +31,7 @@ def recipe(config: ConfigDict) -> dict[str, Any]:
     keys = ["data.source", "data.text_field", "data.max_documents", "data.cleaners", "tokenizer.kind"]
     keys += ["data.min_chars"] if "min_chars" in config.data.cleaners else []
     keys += ["data.validation_source"] if config.data.validation_source else ["data.validation_frac", "data.split_by"]
+    keys += ["data.replay_source", "data.validation_frac", "data.split_by"] if config.data.replay_source else []
     keys += ["tokenizer.vocab_size"] if config.tokenizer.kind in TRAINED else []
     keys += ["tokenizer.path"] if config.tokenizer.kind in ("file", "gguf") else []
     keys += ["tokenizer.add_tokens"] if config.tokenizer.add_tokens else []
@@ -76,9 +77,8 @@ def versions() -> dict[str, str]:
 
 
 def _places(config: ConfigDict) -> dict[str, list[str]]:
-    places = {"data.source": _resolve(config.data.source, "data.source")}
-    if config.data.validation_source:
-        places["data.validation_source"] = _resolve(config.data.validation_source, "data.validation_source")
+    fields = ("source", "validation_source", "replay_source")
+    places = {f"data.{name}": _resolve(config.data[name], f"data.{name}") for name in fields if config.data[name]}
     if config.tokenizer.kind in ("file", "gguf"):
         places["tokenizer.path"] = _tokenizer_files(Path(config.tokenizer.path).expanduser())
     return places

@@ -7,18 +7,36 @@ Row = Mapping[str, Any]
 
 
 class Validation:
-    """Evaluates and remembers the loss, so that the checkpoint of the same step can be ranked by it."""
+    """Evaluates and remembers the loss, so that the checkpoint of the same step can be ranked by it.
 
-    def __init__(self, evaluate: Callable[[Any], Row], write: Callable[[Row], None], message: Callable[[str], None]):
+    Forgetting is the loss on data.replay_source (`replay_loss` of a row) minus that at step 0, in nats a token. first: the row of step
+    0, if an earlier session has measured it.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[Any], Row],
+        write: Callable[[Row], None],
+        message: Callable[[str], None],
+        first: Row | None = None,
+    ):
         self._evaluate, self._write, self._message = evaluate, write, message
         self._losses: dict[int, float] = {}
+        self._first = first or {}
 
     def run(self, step: int, state: Any) -> None:
         row = {"kind": "eval", "step": step, **self._evaluate(state)}
         self._losses[step] = row["loss"]
+        if step == 0:
+            self._first = row
+        replayed = row.get("replay_loss")
+        if replayed is not None and self._first.get("replay_loss") is not None:
+            row["forgetting"] = replayed - self._first["replay_loss"]
         self._write(row)
         bits = f", {row['bits_per_byte']:.3f} bits per byte" if row.get("bits_per_byte") is not None else ""
-        self._message(f"step {step}: validation loss {row['loss']:.4f} (perplexity {row['perplexity']:.2f}{bits})")
+        forgotten = f" (forgetting {row['forgetting']:+.4f})" if step > 0 and "forgetting" in row else ""
+        replay = "" if replayed is None else f"; on replay_source {replayed:.4f}{forgotten}"
+        self._message(f"step {step}: validation loss {row['loss']:.4f} (perplexity {row['perplexity']:.2f}{bits}){replay}")
 
     def loss(self, step: int) -> float | None:
         """Validation loss measured at exactly this step, if it was."""

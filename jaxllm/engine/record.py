@@ -32,7 +32,7 @@ AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
 PRESENCE: tuple[tuple[str, str], ...] = (
     (r"loss_scale", "precision.compute"),
     (r"ema(/|$)", "train.ema_decay"),
-    (r"frozen/", "train.trainable"),
+    (r"frozen/", "train.trainable or train.frozen_layers"),
     (r"opt_state/", "optimizer.name"),
     (r"norm/bias$", "model.norm or model.bias"),
     (r"bias$", "model.bias"),

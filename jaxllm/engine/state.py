@@ -1,7 +1,7 @@
 """Everything that a training run carries from one step to the next, born on the mesh with its final sharding."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,9 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxllm.transforms import adapt, tree
+from jaxllm.transforms import adapt, depth, tree
 from jaxllm.transforms.quantized import Quantized
 from jaxllm.types import Model, Params
+
+KeyPath = Sequence[Any]
+# Whether the array at a key path of the parameters is trained.
+Selects = Callable[[KeyPath], bool]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("scale", "finite_steps"), meta_fields=())
@@ -65,7 +69,7 @@ def abstract(model: Model, optimizer: optax.GradientTransformation, config: Any,
     shapes = jax.eval_shape(_make_init(model, optimizer, config), rng)
     params = jax.eval_shape(model.init, rng)
     shardings = plan.state_shardings(shapes, model.axes, params)
-    own, frozen = tree.split(plan.shardings(model.axes, params), set(tree.names(shapes.params)))
+    own, frozen = tree.split_by(plan.shardings(model.axes, params), trains(config, model.axes))
     shardings = dataclasses.replace(shardings, params=own, frozen=frozen)
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
@@ -93,8 +97,8 @@ def _make_init(model: Model, optimizer: optax.GradientTransformation, config: An
 
 
 def _begin(optimizer: optax.GradientTransformation, config: Any, axes: Any, whole: Params) -> TrainState:
-    selected = trainable(config, axes)
-    params, frozen = tree.split(narrowed(whole, axes, config), selected)
+    selects = trains(config, axes)
+    params, frozen = tree.split_by(narrowed(whole, axes, config, selects), selects)
     check_floats(params)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
@@ -109,8 +113,28 @@ def _begin(optimizer: optax.GradientTransformation, config: Any, axes: Any, whol
     )
 
 
-def trainable(config: Any, axes: Any) -> set[str]:
-    """Path names of the arrays that are trained, of a model with these axes; ValueError if a pattern selects nothing."""
+def trains(config: Any, axes: Any) -> Selects:
+    """Whether the array at a key path of a tree like `axes` is trained; ValueError if none is, or a pattern selects nothing.
+
+    train.frozen_layers takes out what is below the layers (transforms/depth.py) and the first layers of each stack.
+    """
+    trainable, first = _trainable(config, axes), config.train.frozen_layers
+
+    def selects(path: KeyPath) -> bool:
+        name, layer = tree.path_name(path), depth.layer_of(path)
+        frozen = first and (depth.is_below(name) or (layer is not None and layer < first))
+        return name in trainable and not frozen
+
+    if not any(selects(path) for path, _ in jax.tree.leaves_with_path(axes, is_leaf=adapt.is_axes)):
+        raise ValueError(
+            f"train.frozen_layers = {first} freezes all that train.trainable = '{config.train.trainable}' selects.\n"
+            "  Accepted: fewer frozen layers, or a pattern that also selects what stands behind them.\n  Change one of them."
+        )
+    return selects
+
+
+def _trainable(config: Any, axes: Any) -> set[str]:
+    """Path names that the config's patterns select."""
     adapters = adapt.adapters(axes) if config.train.trainable == "auto" else set()
     field, pattern = ("lora.also", config.lora.also) if adapters else ("train.trainable", config.train.trainable)
     if pattern == "auto":
@@ -132,18 +156,15 @@ def check_floats(params: Params) -> None:
         )
 
 
-def narrowed(params: Params, axes: Any, config: Any, selected: set[str] | None = None, under: str = "") -> Params:
-    """The parameters, matrices that are not trained in the dtype precision.frozen.
+def narrowed(params: Params, axes: Any, config: Any, selects: Selects, under: KeyPath = ()) -> Params:
+    """The parameters, matrices that are not trained in the dtype precision.frozen; `under`: the key path of what is only a part.
 
-    Vectors are few, and the scales of quantized kernels belong to their codes: they stay as they are. A part of a tree, at the path
-    `under`, needs to be told the names that are `selected` for training.
+    Vectors are few, and the scales of quantized kernels belong to their codes: they stay as they are.
     """
-    selected = trainable(config, axes) if selected is None else selected
     dtype = jnp.dtype(config.precision.frozen)
 
-    def one(path: Any, axes: Any, leaf: Any) -> Any:
-        name = "/".join(part for part in (under, tree.path_name(path)) if part)
-        kept = isinstance(leaf, Quantized) or name in selected or len(adapt.within_layer(axes)) == 1
+    def one(path: KeyPath, axes: Any, leaf: Any) -> Any:
+        kept = isinstance(leaf, Quantized) or selects((*under, *path)) or len(adapt.within_layer(axes)) == 1
         return leaf if kept else leaf.astype(dtype)
 
     return jax.tree.map_with_path(one, axes, params, is_leaf=lambda node: adapt.is_axes(node) or isinstance(node, Quantized))

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxllm import registry
-from jaxllm.optim import groups, small_state
-from jaxllm.transforms import adapt, tree
+from jaxllm.optim import groups, layer_decay, small_state
+from jaxllm.transforms import adapt, depth, tree
 from jaxllm.types import Axes
 
 
@@ -36,8 +36,9 @@ def make(config: Any, axes: Any) -> optax.GradientTransformation:
     rule = registry.resolve("optimizer", config.optimizer.name)(config.optimizer, axes)
     factors = groups.faster(groups.factors(config.optimizer.groups, axes), adapt.adapters(axes), config.lora.lr_ratio)
     whole = _per_layer(optax.chain(rule, _decayed(config.optimizer.weight_decay, factors)), axes)
-    kind = config.optimizer.state
-    return whole if kind == "float32" else small_state.narrowed(whole, kind, axes)
+    kind, decay = config.optimizer.state, config.optimizer.layer_decay
+    whole = whole if kind == "float32" else small_state.narrowed(whole, kind, axes)
+    return whole if decay == 1 else layer_decay.slowed(whole, decay, depth.depths(config.model, axes))
 
 
 def adamw(optimizer: Any, axes: Any) -> optax.GradientTransformation:

@@ -33,7 +33,8 @@ LOSS = "loss: four numbers a token, and the gradient of what enters it"
 def over_tensor(plan: Plan, model: Model, config: Any, tokens: int, adds_first: bool = True) -> list[Row] | None:
     """The rows of one step, for so many tokens a row of the batch; None where this is not known, [] where tensor has one device.
 
-    Known for decoders that pre-normalize, on meshes without pipe and seq, with heads that divide and without sequence parallelism.
+    Known for decoders that pre-normalize and are trained in full, on meshes without pipe and seq, with heads that divide and without
+    sequence parallelism.
     adds_first: the compiler adds what several products give before it sums over devices.
     """
     if plan.mesh.shape["tensor"] == 1:
@@ -46,7 +47,8 @@ def _known(plan: Plan, model: Model, config: Any) -> bool:
     plain = arch.family.kind == "decoder" and arch.norm_order == "pre" and arch.head == "lm" and arch.remat.policy != "named"
     losses = train.loss_chunk_tokens > 0 and not train.z_loss and not train.label_smoothing
     whole = mesh["pipe"] == mesh["seq"] == 1 and not plan.parallel.sequence and arch.kv_heads % mesh["tensor"] == 0
-    return plain and losses and whole and config.train.trainable in ("auto", ".*") and not config.train.transforms
+    everything = train.trainable in ("auto", ".*") and not train.transforms and not train.frozen_layers
+    return plain and losses and whole and everything
 
 
 def _rows(plan: Plan, model: Model, config: Any, tokens: int, adds_first: bool) -> Iterator[Row]:

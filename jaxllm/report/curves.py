@@ -19,26 +19,32 @@ WIDE, SMALL = (7.0, 3.8), (3.7, 2.4)
 
 
 def loss(run: Run, theme: Theme) -> Figure | None:
-    """Training loss, raw and smoothed, and every evaluation; None if there is nothing to draw."""
+    """Training loss, raw and smoothed, and every evaluation, that of replay too; None if there is nothing to draw."""
     steps, raw = column(run.train, "step"), column(run.train, "loss")
-    eval_steps, scores = column(run.evals, "step"), column(run.evals, "loss")
+    eval_steps, scores, replayed = (column(run.evals, name) for name in ("step", "loss", "replay_loss"))
     if not np.isfinite(raw).any() and not np.isfinite(scores).any():
         return None
     drawn = canvas.figure(theme, *WIDE)
     axes = drawn.add_subplot()
     canvas.dress(axes, theme, "Loss", "step", "nats per token")
     canvas.count_ticks(axes.xaxis)
-    smooth, (blue, orange) = smoothed(raw), theme.lines[:2]
+    smooth, (blue, orange, third) = smoothed(raw), theme.lines[:3]
     axes.plot(steps, raw, color=blue, linewidth=0.8, alpha=0.35)
     canvas.line(axes, steps, smooth, blue)
-    axes.plot(eval_steps, scores, color=orange, linewidth=1.2, marker="o", markersize=5)
-    cut = canvas.fit(axes, [raw, scores])
+    evaluated = [(scores, orange)] + ([(replayed, third)] if np.isfinite(replayed).any() else [])
+    for values, color in evaluated:
+        axes.plot(eval_steps, values, color=color, linewidth=1.2, marker="o", markersize=5)
+    cut = canvas.fit(axes, [raw, scores, replayed])
     if cut is not None:
         first = raw[np.isfinite(raw)][0]
         axes.set_title(f"starts at {first:.2f}, above the picture", loc="right", fontsize=8.5, color=theme.faint, pad=10)
     ends = [
         (f"{name} {_last(values):.3f}", _last(where), _last(values), color)
-        for name, where, values, color in (("training", steps, smooth, blue), ("validation", eval_steps, scores, orange))
+        for name, where, values, color in (
+            ("training", steps, smooth, blue),
+            ("validation", eval_steps, scores, orange),
+            ("replay", eval_steps, replayed, third),
+        )
         if np.isfinite(values).any()
     ]
     axes.set_xlim(left=0)

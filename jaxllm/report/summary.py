@@ -67,6 +67,19 @@ def summarize(run: Run) -> Summary:
     )
 
 
+def describe_change(run: Run) -> str | None:
+    """What changed from step 0 to the last evaluation, in one line; None unless both are there."""
+    scored = [row for row in run.evals if number(row.get("loss")) is not None]
+    if len(scored) < 2 or scored[0]["step"] != 0:
+        return None
+    first, last = scored[0], scored[-1]
+    line = f"validation {first['loss']:.3f} -> {last['loss']:.3f}"
+    before, forgetting = number(first.get("replay_loss")), number(last.get("forgetting"))
+    if before is None or forgetting is None:
+        return line
+    return f"{line}; on replay_source {before:.3f} -> {before + forgetting:.3f} (forgetting {forgetting:+.3f})"
+
+
 def smoothed(values: np.ndarray) -> np.ndarray:
     """Mean over 2 % of the rows (at least 2) on either side, so that it does not lag; NaN counts for nothing and stays NaN.
 

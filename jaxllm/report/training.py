@@ -13,7 +13,7 @@ from jaxllm import config as schema
 from jaxllm.report import canvas, curves, html, runs
 from jaxllm.report.html import Html
 from jaxllm.report.runs import Run, number
-from jaxllm.report.summary import Summary, inner, sessions, summarize
+from jaxllm.report.summary import Summary, describe_change, inner, sessions, summarize
 from jaxllm.report.units import clock, count, duration, plain, size
 
 REPORT, PICTURES = "report.html", "pictures"
@@ -44,6 +44,7 @@ def _page(run: Run, summary: Summary, pictures: dict[str, Html]) -> str:
         html.notes(_notes(run, summary)),
         html.numbers(_numbers(summary)),
         pictures.get("loss", ""),
+        html.tag("p", change) if (change := describe_change(run)) else "",
         _reading(summary),
         html.tag("div", *small, css="row") if small else "",
         _samples(run),
@@ -93,6 +94,7 @@ def _numbers(summary: Summary) -> list[tuple[str, str, str]]:
         (shown(final.get("loss"), ".4f"), "validation loss", at_best),
         (shown(final.get("perplexity"), ".2f"), "perplexity", "a token, validation"),
         (shown(final.get("bits_per_byte"), ".3f"), "bits per byte", "any tokenizer"),
+        (shown(final.get("forgetting"), "+.4f"), "forgetting", "nats a token, replay_source"),
         (shown(summary.train_loss, ".4f"), "training loss", "mean of the last rows"),
         (summary.tokens and count(summary.tokens), "tokens seen", ""),
         (summary.tokens_per_sec and count(summary.tokens_per_sec), "tokens a second", "median"),

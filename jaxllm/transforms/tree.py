@@ -53,8 +53,13 @@ def matches(pattern: str, tree: Any) -> set[str]:
 
 def split(tree: Any, selected: set[str]) -> tuple[Any, Any]:
     """(leaves whose name is in `selected`, the others), each with None where the other one has its leaf."""
-    mine = jax.tree.map_with_path(lambda path, leaf: leaf if path_name(path) in selected else None, tree)
-    rest = jax.tree.map_with_path(lambda path, leaf: None if path_name(path) in selected else leaf, tree)
+    return split_by(tree, lambda path: path_name(path) in selected)
+
+
+def split_by(tree: Any, selects: Callable[[Sequence[Any]], bool]) -> tuple[Any, Any]:
+    """The same by key path, which tells layers of a list apart."""
+    mine = jax.tree.map_with_path(lambda path, leaf: leaf if selects(path) else None, tree)
+    rest = jax.tree.map_with_path(lambda path, leaf: None if selects(path) else leaf, tree)
     return mine, rest
 
 

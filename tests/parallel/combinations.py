@@ -97,7 +97,7 @@ def start(config: Any, plan: Any, model: Any) -> state.TrainState:
     """A training state with these parameters on the mesh, and without an optimizer's, which no gradient looks at."""
     params = parameters(model)
     placed = jax.device_put(params, plan.shardings(model.axes, params))
-    trained, frozen = tree.split(placed, state.trainable(config, model.axes))
+    trained, frozen = tree.split_by(placed, state.trains(config, model.axes))
     zero = jnp.int32(0)
     return state.TrainState(zero, trained, frozen, None, None, None, zero, zero)
 

@@ -22,6 +22,15 @@ def make(config: ConfigDict) -> Examples:
     return examples
 
 
+def replayed(config: ConfigDict) -> ConfigDict:
+    """The config by which data.replay_source is prepared and evaluated: with the objective itself, but plain text beside conversations."""
+    if config.train.objective != "sft":
+        return config
+    config = config.copy_and_resolve_references()
+    config.train.objective = "causal_lm"
+    return config
+
+
 def write(
     config: ConfigDict,
     directory: str | Path,

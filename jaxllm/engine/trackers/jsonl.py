@@ -15,12 +15,23 @@ HEADING = "=== step {step}: {name} ===\n"
 
 
 def make(workdir: Path, config: Mapping[str, Any], resume_step: int) -> Tracker:
-    """Appends to the files of `workdir`, after dropping what lies beyond `resume_step`."""
+    """Appends to the files of `workdir`, after dropping what lies beyond `resume_step`, and all that is not of this run."""
     del config
+    # What stands there of step 0 is of a run that was begun anew, maybe with another model.
+    last_step = resume_step or -1
     workdir.mkdir(parents=True, exist_ok=True)
-    _keep(workdir / METRICS, _rows_until(workdir / METRICS, resume_step))
-    _keep(workdir / TEXTS, _texts_until(workdir / TEXTS, resume_step))
+    _keep(workdir / METRICS, _rows_until(workdir / METRICS, last_step))
+    _keep(workdir / TEXTS, _texts_until(workdir / TEXTS, last_step))
     return JsonLines(workdir)
+
+
+def find(workdir: Path, kind: str, step: int) -> Row | None:
+    """The row of this kind and step in metrics.jsonl, if there is one."""
+    for line in _rows_until(workdir / METRICS, step):
+        row = json.loads(line)
+        if (row.get("kind"), row["step"]) == (kind, step):
+            return dict(row)
+    return None
 
 
 class JsonLines:

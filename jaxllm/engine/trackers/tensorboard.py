@@ -21,7 +21,7 @@ def make(workdir: Path, config: Mapping[str, Any], resume_step: int) -> Tracker:
     directory.mkdir(parents=True, exist_ok=True)
     # TensorBoard reads the files in the order of their names: a counter, unlike the time of day, never goes back.
     number = 1 + max((int(path.name.split(".")[3]) for path in directory.glob("events.out.tfevents.*.jaxllm")), default=-1)
-    events = EventFile(directory / f"events.out.tfevents.{number:010d}.jaxllm", resume_step + 1)
+    events = EventFile(directory / f"events.out.tfevents.{number:010d}.jaxllm", resume_step + 1 if resume_step else 0)
     if resume_step == 0:
         events.text(0, "config", json.dumps(config, indent=2))
     return events

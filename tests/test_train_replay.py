@@ -1,0 +1,96 @@
+"""A run that replays a second source and measures what it forgets of it: rows, messages, report, resuming."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from jaxllm import train
+from jaxllm.config import base
+from jaxllm.engine.workdir import open_workdir
+
+WINDS = ("north", "east", "south", "west")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ConfigDict:
+    folder = tmp_path_factory.mktemp("sources")
+    (folder / "text.txt").write_text("".join(f"line {n}: the square of {n} is {n * n}.\n" for n in range(400)))
+    (folder / "general.txt").write_text("".join(f"On day {n % 31} the wind came from the {WINDS[n % 4]}.\n" for n in range(400)))
+    config = base()
+    config.model.update({"layers": 1, "width": 16, "heads": 2, "context_tokens": 32})
+    config.tokenizer.kind = "byte"
+    config.data.update({"source": str(folder / "text.txt"), "replay_source": str(folder / "general.txt"), "replay_frac": 0.25})
+    config.train.update({"steps": 12, "batch_seqs": 16, "microbatches": 2, "log_every_steps": 1})
+    config.optimizer.learning_rate = 1e-2
+    config.schedule.update({"name": "constant", "warmup_steps": 0})
+    config.eval.every_steps, config.checkpoint.every_steps, config.sample.tokens = 6, 6, 0
+    return config
+
+
+def run(config: ConfigDict, workdir: Path) -> str:
+    """What was printed."""
+    output = io.StringIO()
+    with open_workdir(workdir) as opened:
+        assert train.run(config, opened, Console(file=output, width=200)) == 0
+    return output.getvalue()
+
+
+def rows(workdir: Path, kind: str) -> list[dict]:
+    """Without what depends on the clock."""
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_sec", "secs")} for row in found if row["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def finished(config: ConfigDict, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, run(config, workdir)
+
+
+def test_the_loss_on_replay_is_measured_before_during_and_after(finished: tuple[Path, str]) -> None:
+    workdir, output = finished
+    evals = rows(workdir, "eval")
+    assert [row["step"] for row in evals] == [0, 6, 12]
+    for row in evals:
+        assert row["forgetting"] == row["replay_loss"] - evals[0]["replay_loss"]
+    # Nothing was known, so nothing could be forgotten: it learns from the replayed rows.
+    assert evals[2]["forgetting"] < -1
+    first, last = evals[0], evals[2]
+    change = f"on replay_source {first['replay_loss']:.3f} -> {last['replay_loss']:.3f} (forgetting {last['forgetting']:+.3f})"
+    assert f"validation {first['loss']:.3f} -> {last['loss']:.3f}; {change}" in output
+    assert f"step 6: validation loss {evals[1]['loss']:.4f}" in output
+    assert f"on replay_source {evals[1]['replay_loss']:.4f} (forgetting {evals[1]['forgetting']:+.4f})" in output
+    assert "replay: 4 of the 16 rows of a batch, 25" in output
+    assert change.replace("->", "-&gt;") in (workdir / "report.html").read_text()
+
+
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(config: ConfigDict, finished: tuple[Path, str], tmp_path: Path) -> None:
+    config = config.copy_and_resolve_references()
+    config.train.steps = 6
+    # Of a run that was begun here before, and never got to a checkpoint.
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "eval", "step": 0, "loss": 1.0, "replay_loss": 1.0}\n')
+    run(config, tmp_path)
+    config.train.steps = 12
+    output = run(config, tmp_path)
+    assert "resuming at step 6" in output
+    assert "step 0:" not in output
+    for kind in ("train", "eval"):
+        assert rows(tmp_path, kind) == rows(finished[0], kind)
+
+
+def test_a_source_that_is_only_measured_changes_nothing(config: ConfigDict, tmp_path: Path) -> None:
+    """With the source itself as replay source the same rows are held out of both."""
+    config = config.copy_and_resolve_references()
+    config.data.update({"replay_source": "", "replay_frac": 0.0})
+    run(config, tmp_path / "plain")
+    config.data.replay_source = config.data.source
+    assert "only the loss on it is measured" in run(config, tmp_path / "measured")
+    assert rows(tmp_path / "plain", "train") == rows(tmp_path / "measured", "train")
+    plain, (_, *measured) = rows(tmp_path / "plain", "eval"), rows(tmp_path / "measured", "eval")
+    for before, row in zip(plain, measured, strict=True):
+        assert (row["loss"], row["replay_loss"], row["replay_accuracy"]) == (before["loss"], before["loss"], before["accuracy"])
+    assert not [name for name in plain[0] if "replay" in name or name == "forgetting"]
