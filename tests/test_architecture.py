@@ -35,7 +35,7 @@ LEVELS = (
         "convert",
         "fill_mask",
         "classify",
-        "chat",
+        "conversation",
         "schedules",
         "hosts",
     ),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 from jaxllm.data import tokenize
 from jaxllm.data.tokenizers.chat_template import ChatTemplate
 from jaxllm.decode import generate, text
+from jaxllm.decode.kept import Kept
 from jaxllm.ops import sampling
 from jaxllm.types import Model, Params, Tokenizer
 
@@ -115,7 +116,8 @@ def require(tokenizer: Tokenizer) -> ChatTokenizer:
     if getattr(tokenizer, "template", None) is None:
         raise ValueError(
             "the tokenizer of this model has no chat template.\n  Accepted: a model that was tuned for conversations, opened from its"
-            " GGUF file or Hugging Face directory, or a run converted from one.\n  Use python -m jaxllm.generate to continue a text."
+            " GGUF file or Hugging Face directory, a run converted from one, or a run of train.objective = 'sft', which keeps its"
+            " template.\n  Use python -m jaxllm.generate without --chat to continue a text."
         )
     return tokenizer  # type: ignore[return-value]
 
@@ -195,8 +197,12 @@ def stream(
     *,
     max_new_tokens: int,
     seed: int,
+    kept: Kept | None = None,
 ) -> Iterator[str]:
-    """Pieces of the answer as soon as they are final, without space at its beginning. Bad requests fail at once."""
+    """Pieces of the answer as soon as they are final, without space at its beginning. Bad requests fail at once.
+
+    kept: of the conversation so far, whose beginning then is not read again.
+    """
     growing = generate.stream(
         model,
         params,
@@ -207,6 +213,7 @@ def stream(
         vocab_size=tokenizer.vocab_size,
         seed=seed,
         chunk_tokens=text.CHUNK_TOKENS,
+        kept=kept,
     )
     return _begun(text.pieces(text.Detokenizer(tokenizer, prompt_ids), growing))
 
