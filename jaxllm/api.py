@@ -11,6 +11,7 @@ labels = jaxllm.classify(model, params, tokenizer, "Good, but long.")     # of a
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -88,7 +89,7 @@ def chat(
     asked = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     prompt_ids = encoding.encode(tokenizer, asked)
     settings = sampling.Settings(temperature, top_k, top_p, min_p, repetition_penalty)
-    options = {"max_new_tokens": max_new_tokens, "seed": seed}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
     return "".join(conversations.stream(model, params, tokenizer, prompt_ids, settings, **options)).rstrip()
 
 

@@ -2,10 +2,14 @@
 
   python -m jaxllm.generate --run DIR --prompt "..." [--prompt "..."] [--max_tokens N] [--temperature T] [--seed N]
   python -m jaxllm.generate --run DIR --prompt "..." --num_beams 4 [--length_penalty A]
+  python -m jaxllm.generate --run DIR --chat [--system TEXT] [--prompt TEXT]
 
 A decoder continues the prompt; an encoder-decoder (t5, transformer) reads it and writes a text behind an arrow. Places to be filled by a
 model of span corruption are written <extra_id_0>, <extra_id_1>, ... A single prompt is written as it is generated; several are
 generated together, with an empty line between.
+
+--chat talks with a model whose tokenizer has a chat template: every line that is typed, or that comes through a pipe, is a message, and
+/help lists what else can be done. With --prompt one message is answered, and the program ends.
 """
 
 import io
@@ -14,24 +18,41 @@ import sys
 import types
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
-from jaxllm import api, command, runs
+from jaxllm import api, command, conversation, runs
 from jaxllm.decode import beam, text
+from jaxllm.decode.talk import Talk
 from jaxllm.engine import compilation
 from jaxllm.ops import sampling
+from jaxllm.runs import Run
+
+# What a flag is where it is not given: (continuing a text, with --chat).
+DEFAULTS = {"max_tokens": (128, 512), "temperature": (0.8, 0.7), "top_p": (1.0, 0.95)}
+# Flags that mean nothing with --chat, and instead of which there is something else.
+NOT_IN_CHAT = ("prompts_file", "num_beams", "length_penalty", "early_stopping", "stream")
 
 
 def define_flags() -> None:
     flags.DEFINE_string("run", "", "run directory of a trained model, or weights: a Hugging Face directory or a GGUF file")
     flags.DEFINE_integer("step", None, "checkpoint to use; default: the newest")
-    flags.DEFINE_multi_string("prompt", [], "text to continue or to read, may be given several times; '' starts a new document")
+    flags.DEFINE_bool("chat", False, "a conversation with a model that has a chat template, in the terminal or through a pipe")
+    flags.DEFINE_string("system", "", "with --chat, the message of the system; default: what the template says, if anything")
+    flags.DEFINE_multi_string(
+        "prompt",
+        [],
+        "text to continue or to read, may be given several times; '' starts a new document. With --chat a message, which is"
+        " answered before the program ends",
+    )
     flags.DEFINE_string("prompts_file", "", "UTF-8 file with one prompt a line")
-    flags.DEFINE_integer("max_tokens", 128, "new tokens for each prompt; fewer at the end of a document or of the context")
-    flags.DEFINE_float("temperature", 0.8, "0 is greedy, 1 is the model's own distribution")
+    flags.DEFINE_integer(
+        "max_tokens", None, f"new tokens for each prompt; fewer at the end of a document or of the context{_default('max_tokens')}"
+    )
+    flags.DEFINE_float("temperature", None, f"0 is greedy, 1 is the model's own distribution{_default('temperature')}")
     flags.DEFINE_integer("top_k", 0, "draw from the k likeliest tokens; 0 means all")
-    flags.DEFINE_float("top_p", 1.0, "draw from the likeliest tokens that hold this probability; 1 means all")
+    flags.DEFINE_float("top_p", None, f"draw from the likeliest tokens that hold this probability; 1 means all{_default('top_p')}")
     flags.DEFINE_float("min_p", 0.0, "draw from tokens at least this likely, as a share of the likeliest; 0 means all")
     flags.DEFINE_float("repetition_penalty", 1.0, "above 1 makes tokens that occurred before less likely")
     flags.DEFINE_integer("seed", 0, "the same seed gives the same text")
@@ -43,22 +64,77 @@ def define_flags() -> None:
     flags.DEFINE_bool("stream", True, "write a single prompt's text as it is generated")
 
 
+def _default(name: str) -> str:
+    plain, chat = DEFAULTS[name]
+    return f"; default: {plain}, with --chat {chat}"
+
+
 def main(arguments: list[str]) -> None:
     del arguments
     given = flags.FLAGS
     prepare_stdout()
+    check_chat()
     settings = read_settings()
-    prompts = read_prompts(given.prompt, given.prompts_file)
+    prompts = given.prompt if given.chat else read_prompts(given.prompt, given.prompts_file)
     compilation.use_cache()
     run = runs.load(given.run, given.step, for_decoding=True)
+    if given.chat and isinstance(settings, sampling.Settings):
+        talk(run, settings, prompts)
+    else:
+        continue_texts(run, settings, prompts)
+
+
+def talk(run: Run, settings: sampling.Settings, prompts: list[str]) -> None:
+    """The answer to the prompt, if there is one, else a conversation."""
+    options = {"system": flags.FLAGS.system, "max_tokens": chosen("max_tokens"), "seed": flags.FLAGS.seed}
+    talker = Talk(run.model, run.params, run.tokenizer, settings, **options)
+    if prompts:
+        conversation.show(talker.ask(prompts[0].strip()))
+    else:
+        conversation.converse(talker, conversation.typed_lines())
+
+
+def continue_texts(run: Run, settings: sampling.Settings | beam.Settings, prompts: list[str]) -> None:
+    """Writes each prompt and what the model writes behind it."""
+    given = flags.FLAGS
     model = (run.model, run.params, run.tokenizer)
-    options = {"max_new_tokens": given.max_tokens, "seed": given.seed}
+    options = {"max_new_tokens": chosen("max_tokens"), "seed": given.seed}
     if len(prompts) == 1 and given.stream and isinstance(settings, sampling.Settings):
         pieces = text.stream(*model, prompts[0], settings, **options)
         write(prompts[0] + text.join(run.model, ""), pieces)
         return
     for index, (prompt, written) in enumerate(zip(prompts, text.complete(*model, prompts, settings, **options), strict=True)):
         write("\n" * (index > 0) + prompt, [text.join(run.model, written)])
+
+
+def chosen(name: str) -> Any:
+    """The value of a flag of DEFAULTS."""
+    value = flags.FLAGS[name].value
+    return DEFAULTS[name][flags.FLAGS.chat] if value is None else value
+
+
+def check_chat() -> None:
+    """ValueError for flags that contradict --chat, or that mean something with it only."""
+    given = flags.FLAGS
+    if not given.chat:
+        if given["system"].present:
+            raise ValueError(
+                "--system without --chat.\n  Accepted: a message of the system stands at the beginning of a conversation.\n"
+                "  Add --chat, or write the text into --prompt."
+            )
+        return
+    if unused := [f"--{name}" for name in NOT_IN_CHAT if given[name].present]:
+        raise ValueError(
+            f"{', '.join(unused)} with --chat.\n  Accepted: an answer is drawn and streamed; with temperature, top_k, top_p, min_p,"
+            " repetition_penalty, max_tokens, seed, system and one prompt. Several messages come through a pipe, one a line.\n"
+            f"  Leave out {' and '.join(unused)}."
+        )
+    if len(given.prompt) > 1 or not all(map(str.strip, given.prompt)):
+        what = f"{len(given.prompt)} prompts" if len(given.prompt) > 1 else "an empty --prompt"
+        raise ValueError(
+            f"{what} with --chat.\n  Accepted: --prompt with one message; none, and messages are typed or come through a pipe, one a"
+            " line.\n  Leave out --prompt, or give one message."
+        )
 
 
 def read_settings() -> sampling.Settings | beam.Settings:
@@ -73,7 +149,7 @@ def read_settings() -> sampling.Settings | beam.Settings:
         )
     if beams:
         return beam.Settings(given.num_beams, given.length_penalty, given.early_stopping)
-    return sampling.Settings(given.temperature, given.top_k, given.top_p, given.min_p, given.repetition_penalty)
+    return sampling.Settings(chosen("temperature"), given.top_k, chosen("top_p"), given.min_p, given.repetition_penalty)
 
 
 def read_prompts(given: list[str], path: str) -> list[str]:

@@ -197,6 +197,8 @@ def _next_command(config: ConfigDict, workdir: Workdir) -> str:
         return f"python -m jaxllm.evaluate {run}, or\n  python -m jaxllm.classify {run} --text TEXT{pair}"
     if config.train.objective == "masked_lm":
         return f'python -m jaxllm.fill_mask {run} --text "The [MASK]."'
+    if config.train.objective == "sft":
+        return f"python -m jaxllm.generate --chat {run}"
     prompt = config.sample.prompts[0] if config.sample.prompts else ""
     command = "chat" if config.train.objective == "sft" else "generate"
     return f"python -m jaxllm.{command} {run} --prompt {shlex.quote(prompt)}"

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from jaxllm.data.chat import encoding
 from jaxllm.data.documents import Message
 from jaxllm.decode import generate, text
+from jaxllm.decode.kept import Kept
 from jaxllm.ops import sampling
 from jaxllm.types import Model, Params, Tokenizer
 
@@ -48,8 +49,12 @@ def stream(
     *,
     max_new_tokens: int,
     seed: int,
+    kept: Kept | None = None,
 ) -> Iterator[str]:
-    """Pieces of the answer as soon as they are final, without space at its beginning. Bad requests fail at once."""
+    """Pieces of the answer as soon as they are final, without space at its beginning. Bad requests fail at once.
+
+    kept: of the conversation so far, whose beginning then is not read again.
+    """
     growing = generate.stream(
         model,
         params,
@@ -60,6 +65,7 @@ def stream(
         vocab_size=tokenizer.vocab_size,
         seed=seed,
         chunk_tokens=text.CHUNK_TOKENS,
+        kept=kept,
     )
     return _begun(text.pieces(text.Detokenizer(tokenizer, prompt_ids), growing))
 

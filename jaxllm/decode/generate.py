@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.decode import batching, network
-from jaxllm.decode.network import Network
+from jaxllm.decode.kept import Kept
+from jaxllm.decode.network import Before, Network
 from jaxllm.ops import sampling
 from jaxllm.parallel import processes
 from jaxllm.types import Model, Params
@@ -45,11 +46,13 @@ class State(NamedTuple):
     stop_ids: jax.Array
 
 
-@partial(jax.jit, static_argnames="program")
-def _start(program: Program, params: Params, prompts: batching.Prompts, stop_ids: jax.Array, seed: jax.Array) -> State:
+@partial(jax.jit, static_argnames="program", donate_argnames="before")
+def _start(
+    program: Program, params: Params, prompts: batching.Prompts, stop_ids: jax.Array, seed: jax.Array, before: Before | None
+) -> State:
     """The state after prefill and the first new token."""
     rows = len(prompts.lengths_B)
-    logits_BV, cache, seen_BV = network.start(program.network, params, prompts)
+    logits_BV, cache, seen_BV = network.start(program.network, params, prompts, before)
     key = jax.random.key(seed)
     keys_B = jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1]))(prompts.streams_B2)
     state = State(
@@ -143,27 +146,48 @@ def stream(
     seed: int,
     chunk_tokens: int,
     start_id: int | None = None,
+    kept: Kept | None = None,
 ) -> Iterator[list[int]]:
-    """All new ids so far: after the first one, then after every `chunk_tokens` more. The last is what `generate` gives."""
+    """All new ids so far: after the first one, then after every `chunk_tokens` more. The last is what `generate` gives.
+
+    kept: of a decoder, what the call before has read; where this prompt begins alike it is not read again, which changes nothing but
+    the rounding.
+    """
     _check(model, [prompt], max_new_tokens, seed)
-    limits = network.limits(model, [prompt], max_new_tokens)
-    batch = batching.pad([prompt], batching.streams([prompt]), limits, model.config.context_tokens)
+    limits, context_tokens = network.limits(model, [prompt], max_new_tokens), model.config.context_tokens
+    streams_12 = batching.streams([prompt])
+    batch = batching.pad([prompt], streams_12, limits, context_tokens)
     program = Program(network.make(model, batch, vocab_size, start_id), settings)
-    return (rows[0] for rows in _run(program, params, batch, stop_ids, seed, chunk_tokens))
+    if kept is None:
+        return (rows[0] for rows in _run(program, params, batch, stop_ids, seed, chunk_tokens))
+    before, read_tokens = kept.take(model, program.network, prompt)
+    batch = batching.pad([prompt[read_tokens:]], streams_12, limits, context_tokens)
+    return (rows[0] for rows in _run(program, params, batch, stop_ids, seed, chunk_tokens, before, kept))
 
 
 def _run(
-    program: Program, params: Params, prompts: batching.Prompts, stop_ids: Sequence[int], seed: int, chunk_tokens: int
+    program: Program,
+    params: Params,
+    prompts: batching.Prompts,
+    stop_ids: Sequence[int],
+    seed: int,
+    chunk_tokens: int,
+    before: Before | None = None,
+    kept: Kept | None = None,
 ) -> Iterator[list[list[int]]]:
     """The rows' new ids after the first token, then after every `chunk_tokens` more until every row is done."""
     most = int(prompts.limits_B.max())
-    state, until = _start(program, params, prompts, np.array(stop_ids, np.int32), np.uint32(seed)), 1
+    state, until = _start(program, params, prompts, np.array(stop_ids, np.int32), np.uint32(seed), before), 1
     while True:
+        if kept is not None:
+            kept.hold(state.cache, state.tokens_BN, state.counts_B)
         tokens_BN, counts_B, done_B = processes.fetch((state.tokens_BN, state.counts_B, state.done_B))
         yield [strip(row[:count].tolist(), stop_ids) for row, count in zip(tokens_BN, counts_B, strict=True)]
         if done_B.all():
             return
         until = min(until + chunk_tokens, most)
+        if kept is not None:
+            kept.release()
         state = _continue(program, params, state, np.int32(until))
 
 

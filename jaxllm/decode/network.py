@@ -15,6 +15,13 @@ from jaxllm.decode import batching
 from jaxllm.types import Model, Params
 
 
+class Before(NamedTuple):
+    """What stands before a prompt's tokens: a cache that holds it, and seen_BV, the tokens in it."""
+
+    cache: Any
+    seen_BV: Any
+
+
 class Network(NamedTuple):
     """What is fixed when generation is compiled. Hashable, so static under jit.
 
@@ -44,12 +51,15 @@ def make(model: Model, prompts: batching.Prompts, vocab_size: int, start_id: int
     return Network(model.init_cache, model.encode, model.decode, cache_tokens, vocab_size, start_id if model.encode else None)
 
 
-def start(network: Network, params: Params, prompts: batching.Prompts) -> tuple[jax.Array, Any, jax.Array]:
+def start(
+    network: Network, params: Params, prompts: batching.Prompts, before: Before | None = None
+) -> tuple[jax.Array, Any, jax.Array]:
     """(logits_BV of the first new token, cache, seen_BV: the tokens that stand before it)."""
     tokens_BT, lengths_B = jnp.asarray(prompts.tokens_BT), jnp.asarray(prompts.lengths_B)
     rows, length = tokens_BT.shape
-    cache = network.init_cache(rows, network.cache_tokens)
-    seen_BV = jnp.zeros((rows, network.vocab_size), bool)
+    if before is None:
+        before = Before(network.init_cache(rows, network.cache_tokens), jnp.zeros((rows, network.vocab_size), bool))
+    cache, seen_BV = before
     if network.encode is None or network.start_id is None:
         real_BT = jnp.arange(length) < lengths_B[:, None]
         seen_BV = seen_BV.at[jnp.arange(rows)[:, None], tokens_BT].max(real_BT)

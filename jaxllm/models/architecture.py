@@ -89,6 +89,12 @@ class Architecture:
         return jnp.dtype(self.compute)
 
     @property
+    def keys_stay(self) -> bool:
+        """Whether a token's keys and values are the same whatever stands behind it, of a decoder."""
+        dynamic = self.rope_scaling is not None and self.rope_scaling.kind == "dynamic"
+        return not self.bidirectional_prompt and not dynamic
+
+    @property
     def residual_std(self) -> float:
         """Initial deviation of the projections of a layer that write to the residual stream: their terms add up in it, so each is
         divided by the root of their number, here 2 a layer (Radford et al. 2019, GPT-2, section 2.3)."""

@@ -51,6 +51,18 @@ def with_memory(arch: Architecture, layers: int, state: Cache, inputs_tokens: in
     return {**state, "layers": [{**old, **new} for old, new in zip(state["layers"], room, strict=True)]}
 
 
+def cut(state: Cache, lengths_B: jax.Array, length_tokens: int) -> Cache:
+    """The cache of the first `lengths_B` tokens of its rows, with room for `length_tokens` tokens instead of what it had."""
+
+    def one(array: jax.Array) -> jax.Array:
+        more = length_tokens - array.shape[-2]
+        if more == 0:
+            return array
+        return array[..., :length_tokens, :] if more < 0 else jnp.pad(array, [*[(0, 0)] * (array.ndim - 2), (0, more), (0, 0)])
+
+    return {"layers": jax.tree.map(one, state["layers"]), "lengths": lengths_B}
+
+
 def _zeros(arch: Architecture, layers: int, rows: int, tokens: int, names: tuple[str, ...], constrain: Constrain) -> Any:
     stacked = arch.layers_as == "scan"
     shape = (rows, *((layers,) if stacked else ()), arch.kv_heads, tokens, arch.head_dim)

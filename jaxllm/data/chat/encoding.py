@@ -38,7 +38,8 @@ def require(tokenizer: Tokenizer) -> ChatTokenizer:
     if getattr(tokenizer, "template", None) is None:
         raise ValueError(
             "the tokenizer of this model has no chat template.\n  Accepted: a model that was tuned for conversations, opened from its"
-            " GGUF file or Hugging Face directory, or a run converted from one.\n  Use python -m jaxllm.generate to continue a text."
+            " GGUF file or Hugging Face directory, a run converted from one, or a run of train.objective = 'sft', which keeps its"
+            " template.\n  Use python -m jaxllm.generate without --chat to continue a text."
         )
     return tokenizer  # type: ignore[return-value]
 

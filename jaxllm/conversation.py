@@ -1,0 +1,166 @@
+"""A conversation in the terminal, or through a pipe: what is typed is a message or a command, and answers are written as they come."""
+
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from jaxllm.decode.talk import Answer, Talk
+
+YOU, MORE = "> ", ". "
+GOES_ON = "\\"
+HELP = """\
+  /undo         takes the last message and its answer back
+  /retry        answers the last message again, with another seed
+  /system TEXT  sets the message of the system; without TEXT it is taken away
+  /reset        forgets all but the message of the system
+  /save FILE    adds the conversation to FILE, as one line of JSON
+  /exit         ends, as Ctrl-D does
+A line that ends in \\ goes on in the next one. Ctrl-C stops an answer. A message that begins with / is typed with a space before it."""
+
+
+def converse(talk: Talk, lines: Iterable[str]) -> None:
+    """Answers message after message until /exit, the end of the lines or Ctrl-C while one is awaited.
+
+    What cannot be done is explained, and the conversation goes on.
+    """
+    try:
+        for message in join(lines):
+            if message.strip() == "/exit":
+                return
+            if message.strip():
+                _attempt(talk, message)
+    except KeyboardInterrupt:
+        print()
+        if not sys.stdin.isatty():
+            raise
+
+
+def join(lines: Iterable[str]) -> Iterator[str]:
+    """Messages: lines that end in a backslash and what follows them are one, with line breaks in the place of the backslashes."""
+    begun: list[str] = []
+    for line in lines:
+        text = line.rstrip("\r\n")
+        begun.append(text.removesuffix(GOES_ON))
+        if not text.endswith(GOES_ON):
+            yield "\n".join(begun)
+            begun = []
+    if begun:
+        yield "\n".join(begun)
+
+
+def _attempt(talk: Talk, message: str) -> None:
+    """Does what a message or a command asks for. An error that says what to change is told instead; so is Ctrl-C at a terminal."""
+    try:
+        if message.startswith("/"):
+            _obey(talk, message)
+        else:
+            show(talk.ask(message.strip()))
+    except ValueError as error:
+        if "\n  " not in str(error):
+            raise
+        _tell(str(error))
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+        print()
+        _tell("stopped: /retry answers again, /undo takes the message back")
+
+
+def _obey(talk: Talk, typed: str) -> None:
+    name, *rest = typed.split(None, 1)
+    text = "".join(rest).strip()
+    commands: dict[str, Callable[[], None]] = {
+        "/undo": lambda: _tell(f"taken back: {talk.undo()}"),
+        "/retry": lambda: _retry(talk),
+        "/system": lambda: _set_system(talk, text),
+        "/reset": lambda: _reset(talk),
+        "/save": lambda: _tell(save(talk, text)),
+        "/help": lambda: _tell(HELP),
+    }
+    if name in commands:
+        commands[name]()
+    else:
+        _tell(f"there is no command {name}. There are\n{HELP}")
+
+
+def _retry(talk: Talk) -> None:
+    if talk.greedy:
+        _tell("a temperature of 0 draws nothing, so this is the same answer")
+    show(talk.retry())
+
+
+def _set_system(talk: Talk, content: str) -> None:
+    talk.set_system(content)
+    _tell("the message of the system is set" if content else "there is no message of the system")
+
+
+def _reset(talk: Talk) -> None:
+    talk.reset()
+    _tell("the conversation begins anew")
+
+
+def save(talk: Talk, path: str) -> str:
+    """Adds the conversation to the end of the file, as a line of instruction data: what was done, in words.
+
+    ValueError without a path, without a message, and for a file that cannot be written.
+    """
+    if not path:
+        raise ValueError("/save without a file.\n  Accepted: /save FILE, which is made if it is not there.\n  Name a file.")
+    if not talk.messages:
+        raise ValueError("nothing has been said yet.\n  Accepted: a conversation with an answer.\n  Write a message first.")
+    line = json.dumps({"messages": talk.messages}, ensure_ascii=False) + "\n"
+    try:
+        with Path(path).expanduser().open("a+b") as file:
+            file.seek(0)
+            before = file.read()
+            file.write(b"\n" * (bool(before) and not before.endswith(b"\n")) + line.encode())
+    except OSError as error:
+        raise ValueError(
+            f"'{path}': {error.strerror}.\n  Accepted: a path that this user can write to.\n  Name another file, or correct the path."
+        ) from error
+    return f"{'added to' if before else 'saved in'} {path}: {len(talk.messages)} messages"
+
+
+def show(answer: Answer) -> None:
+    """Writes the answer as it comes, and says what is odd about it."""
+    if answer.dropped:
+        _tell(f"the oldest {answer.dropped} messages are left out, as the context is full")
+    said = False
+    with contextlib.closing(answer.pieces) as pieces:
+        for piece in pieces:
+            said = True
+            print(piece, end="", flush=True)
+    print(flush=True)
+    if not said:
+        _tell("the answer is empty; another seed may give one")
+
+
+def typed_lines() -> Iterator[str]:
+    """What is typed, behind marks, or what comes through a pipe."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401, PLC0415 - lets the arrow keys edit the line
+    _tell("a conversation; /help lists the commands, Ctrl-D ends")
+    mark = YOU
+    while True:
+        try:
+            line = input(mark)
+        except EOFError:
+            print()
+            return
+        mark = MORE if line.endswith(GOES_ON) else YOU
+        yield line
+
+
+def _tell(text: str) -> None:
+    """Lines that are not part of the conversation."""
+    Console(stderr=True).print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
