@@ -27,14 +27,40 @@ A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 # init_lora_weights with which the base stays as it is.
 BASE_KEPT = (True, False, "gaussian", "eva", "orthogonal")
 # Keys that say nothing about what the adapter does; and those that are read here. Any other one must be null, false or empty.
-SILENT = frozenset(
-    "auto_mapping revision peft_version inference_mode megatron_core qalora_group_size runtime_config ensure_weight_tying layers_pattern"
-    " loftq_config eva_config corda_config lora_ga_config velora_config".split()
-)
-READ = frozenset(
-    "peft_type task_type base_model_name_or_path r lora_alpha rank_pattern alpha_pattern lora_dropout bias target_modules exclude_modules"
-    " modules_to_save fan_in_fan_out use_rslora use_dora init_lora_weights".split()
-)
+SILENT = {
+    "auto_mapping",
+    "revision",
+    "peft_version",
+    "inference_mode",
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
+    "ensure_weight_tying",
+    "layers_pattern",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "velora_config",
+}
+READ = {
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_dropout",
+    "bias",
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+}
 
 
 class Product(NamedTuple):

@@ -51,7 +51,8 @@ def attach(params: Params, config: ConfigDict, adapter: Adapter) -> Attached:
     copies = copied(architecture, exported)
     whole = {family.canonical(name): name for name in adapter.whole}
     embedding = next(rule.name for rule in rules if rule.path == "embed/tokens")
-    if apart := _apart(adapter, whole, {embedding, *(copy for copy, name in copies.items() if name == embedding)}):
+    tied = {embedding, *(copy for copy, name in copies.items() if name == embedding)}
+    if apart := _apart(adapter, whole, tied, params["embed"]["tokens"]):
         return attach(*_untie(params, config, adapter, apart), adapter)
     names = {peft_modules.of_tensor(family.canonical(f"{name}.weight")): name for name in adapter.products}
     _check(adapter, parts(params, rules), exported.shapes, names, whole, copies)
@@ -66,13 +67,13 @@ def attach(params: Params, config: ConfigDict, adapter: Adapter) -> Attached:
     return Attached(placed, _describe(config, adapter, placed, also))
 
 
-def _apart(adapter: Adapter, whole: Mapping[str, str], tied: set[str]) -> list[str]:
-    """Those of the tied tensors that the adapter stores, if it does not store all of them, and alike."""
+def _apart(adapter: Adapter, whole: Mapping[str, str], tied: set[str], embedding: jax.Array) -> list[str]:
+    """Those of the tied tensors that the adapter stores, unless afterwards all are alike."""
     stored = sorted(tied & whole.keys())
-    alike = len(stored) == len(tied) and all(
-        np.array_equal(adapter.read(whole[stored[0]]), adapter.read(whole[name])) for name in stored
-    )
-    return [] if alike else stored
+    if not stored:
+        return []
+    first = adapter.read(whole[stored[0]]) if len(stored) == len(tied) else np.asarray(embedding)
+    return [] if all(np.array_equal(first, adapter.read(whole[name])) for name in stored) else stored
 
 
 def _untie(params: Params, config: ConfigDict, adapter: Adapter, stored: Sequence[str]) -> tuple[Params, ConfigDict]:

@@ -57,12 +57,13 @@ def export(
     rules = families.find(architecture).rules(architecture, arch)
     exported = weights.export(plain(params), architecture, arch)
     modules = parts(params, rules, original)
-    every = peft_modules.universe({peft_modules.of_tensor(name) for name in (*exported.shapes, *copied(architecture, exported))})
-    adapted = {name: found for name, found in modules.items() if any(adapt.is_adapter(part.node) for part in found)}
+    adapted = {_own(arch, name): found for name, found in modules.items() if any(adapt.is_adapter(part.node) for part in found)}
     kind = _kind(adapted)
     if arch.head in ("classify", "tag"):
         whole = {*whole, *(rule.path for rule in rules if rule.path.startswith("head/"))}
-    stored = _whole(whole, modules, architecture, exported, rules)
+    stored = {_own(arch, name): ours for name, ours in _whole(whole, modules, architecture, exported, rules).items()}
+    names = {_own(arch, name) for name in (*exported.shapes, *copied(architecture, exported))}
+    every = peft_modules.universe({peft_modules.of_tensor(name) for name in names})
     factors = functools.lru_cache(maxsize=1)(lambda module: _factors(adapted[module], kind == "dora"))
 
     def read(name: str) -> np.ndarray:
@@ -81,7 +82,7 @@ def export(
         task=TASKS.get(arch.head) or LM_TASKS.get(arch.family.kind),
         targets=peft_modules.targets(adapted, every),
         excluded=(),
-        saved=peft_modules.saved({peft_modules.of_tensor(name) for name in stored}, every) if stored else (),
+        saved=peft_modules.saved({peft_modules.of_tensor(name) for name in stored}, every),
         fan_in_fan_out=any(not part.slot.rule.transposed for found in adapted.values() for part in found),
         rslora=rslora,
         dora=kind == "dora",
@@ -90,6 +91,11 @@ def export(
         shapes=_shapes(adapted, products, kind == "dora") | {name: exported.shapes[ours] for name, ours in stored.items()},
         read=read,
     )
+
+
+def _own(arch: Architecture, name: str) -> str:
+    """A name as the class itself has it: without a head, nothing stands before the names of the rest."""
+    return name.partition(".")[2] if arch.head == "none" else name
 
 
 def plain(params: Params) -> Params:
