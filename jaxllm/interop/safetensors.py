@@ -183,7 +183,7 @@ def write(
     count = len(shards)
     names = [SINGLE] if count == 1 else [SHARD.format(number=number + 1, count=count) for number in range(count)]
     for file_name, shard in zip(names, shards, strict=True):
-        _write_file(directory / file_name, {name: shapes[name] for name in shard}, make, dtype)
+        write_file(directory / file_name, {name: shapes[name] for name in shard}, make, dtype)
     if count > 1:
         total = {"total_parameters": sum(map(math.prod, shapes.values())), "total_size": sum(sizes.values())}
         weight_map = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
@@ -192,7 +192,8 @@ def write(
     return [directory / name for name in names]
 
 
-def _write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], np.ndarray], dtype: str) -> None:
+def write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], np.ndarray], dtype: str) -> None:
+    """One file with `make(name)`, cast to `dtype`, for every name of `shapes`; see `write`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():

@@ -59,11 +59,11 @@ def load(imported: Imported, place: Place = on_device) -> Loaded:
     model = models.build(imported.config)
     template = jax.eval_shape(model.init, jax.random.key(0))
     rules = family.rules(imported.architecture, model.config)
-    slots = _slots(template, rules)
-    stored, unused = _check(imported, family, _expected(slots, rules))
+    found = slots(template, rules)
+    stored, unused = _check(imported, family, _expected(found, rules))
 
     def read(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> Any:
-        parts = slots[jax.tree_util.keystr(path)]
+        parts = found[jax.tree_util.keystr(path)]
         if len(parts) == 1:
             host = _read(imported.tensors, stored, parts[0]).reshape(like.shape)
         else:
@@ -79,10 +79,10 @@ def _read(tensors: Tensors, stored: Mapping[str, str], slot: Slot) -> np.ndarray
     return to_ours(slot.rule, tensors.read(stored[slot.name]), slot.shape).astype(np.float32, order="C")
 
 
-def _slots(template: Params, rules: Sequence[Rule]) -> dict[str, list[Slot]]:
+def slots(template: Params, rules: Sequence[Rule]) -> dict[str, list[Slot]]:
     """Key path of every parameter -> the tensors that it is in; ValueError, with their names, for parameters without a rule."""
     table = {rule.path: rule for rule in rules}
-    slots: dict[str, list[Slot]] = {}
+    found: dict[str, list[Slot]] = {}
     unknown = []
     for path, leaf in jax.tree.leaves_with_path(template):
         name = path_name(path)
@@ -90,21 +90,21 @@ def _slots(template: Params, rules: Sequence[Rule]) -> dict[str, list[Slot]]:
         if name not in table:
             unknown.append(name)
         elif indices or "layers" not in name.split("/"):
-            slots[jax.tree_util.keystr(path)] = [Slot(table[name], indices[0] if indices else None, leaf.shape)]
+            found[jax.tree_util.keystr(path)] = [Slot(table[name], indices[0] if indices else None, leaf.shape)]
         else:
-            slots[jax.tree_util.keystr(path)] = [Slot(table[name], layer, leaf.shape[1:]) for layer in range(leaf.shape[0])]
+            found[jax.tree_util.keystr(path)] = [Slot(table[name], layer, leaf.shape[1:]) for layer in range(leaf.shape[0])]
     if unknown:
         raise ValueError(
-            f"parameters without a counterpart in transformers: {_listing(unknown)}.\n  Accepted: those of {', '.join(table)}.\n"
+            f"parameters without a counterpart in transformers: {listing(unknown)}.\n  Accepted: those of {', '.join(table)}.\n"
             "  Change config.model."
         )
-    return slots
+    return found
 
 
-def _expected(slots: Mapping[str, list[Slot]], rules: Sequence[Rule]) -> dict[str, tuple[int, ...]]:
+def _expected(table: Mapping[str, list[Slot]], rules: Sequence[Rule]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor, layer by layer, in the order of the table."""
     order = {rule: index for index, rule in enumerate(rules)}
-    every = [slot for parts in slots.values() for slot in parts]
+    every = [slot for parts in table.values() for slot in parts]
     every.sort(key=lambda slot: (-1 if slot.layer is None else slot.layer, order[slot.rule]))
     return {slot.name: stored_shape(slot.rule, slot.shape) for slot in every}
 
@@ -145,7 +145,7 @@ def _equal(tensors: Tensors, one: str, other: str) -> bool:
 
 def _mismatch(imported: Imported, family: Family, kinds: Mapping[str, list[str]]) -> str:
     lines = [f"{imported.path}: its tensors are not those of {imported.architecture} by its config; nothing was loaded."]
-    lines += [f"  {kind} ({len(names)}): {_listing(names)}" for kind, names in kinds.items() if names]
+    lines += [f"  {kind} ({len(names)}): {listing(names)}" for kind, names in kinds.items() if names]
     keys = family.write(models.build(imported.config).config, imported.architecture)
     sizes = ", ".join(f"{key} {keys[key]}" for key in family.sizes if key in keys)
     lines.append(f"  Accepted: the tensors of one {imported.architecture} with {sizes}.")
@@ -153,7 +153,8 @@ def _mismatch(imported: Imported, family: Family, kinds: Mapping[str, list[str]]
     return "\n".join(lines)
 
 
-def _listing(names: Sequence[str]) -> str:
+def listing(names: Sequence[str]) -> str:
+    """The names for an error text, the first LISTED of them."""
     more = f", and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
 
@@ -168,10 +169,10 @@ class Exported(NamedTuple):
 def export(params: Params, architecture: str, arch: Architecture) -> Exported:
     """The tensors of the class `architecture` that these parameters of `arch` are, made one at a time when they are asked for."""
     rules = families.find(architecture).rules(architecture, arch)
-    slots = _slots(params, rules)
+    table = slots(params, rules)
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
     parts: dict[str, list[tuple[Slot, str]]] = {}
-    for key, found in slots.items():
+    for key, found in table.items():
         for slot in found:
             parts.setdefault(slot.name, []).append((slot, key))
 
@@ -180,7 +181,7 @@ def export(params: Params, architecture: str, arch: Architecture) -> Exported:
         ours = [_piece(leaves[key], slot) for slot, key in chosen]
         return to_theirs(chosen[0][0].rule, ours)
 
-    return Exported(_expected(slots, rules), make)
+    return Exported(_expected(table, rules), make)
 
 
 def _piece(leaf: jax.Array, slot: Slot) -> np.ndarray:

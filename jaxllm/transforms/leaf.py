@@ -19,7 +19,12 @@ def einsum(spec: str, x: jax.Array, kernel: Any, rng: jax.Array | None = None) -
     """`jnp.einsum(spec, x, kernel)` in x.dtype, of an array or a leaf type, which says itself how it multiplies. rng: of its dropout."""
     if drops(kernel):
         return kernel.multiply(spec, x, rng)
-    return kernel.multiply(spec, x) if hasattr(kernel, "multiply") else product(spec, x, kernel)
+    return kernel.multiply(spec, x) if is_type(kernel) else product(spec, x, kernel)
+
+
+def is_type(node: Any) -> bool:
+    """Whether a node of a parameter tree is a leaf type, not an array."""
+    return hasattr(node, "multiply")
 
 
 def drops(kernel: Any) -> bool:

@@ -1,0 +1,202 @@
+"""An adapter of PEFT beside the kernels of a base: what it changes in the parameters, and in the config.
+
+The arrays of the base are shared, not copied.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxllm import models
+from jaxllm.interop import families, peft_modules, weights
+from jaxllm.interop.peft import MAGNITUDE, A, Adapter, B
+from jaxllm.interop.peft_params import copied, parts, plain
+from jaxllm.interop.rules import to_ours
+from jaxllm.interop.weights import Slot
+from jaxllm.transforms import adapt, leaf
+from jaxllm.transforms.dora import Dora
+from jaxllm.transforms.lora import Lora
+from jaxllm.transforms.tree import path_name
+from jaxllm.types import Params
+
+
+class Attached(NamedTuple):
+    """params: Lora or Dora leaves around the kernels of the base, and what was stored whole in its place. config: of all of it."""
+
+    params: Params
+    config: ConfigDict
+
+
+def attach(params: Params, config: ConfigDict, adapter: Adapter) -> Attached:
+    """The adapter beside the kernels (arrays or quantized) of a base with this config, its layers stacked or not.
+
+    ValueError that lists what of the adapter does not fit, for a base that has one already, and for layers of one kernel with different
+    ranks or scales. A head that the base ties and the adapter stores apart from the embedding is no longer tied.
+    """
+    if any(adapt.is_adapter(node) for node in jax.tree.leaves(params, is_leaf=leaf.is_type)):
+        raise ValueError(
+            f"{adapter.where}: the base has an adapter already.\n  Accepted: a base without one.\n"
+            "  Give the base that both began with; adapters are averaged with python -m jaxllm.adapters average."
+        )
+    arch = models.build(config).config
+    architecture = families.choose(arch)
+    family = families.find(architecture)
+    rules = family.rules(architecture, arch)
+    exported = weights.export(plain(params), architecture, arch)
+    copies = copied(architecture, exported)
+    whole = {family.canonical(name): name for name in adapter.whole}
+    embedding = next(rule.name for rule in rules if rule.path == "embed/tokens")
+    tied = {embedding, *(copy for copy, name in copies.items() if name == embedding)}
+    if apart := _apart(adapter, whole, tied, params["embed"]["tokens"]):
+        return attach(*_untie(params, config, adapter, apart), adapter)
+    names = {peft_modules.of_tensor(family.canonical(f"{name}.weight")): name for name in adapter.products}
+    _check(adapter, parts(params, rules), exported.shapes, names, whole, copies)
+    whole |= {name: whole[copy] for copy, name in copies.items() if copy in whole}
+    table = weights.slots(plain(params), rules)
+    placed = jax.tree.map_with_path(
+        lambda path, node: _place(path_name(path), node, table[jax.tree_util.keystr(path)], adapter, names, whole),
+        params,
+        is_leaf=leaf.is_type,
+    )
+    also = {slot.rule.path for slots in table.values() for slot in slots if slot.name in whole}
+    return Attached(placed, _describe(config, adapter, placed, also))
+
+
+def _apart(adapter: Adapter, whole: Mapping[str, str], tied: set[str], embedding: jax.Array) -> list[str]:
+    """Those of the tied tensors that the adapter stores, unless afterwards all are alike."""
+    stored = sorted(tied & whole.keys())
+    if not stored:
+        return []
+    first = adapter.read(whole[stored[0]]) if len(stored) == len(tied) else np.asarray(embedding)
+    return [] if all(np.array_equal(first, adapter.read(whole[name])) for name in stored) else stored
+
+
+def _untie(params: Params, config: ConfigDict, adapter: Adapter, stored: Sequence[str]) -> tuple[Params, ConfigDict]:
+    """With a head of its own, which begins as the embedding."""
+    if config.model.name not in ("gpt", "llama") or config.model.tied_head == "off":
+        raise ValueError(
+            f"{adapter.where}: of the embedding and what is tied to it, {', '.join(stored)} are stored, and not all alike.\n"
+            f"  Accepted: with model.name = '{config.model.name}', all of them alike, or none.\n"
+            "  Train them tied (ensure_weight_tying in PEFT), or none of them."
+        )
+    config = config.copy_and_resolve_references()
+    config.model.tied_head = "off"
+    return {**params, "head": {"kernel": params["embed"]["tokens"]}}, config
+
+
+def _check(
+    adapter: Adapter,
+    modules: Mapping[str, Sequence[Any]],
+    tensors: Mapping[str, tuple[int, ...]],
+    names: Mapping[str, str],
+    whole: Mapping[str, str],
+    copies: Mapping[str, str],
+) -> None:
+    """ValueError if the adapter does not fit the base."""
+    kinds = {"unexpected": [theirs for name, theirs in names.items() if name not in modules]}
+    kinds["unexpected"] += [theirs for name, theirs in whole.items() if name not in tensors and name not in copies]
+    # Names of a class without a head have no prefix.
+    kinds["missing"] = [
+        name for name in modules if name not in names and (adapter.means(name) or adapter.means(name.partition(".")[2]))
+    ]
+    shapes = {theirs: tensors[copies.get(name, name)] for name, theirs in whole.items() if copies.get(name, name) in tensors}
+    for name, theirs in names.items():
+        if name in modules:
+            slot, rank = modules[name][0].slot, adapter.products[theirs].rank
+            rows, columns = math.prod(slot.shape[: slot.rule.inputs]), sum(part.outputs for part in modules[name])
+            shapes |= {theirs + A: (rank, rows), theirs + B: (columns, rank)}
+            shapes |= {theirs + MAGNITUDE: (columns,)} if adapter.dora else {}
+    kinds["of another shape"] = [
+        f"{name} {list(adapter.shapes[name])} instead of {list(shape)}"
+        for name, shape in shapes.items()
+        if adapter.shapes[name] != shape
+    ]
+    if any(kinds.values()):
+        lines = [f"{adapter.where}: the adapter does not fit this base; nothing was loaded."]
+        lines += [f"  {kind} ({len(found)}): {weights.listing(found)}" for kind, found in kinds.items() if found]
+        lines.append(f"  Accepted: adapters of {weights.listing(list(modules))}; whole modules of the same model.")
+        lines.append(
+            f"  Give the base that it was trained on{f' ({adapter.base})' if adapter.base else ''}, or fetch the files again."
+        )
+        raise ValueError("\n".join(lines))
+
+
+def _place(
+    path: str, node: Any, slots: Sequence[Slot], adapter: Adapter, names: Mapping[str, str], whole: Mapping[str, str]
+) -> Any:
+    """What stands in the place of one parameter of the base."""
+    if any(slot.name in whole for slot in slots):
+        return _replaced(node, slots, adapter, whole)
+    modules = [names.get(peft_modules.of_tensor(slot.name)) for slot in slots if slot.rule.inputs]
+    return _leaf(path, node, slots, adapter, modules) if any(modules) else node
+
+
+def _replaced(node: Any, slots: Sequence[Slot], adapter: Adapter, whole: Mapping[str, str]) -> jax.Array:
+    """A parameter of which some layers, or all, are stored whole."""
+    host = np.array(leaf.dense(node), np.float32)
+    for index, slot in enumerate(slots):
+        if slot.name in whole:
+            found = to_ours(slot.rule, adapter.read(whole[slot.name]), slot.shape).astype(np.float32)
+            if host.shape == slot.shape:
+                host = found
+            else:
+                host[index] = found
+    return jnp.asarray(host)
+
+
+def _leaf(path: str, node: Any, slots: Sequence[Slot], adapter: Adapter, modules: Sequence[str | None]) -> Lora:
+    """The kernel of one layer, or of all, with what stands beside it."""
+    products = {adapter.products[module] if module else None for module in modules}
+    if len(products) > 1:
+        listed = ", ".join(f"{each.rank} with scale {each.scale:g}" if each else "none" for each in products)
+        raise ValueError(_uneven(adapter, path, listed))
+    (product,) = products
+    arrays = [_arrays(slot, adapter, module) for slot, module in zip(slots, modules, strict=True) if module]
+    stacked = [np.stack(each) if node.shape != slots[0].shape else each[0] for each in zip(*arrays, strict=True)]
+    a, b, *magnitude = map(jnp.asarray, stacked)
+    assert product is not None
+    same: dict[str, Any] = {"base": node, "a": a, "b": b, "scale": product.scale, "dropout_frac": adapter.dropout_frac}
+    return Dora(**same, magnitude=magnitude[0]) if magnitude else Lora(**same)
+
+
+def _uneven(adapter: Adapter, path: str, listed: str) -> str:
+    return (
+        f"{adapter.where}: the layers of {path} have adapters of different ranks or scales ({listed}).\n"
+        "  Accepted: the same for all layers of a kernel; kernels may differ.\n"
+        "  Train all layers alike, without layers_to_transform and with a rank_pattern that does not name a layer."
+    )
+
+
+def _arrays(slot: Slot, adapter: Adapter, module: str) -> list[np.ndarray]:
+    """a, b and with DoRA the magnitude, of one kernel of one layer; of its own rows where the module holds several."""
+    found = adapter.factors(module)
+    inputs, outputs = slot.shape[: slot.rule.inputs], slot.shape[slot.rule.inputs :]
+    index, rows = slot.rule.part[0], math.prod(outputs)
+    mine = slice(index * rows, (index + 1) * rows)
+    arrays = [found.a.T.reshape(*inputs, -1), found.b[mine].T.reshape(-1, *outputs)]
+    return arrays if found.magnitude is None else [*arrays, found.magnitude[mine].reshape(outputs)]
+
+
+def _describe(config: ConfigDict, adapter: Adapter, params: Params, also: Collection[str]) -> ConfigDict:
+    """The config of a run that trains these parameters."""
+    config, default = config.copy_and_resolve_references(), adapter.default
+    nodes = jax.tree.leaves_with_path(params, is_leaf=leaf.is_type)
+    adapted = {path_name(path) for path, node in nodes if adapt.is_adapter(node)}
+    config.train.transforms = (*config.train.transforms, "dora" if adapter.dora else "lora")
+    config.lora.update(
+        {
+            "rank": default.rank,
+            "alpha": adapter.alpha(default),
+            "rslora": adapter.rslora,
+            "dropout_frac": adapter.dropout_frac,
+            "targets": "|".join(sorted(adapted)),
+            "also": "|".join(sorted(also)),
+            "init": "zero",
+        }
+    )
+    return config
