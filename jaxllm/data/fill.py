@@ -117,13 +117,14 @@ def _block(
     block: dict[str, np.ndarray] = {}
     counts = np.array([len(row) for row in rows])
     order = np.concatenate(rows)
+    placed = [examples[number] for number in order.tolist()]
     first = np.repeat(np.cumsum(counts) - counts, counts)  # of each example's row, the first example
     for index, (width, name) in enumerate(zip(widths, segments, strict=True)):
         sizes_N = sizes_NS[order, index]
         before_N = np.cumsum(sizes_N) - sizes_N
         starts_N = np.repeat(np.arange(len(rows)) * width, counts) + before_N - before_N[first]
         places = np.repeat(starts_N - before_N, sizes_N) + np.arange(sizes_N.sum())
-        arrays = {each: np.concatenate([examples[number][index][each] for number in order]) for each in examples[0][index]}
+        arrays = {each: np.concatenate([example[index][each] for example in placed]) for each in placed[0][index]}
         arrays[name] = np.repeat(np.arange(len(order)) - first + 1, sizes_N)
         for each, values in arrays.items():
             block[each] = np.full((len(rows), width), 0 if each == name else padding, np.int32)
