@@ -1,6 +1,6 @@
 """Examples of one or several sides (a source and its translation; words and their labels) to rows of equal length.
 
-Best fit, the largest first (Ding et al. 2024, arXiv:2404.10830, section 3): no example is cut, and each goes where the least room is
+Best fit, the largest first (Ding et al. 2024, arXiv:2404.10830): no example is cut, and each goes where the least room is
 left of the rows that have enough. There the rows are the leaves of a segment tree; here the rooms that some row has are the bits of
 one integer, and its lowest bit above an example's length is found in one pass over some words of memory. Several sides are our addition:
 an example is as large as its share of all sides together, and rooms are looked up side by side, the side with the most tokens first.
@@ -114,6 +114,7 @@ def _block(
     segments: Sequence[str],
     padding: int,
 ) -> dict[str, np.ndarray]:
+    """The arrays of all sides, and their segments, of the rows with these examples."""
     block: dict[str, np.ndarray] = {}
     counts = np.array([len(row) for row in rows])
     order = np.concatenate(rows)
