@@ -1,6 +1,6 @@
 """Examples of one or several sides (a source and its translation; words and their labels) to rows of equal length.
 
-Best fit, the largest first (Ding et al. 2024, arXiv:2404.10830, section 3): no example is cut, and each goes where the least room is
+Best fit, the largest first (Ding et al. 2024, arXiv:2404.10830): no example is cut, and each goes where the least room is
 left of the rows that have enough. There the rows are the leaves of a segment tree; here the rooms that some row has are the bits of
 one integer, and its lowest bit above an example's length is found in one pass over some words of memory. Several sides are our addition:
 an example is as large as its share of all sides together, and rooms are looked up side by side, the side with the most tokens first.
@@ -114,16 +114,18 @@ def _block(
     segments: Sequence[str],
     padding: int,
 ) -> dict[str, np.ndarray]:
+    """The arrays of all sides, and their segments, of the rows with these examples."""
     block: dict[str, np.ndarray] = {}
     counts = np.array([len(row) for row in rows])
     order = np.concatenate(rows)
+    placed = [examples[number] for number in order.tolist()]
     first = np.repeat(np.cumsum(counts) - counts, counts)  # of each example's row, the first example
     for index, (width, name) in enumerate(zip(widths, segments, strict=True)):
         sizes_N = sizes_NS[order, index]
         before_N = np.cumsum(sizes_N) - sizes_N
         starts_N = np.repeat(np.arange(len(rows)) * width, counts) + before_N - before_N[first]
         places = np.repeat(starts_N - before_N, sizes_N) + np.arange(sizes_N.sum())
-        arrays = {each: np.concatenate([examples[number][index][each] for number in order]) for each in examples[0][index]}
+        arrays = {each: np.concatenate([example[index][each] for example in placed]) for each in placed[0][index]}
         arrays[name] = np.repeat(np.arange(len(order)) - first + 1, sizes_N)
         for each, values in arrays.items():
             block[each] = np.full((len(rows), width), 0 if each == name else padding, np.int32)
