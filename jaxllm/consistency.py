@@ -1,4 +1,4 @@
-"""What the fields of a config must satisfy together; what each may hold by itself is in config.py."""
+"""What the fields of a config must satisfy together; what each may hold by itself is in schema.py."""
 
 from ml_collections import ConfigDict
 
