@@ -91,7 +91,9 @@ def counting(*arguments):
     return original(*arguments)
 
 setattr(folder, function, counting)
-Checkpoints(sys.argv[1]).save(1, {"params": {"w": jnp.arange(8.0)}, "frozen": {"w": jnp.arange(2.0**18)}})
+checkpoints = Checkpoints(sys.argv[1])
+checkpoints.save(1, {"params": {"w": jnp.arange(8.0)}, "frozen": {"w": jnp.arange(2.0**18)}})
+checkpoints.close()
 """
 
 
