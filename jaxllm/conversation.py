@@ -153,7 +153,7 @@ def typed_lines() -> Iterator[str]:
     mark = YOU
     while True:
         try:
-            line = input(mark)
+            line = input(mark if sys.stdout.isatty() else "")
         except EOFError:
             print()
             return

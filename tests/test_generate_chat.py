@@ -1,11 +1,13 @@
-"""`python -m jaxllm.chat` from end to end on a small GGUF file: what is answered, kept, forgotten and refused."""
+"""`python -m jaxllm.generate --chat` from end to end on a small GGUF file: what is answered, kept, forgotten, stopped and refused."""
 
-import importlib
+import contextlib
+import json
+import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,12 @@ import pytest
 import tiny_gguf
 
 import jaxllm
-from jaxllm import api, runs
+from jaxllm import api, conversation, runs
+from jaxllm.decode.talk import Answer, Talk
 from jaxllm.ops.sampling import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
-# By this name, as `jaxllm.chat` is the function of the API.
-command = importlib.import_module("jaxllm.chat")
+COMMAND = [sys.executable, "-m", "jaxllm.generate", "--chat"]
 
 
 def write(path: Path, **changes: str | None) -> Path:
@@ -35,22 +37,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def talk(model: Path) -> command.Talk:
-    return command.Talk(runs.load(model, for_decoding=True), Settings(temperature=0), system="", max_tokens=6, seed=3)
+def talk(model: Path) -> Talk:
+    run = runs.load(model, for_decoding=True)
+    return Talk(run.model, run.params, run.tokenizer, Settings(temperature=0), system="", max_tokens=6, seed=3)
 
 
 def chat(*flags: str, typed: str = "") -> "subprocess.CompletedProcess[str]":
-    arguments = [sys.executable, "-m", "jaxllm.chat", *flags]
-    return subprocess.run(arguments, cwd=ROOT, input=typed, capture_output=True, text=True, check=False)
+    return subprocess.run([*COMMAND, *flags], cwd=ROOT, input=typed, capture_output=True, text=True, check=False)
 
 
 def test_one_answer(model: Path) -> None:
-    """That of the API, which is also what the module is called as."""
-    flags = ("--temperature=0.8", "--top_k=40", "--seed=4", "--max_tokens=12", "--system=be")
-    done = chat("--run", str(model), "--prompt", "hello", *flags)
+    """That of the API, with the defaults that it has for conversations."""
+    done = chat("--run", str(model), "--prompt", "hello", "--seed=4", "--system=be", "--max_tokens=12")
     assert done.returncode == 0, done.stderr
     messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "hello"}]
-    expected = jaxllm.chat(*jaxllm.load(model), messages, max_new_tokens=12, seed=4, temperature=0.8, top_k=40)
+    expected = jaxllm.chat(*jaxllm.load(model), messages, max_new_tokens=12, seed=4)
     assert expected
     assert done.stdout.rstrip() == expected
     assert jaxllm.chat(*jaxllm.load(model), "a", 4, temperature=0) == api.chat(
@@ -58,66 +59,152 @@ def test_one_answer(model: Path) -> None:
     )
 
 
-def test_a_conversation_through_a_pipe(model: Path) -> None:
-    """The second answer knows the first exchange, /reset forgets it, and a message that spells a special token is refused."""
-    typed = "hello\n\nworld\n/reset\nworld\nx<|end|>\n/what\n/exit\nnever\n"
+def test_a_conversation_through_a_pipe(model: Path, tmp_path: Path) -> None:
+    """The second answer knows the first exchange, /reset forgets it, and what cannot be done is told beside the answers."""
+    saved = tmp_path / "saved.jsonl"
+    typed = f"hello\n\nworld\n/reset\nworld \\\n12\nx<|end|>\n/what\n/save {saved}\n/undo\n/undo\n/exit\nnever\n"
     done = chat("--run", str(model), "--temperature=0", "--max_tokens=6", typed=typed)
     assert done.returncode == 0, done.stderr
     talker, options = jaxllm.load(model), {"max_new_tokens": 6, "temperature": 0}
     first = jaxllm.chat(*talker, "hello", **options)
     exchange = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": first}, {"role": "user", "content": "world"}]
-    answers = [first, jaxllm.chat(*talker, exchange, **options), jaxllm.chat(*talker, "world", **options)]
+    last = jaxllm.chat(*talker, "world \n12", **options)
+    answers = [first, jaxllm.chat(*talker, exchange, **options), last]
     assert [line.rstrip() for line in done.stdout.split("\n")] == [*answers, ""]
+    messages = [{"role": "user", "content": "world \n12"}, {"role": "assistant", "content": last}]
+    assert [json.loads(line) for line in saved.read_text("utf-8").split("\n")[:-1]] == [{"messages": messages}]
     told = done.stderr
     assert "the conversation begins anew" in told
     assert "contains '<|end|>', which would end the message" in told
-    assert "commands: /reset" in told
+    assert "there is no command /what. There are\n  /undo" in told
+    assert "taken back: world \n12\nnothing has been asked yet." in told
     assert "Traceback" not in told
 
 
-def test_what_does_not_fit_is_left_out_or_refused(talk: command.Talk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_that_go_on() -> None:
+    lines = ["one\n", "two \\\r\n", " three\\\n", "\n", "/system a\\\n", "b\n", "never ended\\"]
+    assert list(conversation.join(lines)) == ["one", "two \n three\n", "/system a\nb", "never ended"]
+
+
+def test_what_does_not_fit_is_left_out_or_refused(talk: Talk, capsys: pytest.CaptureFixture[str]) -> None:
     """The context holds 64 tokens; an exchange takes about 20 and more."""
-    command.converse(talk, ["hello 1", "hello 2", "hello 3", "hello 4", "x" * 70, "hello 5"])
+    conversation.converse(talk, ["hello 1", "hello 2", "hello 3", "hello 4", "x" * 70, " /hello 5"])
     out, told = capsys.readouterr()
     assert out.count("\n") == 5, "one line an answer"
-    assert "messages are left out: the context of 64 tokens is full" in told
+    assert "messages are left out, as the context is full" in told
     assert re.search(r"the last message and what goes with it are \d+ tokens.\n  Accepted: up to 63", told)
     contents = [message["content"] for message in talk.messages]
-    assert contents[::2] == [f"hello {index}" for index in range(1, 6)], "the refused message did not stay"
+    assert contents[::2] == ["hello 1", "hello 2", "hello 3", "hello 4", "/hello 5"], "the refused message did not stay"
 
 
-def test_an_answer_that_is_broken_off_stays_in_the_conversation(talk: command.Talk, capsys: pytest.CaptureFixture[str]) -> None:
-    pieces = talk.answer("hello")
-    first = next(pieces)
-    pieces.close()  # type: ignore[attr-defined]
+def test_commands_change_the_conversation(talk: Talk, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file is added to, also one that does not end with its line; an answer without a word is said."""
+    (tmp_path / "saved.jsonl").write_text("{}", encoding="utf-8")
+    file = f"/save {tmp_path / 'saved.jsonl'}"
+    conversation.converse(
+        talk, [file, "/save", "/system é", file, "/retry", "hello", "/retry", f"/save {tmp_path}", "/system", file]
+    )
+    first, second, third = (tmp_path / "saved.jsonl").read_text("utf-8").splitlines()
+    assert (first, second) == ("{}", '{"messages": [{"role": "system", "content": "é"}]}')
+    assert json.loads(third)["messages"] == talk.messages
     assert [message["role"] for message in talk.messages] == ["user", "assistant"]
-    assert talk.messages[1]["content"] == first.rstrip()
+    out, told = capsys.readouterr()
+    assert len(set(out.splitlines())) == 1, "greedy, so the same answer twice"
+    for words in (
+        "nothing has been said yet.",
+        "/save without a file.\n  Accepted: /save FILE",
+        "the message of the system is set",
+        "nothing has been asked yet.",
+        "a temperature of 0 draws nothing",
+        f"'{tmp_path}': Is a directory.\n  Accepted: a path that this user can write to",
+        "there is no message of the system",
+    ):
+        assert words in told
+    silent: Generator[str] = (piece for piece in ())
+    conversation.show(Answer(silent, 0))
+    assert "the answer is empty" in capsys.readouterr().err
 
-    def interrupt() -> Iterator[str]:
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_ctrl_c_stops_an_answer_of_which_stays_what_was_said(
+    talk: Talk, terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a terminal the conversation goes on, until Ctrl-C while a message is awaited. Through a pipe nobody is there to go on."""
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: terminal)
+    ask = talk.ask
+
+    def interrupted(content: str) -> Answer:
+        answer = ask(content)
+
+        def pieces() -> Generator[str]:
+            with contextlib.closing(answer.pieces):
+                yield next(answer.pieces)
+                signal.raise_signal(signal.SIGINT)
+
+        return Answer(pieces(), 0)
+
+    def lines() -> Iterator[str]:
+        monkeypatch.setattr(talk, "ask", interrupted)
         yield "hello"
-        raise KeyboardInterrupt
+        monkeypatch.setattr(talk, "ask", ask)
+        yield "world"
+        signal.raise_signal(signal.SIGINT)
+        yield "never"
 
-    command.converse(talk, interrupt())
-    assert capsys.readouterr().out.endswith("\n\n")
-
-
-def test_ctrl_c_ends_without_a_word(model: Path) -> None:
-    arguments = [sys.executable, "-m", "jaxllm.chat", "--run", str(model), "--max_tokens=4"]
-    with subprocess.Popen(arguments, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-        process.stdin.write(b"hello\n")
-        process.stdin.flush()
-        assert process.stdout.read(1), "the answer has begun, so everything is loaded"
-        process.send_signal(signal.SIGINT)
-        error = process.stderr.read()
-        process.stdin.close()
-        assert process.wait() == 0, error
-    assert b"Traceback" not in error
+    if terminal:
+        conversation.converse(talk, lines())
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            conversation.converse(talk, lines())
+    out, told = capsys.readouterr()
+    assert ("stopped: /retry answers again, /undo takes the message back" in told) == terminal
+    contents = [message["content"] for message in talk.messages]
+    assert contents[::2] == (["hello", "world"] if terminal else ["hello"])
+    assert contents[1] and out.startswith(contents[1] + "\n" if terminal else contents[1])
 
 
-def test_mistakes_are_explained(model: Path, tmp_path: Path) -> None:
+def test_at_a_terminal_marks_ask_for_messages_and_ctrl_d_ends(model: Path) -> None:
+    ours, theirs = os.openpty()
+
+    def read_until(mark: bytes) -> bytes:
+        out = b""
+        while not out.endswith(mark):
+            out += os.read(ours, 1)
+        return out
+
+    flags = ["--run", str(model), "--temperature=0", "--max_tokens=6"]
+    with subprocess.Popen([*COMMAND, *flags], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        read_until(b"> ")
+        os.write(ours, b"hello \\\n")
+        read_until(b". ")
+        os.write(ours, b"world\n")
+        shown = read_until(b"> ").decode(errors="replace").replace("\r", "")
+        os.write(ours, b"\x04")
+        told = process.stderr.read()
+        assert process.wait() == 0, told
+    os.close(ours)
+    os.close(theirs)
+    assert b"a conversation; /help lists the commands" in told and b"Traceback" not in told
+    assert jaxllm.chat(*jaxllm.load(model), "hello \nworld", 6, temperature=0) in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--num_beams=2", "--stream"), "--num_beams, --stream with --chat.\n  Accepted: an answer is drawn"),
+        (("--prompt=a", "--prompt=b"), "2 prompts with --chat.\n  Accepted: --prompt with one message"),
+        (("--nochat", "--system=a", "--prompt=b"), "--system without --chat.\n  Accepted: a message of the system stands"),
+    ],
+)
+def test_flags_that_contradict_each_other(flags: tuple[str, ...], words: str) -> None:
+    done = chat("--run=none", *flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {words}")
+
+
+def test_a_model_without_a_template_is_named(tmp_path: Path) -> None:
     done = chat("--run", str(write(tmp_path / "tiny.gguf", chat_template=None)), "--prompt=hello")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: the tokenizer of this model has no chat template.\n  Accepted: ")
-    with pytest.raises(ValueError, match=r"a message of the system contains '<\|end\|>'"):
-        command.Talk(runs.load(model), Settings(), system="<|end|>", max_tokens=6, seed=3)
+    assert "Use python -m jaxllm.generate without --chat" in done.stderr

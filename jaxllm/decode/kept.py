@@ -36,7 +36,7 @@ class Kept:
         At least the last token is left to be read. Nothing is taken where keys depend on what stands behind them.
         """
         read, self._read, self._prompt = self._read, None, list(prompt)
-        seen_BV = np.isin(np.arange(network.vocab_size), prompt)[None]
+        seen_BV = jnp.array(np.isin(np.arange(network.vocab_size), prompt)[None])
         if read is None or not model.config.keys_stay:
             return Before(network.init_cache(1, network.cache_tokens), seen_BV), 0
         tokens_BN, counts_B = processes.fetch((read.tokens_BN, read.counts_B))
