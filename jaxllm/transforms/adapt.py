@@ -51,7 +51,8 @@ def is_axes(node: Any) -> bool:
 
 def is_adapter(node: Any) -> bool:
     """Whether a node of a parameter tree is a frozen kernel with something trained beside it."""
-    return hasattr(node, "base")
+    # NumPy's arrays have a `base`, too.
+    return dataclasses.is_dataclass(node) and hasattr(node, "base")
 
 
 def adapters(params: Any) -> set[str]:
