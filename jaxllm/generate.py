@@ -24,7 +24,8 @@ from jaxllm.ops import sampling
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("run", "", "run directory of a trained model, or weights: a Hugging Face directory or a GGUF file")
+    flags.DEFINE_string("run", "", "run directory of a trained model; or a Hugging Face directory, a GGUF file, an adapter of PEFT")
+    flags.DEFINE_string("base", "", "of an adapter: the model that it stands beside; default: the path that the adapter names")
     flags.DEFINE_integer("step", None, "checkpoint to use; default: the newest")
     flags.DEFINE_multi_string("prompt", [], "text to continue or to read, may be given several times; '' starts a new document")
     flags.DEFINE_string("prompts_file", "", "UTF-8 file with one prompt a line")
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> None:
     settings = read_settings()
     prompts = read_prompts(given.prompt, given.prompts_file)
     compilation.use_cache()
-    run = runs.load(given.run, given.step, for_decoding=True)
+    run = runs.load(given.run, given.step, base=given.base, for_decoding=True)
     model = (run.model, run.params, run.tokenizer)
     options = {"max_new_tokens": given.max_tokens, "seed": given.seed}
     if len(prompts) == 1 and given.stream and isinstance(settings, sampling.Settings):

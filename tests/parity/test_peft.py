@@ -13,7 +13,7 @@ import transformers
 from ml_collections import ConfigDict
 
 from jaxllm import models
-from jaxllm.interop import directory, peft, peft_attach, peft_params, weights
+from jaxllm.interop import directory, peft, peft_attach, peft_params
 from jaxllm.transforms import adapt, leaf, tree
 from jaxllm.types import Params
 
@@ -24,7 +24,13 @@ from foreign_models import MODELS, make  # noqa: E402
 from test_exports import INPUTS_BS, TOKENS_BT, ours, theirs  # noqa: E402
 
 # Kernels of every kind, of one kind, of one side, and of a part of what GPT-2 holds side by side.
-EVERY, Q_V, ONLY_Q, MLP, DECODER = (".*layers/.*/kernel|pooler/kernel|head/dense/kernel", ".*attention/(q|v)/kernel", ".*attention/q/kernel", ".*mlp/.*/kernel", "decoder/layers/.*/kernel")
+EVERY, Q_V, ONLY_Q, MLP, DECODER = (
+    ".*layers/.*/kernel|pooler/kernel|head/dense/kernel",
+    ".*attention/(q|v)/kernel",
+    ".*attention/q/kernel",
+    ".*mlp/.*/kernel",
+    "decoder/layers/.*/kernel",
+)
 DECODER_Q = "decoder/layers/attention/q/kernel"
 LAYERS = ".*layers/.*/kernel"
 LOGITS = 1e-4
@@ -107,7 +113,9 @@ def test_peft_loads_ours(case: str, kind: str, targets: str, also: str, layers_a
     whole = tree.matches(also, model.axes) if also else set()
     trained = params
     base = jax.tree.map_with_path(
-        lambda path, x: x + 0.1 if tree.path_name(path) in whole or (tree.path_name(path).startswith("head/") and "classes" in given) else x,
+        lambda path, x: (
+            x + 0.1 if tree.path_name(path) in whole or (tree.path_name(path).startswith("head/") and "classes" in given) else x
+        ),
         base_of(params),
     )
     # The base that PEFT gets has other numbers where ours are trained whole.
