@@ -36,7 +36,8 @@ NOT_IN_CHAT = ("prompts_file", "num_beams", "length_penalty", "early_stopping", 
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("run", "", "run directory of a trained model, or weights: a Hugging Face directory or a GGUF file")
+    flags.DEFINE_string("run", "", "run directory of a trained model; or a Hugging Face directory, a GGUF file, an adapter of PEFT")
+    flags.DEFINE_string("base", "", "of an adapter: the model that it stands beside; default: the path that the adapter names")
     flags.DEFINE_integer("step", None, "checkpoint to use; default: the newest")
     flags.DEFINE_bool("chat", False, "a conversation with a model that has a chat template, in the terminal or through a pipe")
     flags.DEFINE_string("system", "", "with --chat, the message of the system; default: what the template says, if anything")
@@ -77,7 +78,7 @@ def main(arguments: list[str]) -> None:
     settings = read_settings()
     prompts = given.prompt if given.chat else read_prompts(given.prompt, given.prompts_file)
     compilation.use_cache()
-    run = runs.load(given.run, given.step, for_decoding=True)
+    run = runs.load(given.run, given.step, base=given.base, for_decoding=True)
     if given.chat and isinstance(settings, sampling.Settings):
         talk(run, settings, prompts)
     else:

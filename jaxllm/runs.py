@@ -1,5 +1,7 @@
-"""A model opened for use: its config, tokenizer and weights, out of a run directory, a directory of transformers or a GGUF file."""
+"""A model opened for use: its config, tokenizer and weights, out of a run directory, a directory of transformers or a GGUF file, or of an
+adapter of PEFT beside one of these."""
 
+import dataclasses
 import difflib
 import json
 import os
@@ -20,7 +22,7 @@ from jaxllm.engine import canonical, state
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.workdir import Workdir
 from jaxllm.interop import directory as hf
-from jaxllm.interop import gguf, weights
+from jaxllm.interop import gguf, peft, peft_attach, weights
 from jaxllm.interop.imported import Imported
 from jaxllm.transforms import tree
 from jaxllm.types import Model, Params, Tokenizer
@@ -35,7 +37,7 @@ class Run:
     """params: averaged weights where the run keeps them, on one device. step: updates that they have seen.
 
     classes: names of the classes of a head that classifies, by number. imported: None for a run of this package; of other models
-    `workdir` is their path, and nothing is written there.
+    `workdir` is their path, and nothing is written there. Of an adapter of PEFT `workdir` is the adapter's, and the rest is its base's.
     """
 
     workdir: Workdir
@@ -48,14 +50,23 @@ class Run:
     imported: Imported | None = None
 
 
-def load(directory: str | Path, step: int | None = None, *, for_decoding: bool = False) -> Run:
+def load(directory: str | Path, step: int | None = None, *, base: str | Path = "", for_decoding: bool = False) -> Run:
     """The run in `directory` at checkpoint `step` (None: the newest), whatever mesh it was trained on; or the model in a directory
-    of transformers (config.json and safetensors) or in a GGUF file, in float32.
+    of transformers (config.json and safetensors) or in a GGUF file, in float32; or an adapter of PEFT (adapter_config.json) beside `base`,
+    which may be any of these ("": the path that the adapter names).
 
     for_decoding: on a CPU, layers are unrolled and compute in float32 whatever the run did, which decodes faster there than a scan
     and than bfloat16. Else everything is as it was trained.
-    ValueError for what is none of these, a run without a checkpoint, and a step that is not kept, with the steps that are.
+    ValueError for what is none of these, a run without a checkpoint, a step that is not kept, with the steps that are, an adapter whose
+    base is not there or another one, and a base for what is no adapter.
     """
+    if peft.is_one(directory):
+        return _load_adapter(peft.read(directory), base, step, for_decoding)
+    if base:
+        raise ValueError(
+            f"--base {base} with '{directory}', which is no adapter.\n  Accepted: with a directory that has {peft.CONFIG}.\n"
+            "  Leave out the base."
+        )
     if is_foreign(directory):
         return _load_imported(read_imported(directory, step))
     workdir = find(directory)
@@ -131,6 +142,29 @@ def _load_imported(imported: Imported) -> Run:
 def _widened(params: Params) -> Params:
     """Matrices that were frozen in bfloat16 in float32, to which a CPU would convert them at each token."""
     return jax.tree.map(lambda leaf: leaf.astype(np.float32) if leaf.dtype == jnp.bfloat16 else leaf, params)
+
+
+def _load_adapter(adapter: peft.Adapter, base: str | Path, step: int | None, for_decoding: bool) -> Run:
+    path = Path(base or adapter.base).expanduser()
+    if step is not None or not str(base or adapter.base) or not path.exists():
+        raise ValueError(_no_base(adapter, str(base), step))
+    run = load(path, for_decoding=for_decoding)
+    attached = peft_attach.attach(run.params, run.config, adapter)
+    model = models.build(attached.config)
+    return dataclasses.replace(
+        run, workdir=Workdir(Path(adapter.where)), config=attached.config, params=attached.params, model=model
+    )
+
+
+def _no_base(adapter: peft.Adapter, base: str, step: int | None) -> str:
+    if step is not None:
+        return f"step {step} of '{adapter.where}', which is no run of this package.\n  Accepted: no step.\n  Leave out the step."
+    named = base or adapter.base
+    what = f"its base '{named}' is not a path here" if named else "it names no base"
+    return (
+        f"'{adapter.where}' is an adapter, and {what}.\n  Accepted: the model that it was trained on: a run, a directory with config.json"
+        " and model.safetensors, a .gguf file.\n  Give it as --base PATH (base= in Python)."
+    )
 
 
 def _suit_cpu(config: ConfigDict) -> None:

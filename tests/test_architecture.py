@@ -39,6 +39,7 @@ LEVELS = (
         "classify",
         "schedules",
         "hosts",
+        "adapters",
     ),
 )
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
@@ -99,7 +100,7 @@ def test_no_import_cycles() -> None:
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_forbidden_imports(path: Path) -> None:
     for name in imports(path):
-        assert not re.match(r"(torch|transformers|pickle|qwix|jax\._src|flax\.nnx)(\.|$)", name), f"{path} imports {name}"
+        assert not re.match(r"(torch|transformers|peft|pickle|qwix|jax\._src|flax\.nnx)(\.|$)", name), f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("area_name", ["data", "report", "pipeline", "config", "registry"])

@@ -26,12 +26,12 @@ MODELS = {
 FIELDS = {"seq2seq": "answer", "sft": "answer", "sequence_classification": "label", "token_classification": "tags"}
 # Shown of a text of 5 documents, "say NUMBER words": each with its numbers put in.
 SEEN = {
-    "causal_lm": ["document 1, ", "say 2 words<eos>", " tokens, 13 trained", "45 of 48 tokens trained (93.8%)"],
+    "causal_lm": ["document 1, ", "say 2 words</s>", " tokens, 13 trained", "45 of 48 tokens trained (93.8%)"],
     "prefix_lm": ["prefix of ", "tokens to predict", "say"],
-    "masked_lm": ["[MASK]", "tokens to predict"],
+    "masked_lm": ["<mask>", "tokens to predict"],
     "span_corruption": ["<extra_id_0>", "example 1, 48 inputs", "tokens to predict"],
     "seq2seq": ["say 2 words", "answer 2", "example 1, 12 inputs", "example 1, 9 tokens to predict"],
-    "sequence_classification": ["<bos>say 2 words<eos>\nno 2<eos>", "class to predict", "even"],
+    "sequence_classification": ["<s>say 2 words</s>\nno 2</s>", "class to predict", "even"],
     "sft": ["document 1, 22 tokens, 9 trained", "answer 2"],
     "token_classification": ["say 2 words", "say O, 2 N, words O", "3 classes to predict"],
 }

@@ -20,6 +20,7 @@ from jaxllm.interop.peft import MAGNITUDE, A, Adapter, B, Factors, Product
 from jaxllm.interop.weights import Slot
 from jaxllm.models.architecture import Architecture
 from jaxllm.transforms import adapt, dora, leaf
+from jaxllm.transforms.tree import path_name
 from jaxllm.types import Params
 
 TASKS = {"classify": "SEQ_CLS", "tag": "TOKEN_CLS", "none": "FEATURE_EXTRACTION"}
@@ -110,13 +111,20 @@ def plain(params: Params) -> Params:
 def parts(params: Params, rules: Sequence[Any], original: Params | None = None) -> dict[str, list[Part]]:
     """Module -> the kernels that it holds, in order, of every module whose weight is a kernel that multiplies."""
     nodes = {jax.tree_util.keystr(path): node for path, node in jax.tree.leaves_with_path(params, is_leaf=leaf.is_type)}
-    dense = {} if original is None else {jax.tree_util.keystr(path): node for path, node in jax.tree.leaves_with_path(original)}
+    dense = {} if original is None else {_place(path): node for path, node in jax.tree.leaves_with_path(original)}
     modules: dict[str, list[Part]] = {}
     for key, slots in weights.slots(plain(params), rules).items():
         for slot in slots:
             if slot.rule.inputs:
-                modules.setdefault(peft_modules.of_tensor(slot.name), []).append(Part(slot, nodes[key], dense.get(key)))
+                # Its layers need not be stacked where those of `params` are, nor the reverse.
+                before = dense.get((slot.rule.path, slot.layer), dense.get((slot.rule.path, None)))
+                modules.setdefault(peft_modules.of_tensor(slot.name), []).append(Part(slot, nodes[key], before))
     return {name: sorted(found, key=lambda part: part.slot.rule.part) for name, found in modules.items()}
+
+
+def _place(path: Sequence[Any]) -> tuple[str, int | None]:
+    """(path name, index of the layer in a list)."""
+    return path_name(path), next((key.idx for key in path if isinstance(key, jax.tree_util.SequenceKey)), None)
 
 
 def copied(architecture: str, exported: weights.Exported) -> dict[str, str]:

@@ -1,0 +1,290 @@
+"""Adapters: what there is, files for PEFT, and averages.
+
+  python -m jaxllm.adapters list PATH ...
+  python -m jaxllm.adapters export --run RUN --to DIR [--step N] [--base PATH]
+  python -m jaxllm.adapters average --from DIR --from DIR ... --to DIR [--weights 0.5,0.5] [--rank R]
+
+PATH is an adapter (a run that trained one, or a directory with adapter_config.json), or a directory of such. export writes the adapter of
+a run as PEFT does; --base is the model that the run began with, where its config does not say it. average adds up what the adapters of
+PEFT add to the weights, times their weights: exactly, with the sum of their ranks, or as well as rank R can. `Adapters` holds several
+beside one base.
+"""
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from jaxllm import command, models, runs
+from jaxllm import config as schema
+from jaxllm.data import tokenize
+from jaxllm.engine import state
+from jaxllm.engine.workdir import Workdir, check_space, sync_directory
+from jaxllm.interop import directory as hf
+from jaxllm.interop import peft, peft_attach, peft_average, peft_params
+from jaxllm.transforms import adapt, tree
+from jaxllm.types import Params
+
+KINDS = ("lora", "dora")
+ACTIONS = ("list", "export", "average")
+ITEM_BYTES = 4
+
+
+class Adapters:
+    """Several adapters beside one base, one of which is used at a time. The base is in memory once."""
+
+    def __init__(self, params: Params, config: ConfigDict) -> None:
+        """params, config: of the base, as runs.load gives them."""
+        self._config = config
+        self._params: dict[str | None, Params] = {None: params}
+
+    def add(self, name: str, path: str | Path) -> None:
+        """Reads an adapter of PEFT. ValueError if it does not fit the base, or for a name that is taken."""
+        if name in self._params:
+            raise ValueError(
+                f"an adapter '{name}' is there already.\n  Accepted: a name other than {', '.join(self.names())}.\n  Give another name."
+            )
+        attached = peft_attach.attach(self._params[None], self._config, peft.read(path))
+        if attached.config.model.tied_head != self._config.model.tied_head:
+            raise ValueError(
+                f"'{path}' has an output head of its own, and the base's is its embedding.\n"
+                "  Accepted: adapters with which the model stays the same.\n  Open it by itself, with jaxllm.runs.load."
+            )
+        self._params[name] = attached.params
+
+    def names(self) -> tuple[str, ...]:
+        """Of the adapters, in the order in which they were added."""
+        return tuple(name for name in self._params if name is not None)
+
+    def use(self, name: str | None) -> Params:
+        """The base with this adapter, or with None the base alone: what `apply` of the base's model takes. Nothing is copied."""
+        if name not in self._params:
+            raise ValueError(
+                f"no adapter '{name}'.\n  Accepted: {', '.join(self.names()) or 'none was added'}, or None for the base alone.\n"
+                "  Add it first, or correct the name."
+            )
+        return self._params[name]
+
+
+def define_flags() -> None:
+    # The action comes before the flags.
+    flags.FLAGS.set_gnu_getopt(True)
+    flags.DEFINE_string("run", "", "export: run directory that trained an adapter")
+    flags.DEFINE_integer("step", None, "export: checkpoint to use; default: the newest")
+    flags.DEFINE_string("base", "", "export: the model that the run began with; default: its train.start")
+    flags.DEFINE_string("to", "", "export, average: directory to write, which must not exist or be empty")
+    flags.DEFINE_multi_string("from", [], "average: directories with adapter_config.json, two or more")
+    flags.DEFINE_list("weights", None, "average: of each adapter, in the order of --from; default: all the same, 1 together")
+    flags.DEFINE_integer("rank", None, "average: of the result; default: the sum of the ranks, which is exact", lower_bound=1)
+
+
+def main(arguments: list[str]) -> None:
+    action, *paths = arguments or [""]
+    given, console = flags.FLAGS, Console(soft_wrap=True)
+    if action not in ACTIONS or (paths and action != "list"):
+        raise ValueError(
+            f"unexpected argument '{paths[0] if action in ACTIONS else action}'.\n  Accepted: list PATH ..., export, average; see --help.\n"
+            "  Begin with one of these."
+        )
+    if action == "list":
+        show([row for path in paths for row in find(Path(path).expanduser())], console)
+        return
+    target = _target(given.to)
+    if action == "export":
+        console.print(export(given.run, target, given.step, given.base), markup=False, highlight=False)
+    else:
+        console.print(average(given["from"].value or (), target, given.weights, given.rank), markup=False, highlight=False)
+
+
+class Row(NamedTuple):
+    """An adapter, in words for the table of `list`."""
+
+    path: str
+    base: str
+    kind: str
+    rank: str
+    alpha: str
+    targets: str
+    parameters: int
+
+
+def find(path: Path) -> list[Row]:
+    """The adapter at this path, or those of the directories in it; ValueError if there is none."""
+    found = [row for each in (path, *(sorted(path.iterdir()) if path.is_dir() else ())) if (row := _row(each))]
+    if not found:
+        raise ValueError(
+            f"'{path}' {'is no adapter, and has none in it' if path.exists() else 'does not exist'}.\n  Accepted: a run whose"
+            f" train.transforms has lora or dora, a directory with {peft.CONFIG}, or a directory of these.\n  Correct the path."
+        )
+    return found
+
+
+def _row(path: Path) -> Row | None:
+    if peft.is_one(path):
+        adapter = peft.read(path)
+        kind = "dora" if adapter.dora else "lora"
+        products = sorted(set(adapter.products.values()))
+        return Row(
+            path=str(path),
+            base=adapter.base,
+            kind=f"{kind}, rslora" if adapter.rslora else kind,
+            rank=", ".join(dict.fromkeys(str(product.rank) for product in products)),
+            alpha=", ".join(dict.fromkeys(f"{adapter.alpha(product):g}" for product in products)),
+            targets=adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets),
+            parameters=sum(map(math.prod, adapter.shapes.values())),
+        )
+    workdir = Workdir(path)
+    if not workdir.config.is_file() or runs.is_foreign(path):
+        return None
+    config = schema.load(workdir.config)
+    kinds = [name for name in config.train.transforms if name in KINDS]
+    return _row_of_run(workdir, config, kinds[0]) if kinds else None
+
+
+def _row_of_run(workdir: Workdir, config: ConfigDict, kind: str) -> Row:
+    switches = [kind, *(["rslora"] if config.lora.rslora else []), *(["pissa"] if config.lora.init == "pissa" else [])]
+    model = models.build(schema.with_vocabulary(config, tokenize.load(workdir.tokenizer).vocab_size))
+    trained = state.trainable(config, model.axes)
+    shapes = tree.named_leaves(jax.eval_shape(model.init, jax.random.key(0)))
+    return Row(
+        path=str(workdir.path),
+        base=config.train.start,
+        kind=", ".join(switches),
+        rank=str(config.lora.rank),
+        alpha=f"{config.lora.alpha:g}",
+        targets=config.lora.targets,
+        parameters=sum(shape.size for name, shape in shapes if name in trained),
+    )
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """Prints the table of `list`; an adapter of a run has the size that it would have as a file."""
+    right = ("rank", "alpha", "parameters", "MB")
+    names = (*Row._fields, "MB")
+    table = Table(*(Column(name, justify="right" if name in right else "left", overflow="fold") for name in names))
+    for row in rows:
+        size = f"{row.parameters * ITEM_BYTES / 1e6:.3g}"
+        table.add_row(*map(escape, row[:-1]), f"{row.parameters:,}", size)
+    console.print(table)
+
+
+def export(directory: str, target: Path, step: int | None = None, base: str = "") -> str:
+    """Writes the adapter of a run as PEFT does, and returns what there is to say about it.
+
+    ValueError for a run without an adapter, one whose kernels were trained themselves, and one begun by PiSSA without its base.
+    """
+    run = runs.load(directory, step)
+    config, axes = run.config, run.model.axes
+    if run.imported is not None or not adapt.adapters(axes):
+        raise ValueError(
+            f"'{directory}' {'is no run' if run.imported else 'trained no adapter'}.\n"
+            "  Accepted: a run whose train.transforms has lora or dora.\n  Name such a run (whole models: python -m jaxllm.convert)."
+        )
+    whole = state.trainable(config, axes) - adapt.adapters(axes)
+    if kernels := sorted(name for name in whole if name.endswith("/base")):
+        raise ValueError(
+            f"'{directory}' trained {', '.join(kernels[:4])}, which have adapters beside them.\n"
+            "  Accepted: runs that leave the kernels as they were, as train.trainable = 'auto' does.\n"
+            "  Write the merged weights (python -m jaxllm.convert)."
+        )
+    base = base or config.train.start
+    original = _original(base, directory) if config.lora.init == "pissa" else None
+    options = {"whole": whole, "base": base, "rslora": config.lora.rslora, "original": original}
+    adapter = peft_params.export(run.params, run.model.config, **options)
+    return "\n".join([f"{directory}, step {run.step}", *_write(target, adapter), *_notes(base)])
+
+
+def _original(base: str, directory: str) -> Params:
+    if not base or not Path(base).expanduser().exists():
+        named = f" '{base}'" if base else ""
+        raise ValueError(
+            f"'{directory}' began with PiSSA, which took a part of each kernel away, and its base{named} is not here.\n"
+            "  Accepted: the model that the run began with.\n  Give it as --base PATH."
+        )
+    return runs.load(base).params
+
+
+def _notes(base: str) -> list[str]:
+    if not base:
+        return ["note: the file names no base; give --base PATH"]
+    if not hf.is_one(Path(base).expanduser()) and Path(base).expanduser().exists():
+        return [f"note: PEFT opens a base that transformers opens: python -m jaxllm.convert --from {base} --to DIR --format hf"]
+    return []
+
+
+def average(paths: Sequence[str], target: Path, weights: Sequence[str] | None = None, rank: int | None = None) -> str:
+    """Writes the average of adapters of PEFT as one, and returns what there is to say about it; ValueError for what has no average."""
+    numbers = _numbers(weights, len(paths))
+    adapters = [peft.read(path) for path in paths]
+    averaged = peft_average.average(adapters, numbers, rank)
+    lines = [f"{number:g} * {path}" for number, path in zip(numbers, paths, strict=True)]
+    lines += _write(target, averaged.adapter)
+    if rank is not None:
+        worst = max(averaged.errors, key=lambda module: averaged.errors[module])
+        lines.append(
+            f"relative error (Frobenius) of the products: {averaged.error:.2e} of all, at most {averaged.errors[worst]:.2e} ({worst})"
+        )
+    if len(bases := {adapter.base for adapter in adapters}) > 1:
+        lines.append(
+            f"note: they name different bases, {', '.join(sorted(bases))}; their average has a meaning if these are one model"
+        )
+    return "\n".join(lines)
+
+
+def _numbers(weights: Sequence[str] | None, count: int) -> list[float]:
+    if count < 2:
+        raise ValueError(f"{count} adapters to average.\n  Accepted: two or more.\n  Give --from DIR once for each.")
+    try:
+        numbers = [1 / count] * count if weights is None else [float(weight) for weight in weights]
+    except ValueError:
+        numbers = []
+    if len(numbers) != count or not all(map(math.isfinite, numbers)):
+        raise ValueError(
+            f"--weights {','.join(weights or ())} for {count} adapters.\n  Accepted: {count} numbers with commas between them.\n"
+            "  Correct them, or leave them out."
+        )
+    return numbers
+
+
+def _target(given: str) -> Path:
+    target = Path(given).expanduser()
+    if not given or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
+        raise ValueError(
+            f"--to {f'{given} is there already' if given else 'is not given'}.\n"
+            "  Accepted: a directory that does not exist, or an empty one.\n  Give another path."
+        )
+    return target
+
+
+def _write(target: Path, adapter: peft.Adapter) -> list[str]:
+    """Writes the directory, which appears when it is complete."""
+    check_space(target, ITEM_BYTES * sum(map(math.prod, adapter.shapes.values())), what="the adapter", change="give another --to")
+    partial = target.absolute().with_name(f".{target.absolute().name}.writing")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        written = peft.write(partial, adapter)
+        if target.is_dir():
+            target.rmdir()
+        partial.rename(target)
+        sync_directory(target.absolute().parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    ranks = sorted({product.rank for product in adapter.products.values()})
+    return [
+        f"-> {target}: {', '.join(written.files)}",
+        f"{'dora' if adapter.dora else 'lora'} of rank {', '.join(map(str, ranks))} beside {len(adapter.products)} modules,"
+        f" {written.parameters:,} numbers" + (f", {len(adapter.whole)} tensors stored whole" if adapter.whole else ""),
+    ]
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.run(main, positional=True)
