@@ -118,12 +118,12 @@ def trains(config: Any, axes: Any) -> Selects:
 
     train.frozen_layers takes out what is below the layers (transforms/depth.py) and the first layers of each stack.
     """
-    trainable, first = _trainable(config, axes), config.train.frozen_layers
+    names, first = trainable(config, axes), config.train.frozen_layers
 
     def selects(path: KeyPath) -> bool:
         name, layer = tree.path_name(path), depth.layer_of(path)
         frozen = first and (depth.is_below(name) or (layer is not None and layer < first))
-        return name in trainable and not frozen
+        return name in names and not frozen
 
     if not any(selects(path) for path, _ in jax.tree.leaves_with_path(axes, is_leaf=adapt.is_axes)):
         raise ValueError(
@@ -133,7 +133,7 @@ def trains(config: Any, axes: Any) -> Selects:
     return selects
 
 
-def _trainable(config: Any, axes: Any) -> set[str]:
+def trainable(config: Any, axes: Any) -> set[str]:
     """Path names that the config's patterns select."""
     adapters = adapt.adapters(axes) if config.train.trainable == "auto" else set()
     field, pattern = ("lora.also", config.lora.also) if adapters else ("train.trainable", config.train.trainable)

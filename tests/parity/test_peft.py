@@ -1,4 +1,4 @@
-"""PEFT loads the adapters that are written and gives our logits, and ours are those of the adapters that it writes. Part of `make parity`."""
+"""PEFT loads the adapters that are written and gives our logits; ours are those of the adapters that it writes. For `make parity`."""
 
 import sys
 from pathlib import Path
