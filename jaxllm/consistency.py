@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+# Kinds of tokenizers that are loaded, from tokenizer.path.
+LOADED = ("file", "gguf")
 # The models that each objective can train.
 MODELS = {
     "causal_lm": ("gpt", "llama"),
@@ -102,13 +104,13 @@ def _check_frozen(config: ConfigDict) -> None:
 
 def _check_data(config: ConfigDict) -> None:
     """Where text comes from, and how it is split."""
-    if config.tokenizer.kind in ("file", "gguf") and not config.tokenizer.path:
+    if config.tokenizer.kind in LOADED and not config.tokenizer.path:
         raise ValueError(
             f"tokenizer.kind = '{config.tokenizer.kind}' without a tokenizer.path.\n"
             "  Accepted: the path of a tokenizer.model, tokenizer.json or GGUF file."
             "\n  Set tokenizer.path."
         )
-    if config.train.objective == "sft" and config.chat.template == "tokenizer" and config.tokenizer.kind != "file":
+    if config.train.objective == "sft" and config.chat.template == "tokenizer" and config.tokenizer.kind not in LOADED:
         raise ValueError(
             f"chat.template = 'tokenizer' with tokenizer.kind = '{config.tokenizer.kind}', which is made here and has no chat template.\n"
             "  Accepted: alpaca, chatml, llama3 or plain; tokenizer for a tokenizer.path that has one.\n  Set chat.template=chatml."

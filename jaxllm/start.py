@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from jaxllm import config as schema
 from jaxllm import models, runs
+from jaxllm.consistency import LOADED
 from jaxllm.data import tokenize
 from jaxllm.engine import state
 from jaxllm.engine.checkpoint import Checkpoints
@@ -114,7 +115,7 @@ def _with_architecture(config: ConfigDict, model: ConfigDict, rows: int, where: 
 
 def _with_tokenizer(config: ConfigDict, found: Start) -> ConfigDict:
     kind = config.tokenizer.kind
-    if kind in ("file", "gguf"):
+    if kind in LOADED:
         return config
     if kind != schema.SCHEMA["tokenizer.kind"].default:
         raise ValueError(

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from jaxllm import __version__
 from jaxllm.config import flatten
+from jaxllm.consistency import LOADED
 from jaxllm.data import documents, examples, shards
 from jaxllm.data.sources import text
 from jaxllm.data.tokenizers import chat_template, file, files
@@ -33,7 +34,7 @@ def recipe(config: ConfigDict) -> dict[str, Any]:
     keys += ["data.validation_source"] if config.data.validation_source else ["data.validation_frac", "data.split_by"]
     keys += ["data.replay_source", "data.validation_frac", "data.split_by"] if config.data.replay_source else []
     keys += ["tokenizer.vocab_size"] if config.tokenizer.kind in TRAINED else []
-    keys += ["tokenizer.path"] if config.tokenizer.kind in ("file", "gguf") else []
+    keys += ["tokenizer.path"] if config.tokenizer.kind in LOADED else []
     keys += ["tokenizer.add_tokens"] if config.tokenizer.add_tokens else []
     fields = {key: flat[key] for key in keys} | {"data.row_tokens": examples.row_tokens(config), "format": shards.FORMAT}
     return json.loads(json.dumps(fields | dict(made.recipe)))
@@ -79,7 +80,7 @@ def versions() -> dict[str, str]:
 def _places(config: ConfigDict) -> dict[str, list[str]]:
     fields = ("source", "validation_source", "replay_source")
     places = {f"data.{name}": _resolve(config.data[name], f"data.{name}") for name in fields if config.data[name]}
-    if config.tokenizer.kind in ("file", "gguf"):
+    if config.tokenizer.kind in LOADED:
         places["tokenizer.path"] = _tokenizer_files(Path(config.tokenizer.path).expanduser())
     return places
 

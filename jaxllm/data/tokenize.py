@@ -11,6 +11,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from jaxllm import registry
+from jaxllm.consistency import LOADED
 from jaxllm.data.chat import templates
 from jaxllm.data.tokenizers import chat_template, files, huggingface
 from jaxllm.data.tokenizers.added import Added
@@ -38,7 +39,7 @@ def make(config: ConfigDict, texts: Callable[[], Iterable[str]]) -> "Tokenizer":
     else:
         tokenizer = extend(made, wanted.tokens, made.template)
     rows = tokenizer.vocab_size - made.vocab_size
-    if rows and config.tokenizer.kind == "file":
+    if rows and config.tokenizer.kind in LOADED:
         logging.warning(
             "%s added to the tokenizer, which now has %d tokens: a model that was made for it without them needs %d more rows in its"
             " embedding.",
