@@ -93,7 +93,8 @@ class Talk:
 
     def _answer(self, asked: list[Message], tries: int) -> Answer:
         context_tokens = self._model.config.context_tokens
-        prompt = chat.fit(self._tokenizer, asked, context_tokens, self._max_tokens)
+        # Half of a small context stays for what was said before, however long an answer may be.
+        prompt = chat.fit(self._tokenizer, asked, context_tokens, min(self._max_tokens, context_tokens // 2))
         pieces = chat.stream(
             self._model,
             self._params,

@@ -31,13 +31,13 @@ def tokenizer(template: str = tiny_gguf.TEMPLATE) -> Any:
     return found.tokenizer
 
 
-def talk(seed: int = 0, template: str = tiny_gguf.TEMPLATE, system: str = "", **settings: float) -> Talk:
+def talk(seed: int = 0, template: str = tiny_gguf.TEMPLATE, system: str = "", max_tokens: int = 3, **settings: float) -> Talk:
     """With a model that answers anything with tokens at random."""
 
     def decode(params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         return jnp.zeros((1, len(tiny_gguf.TOKENS))), cache | {"lengths": cache["lengths"] + lengths_B}
 
-    return Talk(model(decode), {}, tokenizer(template), Settings(**settings), system=system, max_tokens=3, seed=seed)
+    return Talk(model(decode), {}, tokenizer(template), Settings(**settings), system=system, max_tokens=max_tokens, seed=seed)
 
 
 def model(decode: Any) -> Model:
@@ -100,6 +100,16 @@ def test_retry_and_undo(sent: list[tuple[list[int], int]]) -> None:
         with pytest.raises(ValueError, match=r"nothing has been asked yet.\n  Accepted"):
             call()
     assert "".join(conversation.ask("hello").pieces) == answers[0], "the seed of the first try"
+
+
+def test_a_long_answer_leaves_room_for_what_was_said() -> None:
+    """Answers may be longer than the context, of which then half is for the messages; an answer has what is left."""
+    conversation = talk(temperature=1.0, max_tokens=1000)
+    conversation.messages = [{"role": "user", "content": "x" * 40}, {"role": "assistant", "content": "y" * 20}]
+    for count, dropped in ((20, 0), (80, 2)):
+        question = "z" * count
+        prompt = chat.encode(tokenizer(), [*conversation.messages, {"role": "user", "content": question}])
+        assert (conversation.ask(question).dropped, len(prompt) > 128) == (dropped, dropped > 0)
 
 
 def test_the_message_of_the_system() -> None:
