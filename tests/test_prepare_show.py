@@ -31,7 +31,7 @@ SEEN = {
     "span_corruption": ["<extra_id_0>", "example 1, 48 inputs", "tokens to predict"],
     "seq2seq": ["say 2 words", "answer 2", "example 1, 12 inputs", "example 1, 9 tokens to predict"],
     "sequence_classification": ["say 2 words\nno 2", "class to predict", "even"],
-    "sft": ["conversation 1, 22 tokens, 9 of them trained", "say 2 words\nanswer 2"],
+    "sft": ["conversation 1, 22 tokens, 9 of them trained", "say 4 words\nanswer 4"],
     "token_classification": ["say 2 words", "say O, 2 N, words O", "3 classes to predict"],
 }
 
