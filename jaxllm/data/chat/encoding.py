@@ -38,7 +38,8 @@ def require(tokenizer: Tokenizer) -> ChatTokenizer:
     if getattr(tokenizer, "template", None) is None:
         raise ValueError(
             "the tokenizer of this model has no chat template.\n  Accepted: a model that was tuned for conversations, opened from its"
-            " GGUF file or Hugging Face directory, or a run converted from one.\n  Use python -m jaxllm.generate to continue a text."
+            " GGUF file or Hugging Face directory, a run converted from one, or a run with train.objective = 'sft'.\n"
+            "  Use python -m jaxllm.generate to continue a text."
         )
     return tokenizer  # type: ignore[return-value]
 
@@ -54,7 +55,10 @@ def spelled(message: Message, tokens: Mapping[str, int]) -> list[str]:
 
 
 def encode(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
-    """The ids of the conversation. ValueError for a tokenizer without a chat template and as `check` and `render` raise it."""
+    """The ids of the conversation, which are what chat sends to a model.
+
+    ValueError for a tokenizer without a chat template, and as `check` and `render` raise it.
+    """
     talker = require(tokenizer)
     text = render(talker.template, messages, add_generation_prompt=add_generation_prompt)
     check(tokenizer, messages)
