@@ -33,6 +33,14 @@ CASES: dict[str, dict[str, Any]] = {
         "parallel.data": 2,
         "sample.prompts": ("abcd",),
     },
+    "sft": {
+        "model.name": "llama",
+        "data.target_field": "even",
+        "chat.template": "chatml",
+        "model.context_tokens": 64,
+        "parallel.fsdp": 2,
+        "sample.prompts": ("the square of 4 is 16",),
+    },
     "sequence_classification": {"model.name": "bert", "model.head": "classify", "data.target_field": "even"},
 }
 
@@ -111,4 +119,5 @@ def test_an_objective_trains_resumes_and_is_evaluated(objective: str, source: Pa
         assert samples.read_text().count("=== step") == 2
     for text in (said, (tmp_path / "whole" / "report.html").read_text()):
         assert ("jaxllm.classify --run" in text) == ("classification" in objective)
+        assert ("jaxllm.chat --run" in text) == (objective == "sft")
     assert ("1 of sample.prompts left out" in said) == (objective == "masked_lm")

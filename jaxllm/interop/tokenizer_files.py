@@ -88,6 +88,7 @@ def _ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 def _settings(tokenizer: Any, names: Mapping[str, str], context_tokens: int) -> bytes:
     fast = not isinstance(tokenizer, SentencePieceTokenizer) or tokenizer.exact
+    added = {} if fast else {str(index): _special_token(token) for token, index in tokenizer.tokens.items()}
     template = getattr(tokenizer, "template", None)
     values: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast" if fast else "LlamaTokenizer",
@@ -98,8 +99,13 @@ def _settings(tokenizer: Any, names: Mapping[str, str], context_tokens: int) -> 
         **{f"{name}_token": token for name, token in names.items()},
         **({"chat_template": template.text} if template else {}),
         **({} if fast else {"add_bos_token": tokenizer.bos_id is not None}),
+        **({"added_tokens_decoder": added} if added else {}),
     }
     return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _special_token(token: str) -> dict[str, Any]:
+    return {"content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
 
 
 def _finish(tokenizer: Any, kind: str, made: Any, named: Mapping[int, str]) -> tuple[bytes, dict[str, str]]:

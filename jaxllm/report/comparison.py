@@ -14,11 +14,12 @@ from jaxllm.report.units import count, duration, plain, size
 PAGE, PICTURE = "compare.html", "compare.png"
 # Fields that decide which tokens are predicted from what, by objective.
 TASKS = {
-    "masked_lm": ("noise_frac", "whole_words"),
-    "span_corruption": ("noise_frac", "mean_span_tokens"),
-    "seq2seq": ("target_field", "input_tokens"),
-    "sequence_classification": ("target_field", "pair_field"),
-    "token_classification": ("target_field",),
+    "masked_lm": ("data.noise_frac", "data.whole_words"),
+    "span_corruption": ("data.noise_frac", "data.mean_span_tokens"),
+    "seq2seq": ("data.target_field", "data.input_tokens"),
+    "sft": ("data.target_field", "chat.format", "chat.template", "chat.train_on"),
+    "sequence_classification": ("data.target_field", "data.pair_field"),
+    "token_classification": ("data.target_field",),
 }
 # Fields that decide which text is held out.
 HELD_OUT = ("source", "validation_source", "validation_frac", "split_by", "cleaners", "min_chars", "max_documents", "text_field")
@@ -200,7 +201,7 @@ def _differences(found: Sequence[Run]) -> list[tuple[str, list[Any]]]:
 def _task(run: Run) -> str:
     """What is predicted, in words: equal for runs whose losses compare."""
     objective = run.config.get("train.objective", "unknown")
-    fields = {name: run.config.get(f"data.{name}") for name in TASKS.get(objective, ())}
+    fields = {key.partition(".")[2]: run.config.get(key) for key in TASKS.get(objective, ())}
     return objective + (f" ({', '.join(f'{name} {value}' for name, value in fields.items())})" if fields else "")
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from jaxllm import config, models
+from jaxllm.data import tokenize
 from jaxllm.data.tokenizers.added import Added
 from jaxllm.data.tokenizers.byte import ByteTokenizer
-from jaxllm.decode import masks, samples, text
+from jaxllm.decode import generate, masks, samples, text
 from jaxllm.ops import attention, sampling
 from jaxllm.ops.attention import splash
 
@@ -38,6 +39,23 @@ def test_writers_write_behind_every_prompt(name: str, arrow: str) -> None:
     expected = text.complete(model, params, TOKENIZER, sampler.prompts, drawn, max_new_tokens=6, seed=7)
     assert sampler.generate(params, 7) == [arrow + written for written in expected]
     assert not said
+
+
+def test_prompts_of_conversations_are_messages_and_answers_end_where_the_template_ends_them() -> None:
+    settings = settings_of(train__objective="sft", chat__template="chatml", tokenizer__kind="byte", model__context_tokens=64)
+    talker: Any = tokenize.make(settings, list)
+    settings.model.vocab_size = talker.vocab_size
+    sampler = samples.make(settings, talker, print)
+    assert sampler is not None and sampler.prompts == ("The", "a [MASK] b")
+    model = models.build(settings)
+    params = model.init(jax.random.key(0))
+    prompts_ids = [
+        talker.encode_with_specials(f"<s><|im_start|>user\n{p}<|im_end|>\n<|im_start|>assistant\n") for p in sampler.prompts
+    ]
+    drawn = sampling.Settings(temperature=settings.sample.temperature)
+    options = {"max_new_tokens": 6, "stop_ids": (257, 260), "vocab_size": 261, "seed": 7}
+    expected = generate.generate(model, params, prompts_ids, drawn, **options)
+    assert sampler.generate(params, 7) == [f" -> {talker.decode(ids)}" for ids in expected]
 
 
 def test_an_encoder_fills_the_prompts_that_have_a_mask() -> None:

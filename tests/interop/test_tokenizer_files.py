@@ -6,12 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import foreign_tokenizers
 import pytest
 import tokenizers
 
 from jaxllm import config as schema
+from jaxllm.data import tokenize
 from jaxllm.data.tokenizers import byte, char, file, sentencepiece
 from jaxllm.data.tokenizers.added import Added
+from jaxllm.data.tokenizers.chat_template import ChatTemplate
 from jaxllm.interop import tokenizer_files
 from jaxllm.types import Tokenizer
 
@@ -60,6 +63,9 @@ def load(folder: Path, files: dict[str, bytes]) -> Tokenizer:
         (sentencepiece.train_unigram, Added(), "encoder"),
         (byte.train, Added(), "decoder"),
         (byte.train, Added(mask=True, sentinels=3), "encoder"),
+        (sentencepiece.train_bpe, Added(tokens=("<|im_start|>", "<|im_end|>")), "decoder"),
+        (byte.train, Added(tokens=("<|im_start|>", "<|im_end|>")), "decoder"),
+        (char.train, Added(borders=True, tokens=("<|im_end|>",)), "decoder"),
         (char.train, Added(), "decoder"),
         (char.train, Added(mask=True, sentinels=2, borders=True), "encoder"),
     ],
@@ -83,6 +89,7 @@ def test_the_written_tokenizer_gives_the_same_ids(train: Callable[..., Any], ext
     again = load(tmp_path, dict(made.files))
     for name in ("vocab_size", "eos_id", "mask_id", "sentinel_ids"):
         assert getattr(again, name) == getattr(ours, name)
+    assert all(again.special_tokens[token] == ours.special_tokens[token] for token in extra.tokens)
     assert again.bos_id == (None if kind == "encoder_decoder" else ours.bos_id)
     assert again.pad_id == (ours.pad_id if train is not char.train else 0)
     # A special token that a text spells is a text to us.
@@ -102,6 +109,20 @@ def test_a_tokenizer_from_elsewhere_keeps_its_model(tmp_path: Path) -> None:
     made = tokenizer_files.make(foreign, 128, "encoder_decoder")
     assert made.files["tokenizer.model"] == model and "tokenizer.json" not in made.files
     assert made.notes == ("tokenizer.model is written without a tokenizer.json, which cannot express it exactly",)
+
+
+def test_tokens_above_a_model_from_elsewhere_are_written_and_read(tmp_path: Path) -> None:
+    """As a chat template adds them to Llama 2: they go into tokenizer_config.json, where transformers looks for them."""
+    foreign = load(tmp_path / "one", foreign_tokenizers.llama2())
+    ours = tokenize.extend(foreign, ("<|im_start|>", "<|im_end|>"), ChatTemplate("x", {}), "<|im_end|>")
+    made = tokenizer_files.make(ours, 128, "decoder")
+    generation = {"generation_config.json": json.dumps({"eos_token_id": list(tokenize.stop_ids(ours))}).encode()}
+    again: Any = load(tmp_path / "two", dict(made.files) | generation)
+    assert again.special_tokens == ours.special_tokens and again.vocab_size == ours.vocab_size == foreign.vocab_size + 2
+    assert tokenize.stop_ids(again) == (foreign.eos_id, foreign.vocab_size + 1)
+    text = "the cat<|im_end|>\n<|im_start|> the"
+    assert again.encode_with_specials(text) == ours.encode_with_specials(text)
+    assert again.encode(text) == foreign.encode(text)
 
 
 def test_gpt2_files(tmp_path: Path) -> None:

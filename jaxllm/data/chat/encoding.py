@@ -55,7 +55,10 @@ def spelled(message: Message, tokens: Mapping[str, int]) -> list[str]:
 
 
 def encode(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
-    """The ids of the conversation. ValueError for a tokenizer without a chat template and as `check` and `render` raise it."""
+    """The ids of the conversation, which are what chat sends to a model.
+
+    ValueError for a tokenizer without a chat template, and as `check` and `render` raise it.
+    """
     talker = require(tokenizer)
     text = render(talker.template, messages, add_generation_prompt=add_generation_prompt)
     check(tokenizer, messages)

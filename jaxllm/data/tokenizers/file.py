@@ -90,8 +90,13 @@ def _sentencepiece(
         index = processor.piece_to_id(piece)
         return index if processor.id_to_piece(index) == piece else None
 
-    if lost := [token for token in _added(settings) if find(token) is None and not token.startswith("<extra_id_")]:
-        logging.warning("the SentencePiece model lacks %s, which were added to it: text here; a tokenizer.json has them", lost)
+    sentinels = int(settings.get("extra_ids", 0))
+    lost = {index: token for index, token in _added(settings).items() if find(token) is None and not token.startswith("<extra_id_")}
+    # Directly above the model's own pieces they can be had as they are.
+    above = not sentinels and sorted(lost) == list(range(processor.vocab_size(), processor.vocab_size() + len(lost)))
+    if lost and not above:
+        names = list(lost.values())
+        logging.warning("the SentencePiece model lacks %s, which were added to it: text here; a tokenizer.json has them", names)
     own = {name: _customary(name, find) for name in CUSTOMARY}
     given = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id()}
     own.update({name: index for name, index in given.items() if index >= 0})
@@ -99,9 +104,9 @@ def _sentencepiece(
     if settings.get("add_bos_token") is False:
         ids["bos"] = None
     # The model file of T5 has no sentinels: they were added above it, as many as its settings say.
-    extra = Added(sentinels=int(settings.get("extra_ids", 0)))
+    extra = Added(sentinels=sentinels, tokens=tuple(lost[index] for index in sorted(lost)) if above else ())
     bos, eos, pad, mask = ids["bos"], ids["eos"], ids["pad"] or 0, ids["mask"]
-    others = tuple(index for index in stop_ids if index != eos and index < processor.vocab_size())
+    others = tuple(index for index in stop_ids if index != eos and index < processor.vocab_size() + len(extra.tokens))
     return sentencepiece.SentencePieceTokenizer(
         data, bos_id=bos, eos_id=eos, pad_id=pad, mask_id=mask, exact=False, extra=extra, other_stop_ids=others, template=template
     )
@@ -163,8 +168,8 @@ def _stop_ids(directory: Path) -> list[int]:
     return [index for index in dict.fromkeys(ids) if type(index) is int and index >= 0]
 
 
-def _added(settings: dict[str, Any]) -> list[str]:
-    return [token["content"] for token in settings["added_tokens_decoder"].values()]
+def _added(settings: dict[str, Any]) -> dict[int, str]:
+    return {int(index): token["content"] for index, token in settings["added_tokens_decoder"].items()}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -147,6 +147,15 @@ def test_an_answer_that_begins_inside_of_a_token_is_noticed() -> None:
     assert answers.make(made, "assistant")([TALK[0], {"role": "assistant", "content": "Cat"}]).joined == 0
 
 
+@pytest.mark.parametrize("kind", ["byte", "bpe", "unigram"])
+def test_all_bytes_of_an_answers_first_character_are_trained(kind: str) -> None:
+    """SentencePiece says of the first bytes of a character that they stand for nothing, and the last one for all of it."""
+    made = chosen("plain", kind)
+    found = answers.make(made, "assistant")([{"role": "user", "content": "漢"}, {"role": "assistant", "content": "漢é"}])
+    assert found.ids[found.trained].tolist() == [*made.encode("漢é"), made.eos_id]
+    assert len(made.encode("漢é")) == 5
+
+
 def test_no_message_can_write_marks_of_its_own() -> None:
     with pytest.raises(answers.Refused, match=r"U\+FDD0, which is no character"):
         answers.make(tokenizer(templates.CHATML), "assistant")([{"role": "user", "content": render.BEGIN}, TALK[1]])
@@ -155,7 +164,7 @@ def test_no_message_can_write_marks_of_its_own() -> None:
 def chosen(template: str, kind: str = "byte", path: str = "") -> Any:
     config = schema.base()
     config.train.objective, config.chat.template = "sft", template
-    config.tokenizer.update({"kind": kind, "path": path, "vocab_size": 280})
+    config.tokenizer.update({"kind": kind, "path": path, "vocab_size": 272})
     return tokenize.make(config, lambda: ["the cat sat on the mat\n" * 9])
 
 

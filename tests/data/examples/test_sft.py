@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from corpus import Lines
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm import config as schema
+from jaxllm import models
 from jaxllm.data import examples, tokenize
 from jaxllm.data.chat import encoding
 from jaxllm.data.documents import Document
@@ -19,6 +21,7 @@ from jaxllm.data.shards import Totals
 from jaxllm.data.sources import conversations
 from jaxllm.data.tokenizers.byte import ByteTokenizer
 from jaxllm.data.tokenizers.chat_template import ChatTemplate
+from jaxllm.objectives import tokens
 
 BOS, EOS, PAD, START, END = range(256, 261)
 TEXT = st.text(alphabet="ab é\n", min_size=1, max_size=6)
@@ -142,6 +145,22 @@ def test_training_ids_are_those_that_chat_sends() -> None:
     ((ids, weights),) = pieces(batch)
     sent = encoding.encode(tokenizer, document.messages[:3])
     assert ids[: len(sent)] == sent and weights[len(sent) - 1] == 1 and weights[len(sent) - 2] == 0
+
+
+def test_the_loss_of_packed_conversations_is_that_of_each_alone() -> None:
+    """trl#805, torchtune#892: neighbours in a row neither see nor shift each other, and the last tokens count as the first ones do."""
+    documents = [talk(("a", "b"), ("c?", "déf")), talk(("more", "x")), talk(("?", "yes, no"))]
+    config = config_of("plain", 48)
+    config.model.update({"layers": 1, "width": 16, "heads": 2, "context_tokens": 48, "vocab_size": 259})
+    model = models.build(config)
+    objective, params = tokens.make(model, config), model.init(jax.random.key(0))
+    together, _, _ = packed(config, documents)
+    alone = [packed(config, [document])[0] for document in documents]
+    assert len(together["tokens"]) == 1 and together["segments"].max() == 3
+    loss, _ = objective(params, together, None)
+    each = [objective(params, batch, None)[0] for batch in alone]
+    assert loss.weight == sum(mean.weight for mean in each) == together["weights"].sum()
+    np.testing.assert_allclose(loss.total, sum(mean.total for mean in each), rtol=2e-6)  # sums in another order
 
 
 UNUSABLE = {
