@@ -65,7 +65,8 @@ def draw(model: Any, generator: torch.Generator, case: Case) -> None:
     """Numbers for what is trained; with PiSSA in addition to what it began with."""
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            noise = 0.3 * torch.randn(weight.shape, generator=generator)
+            # Small: with large factors attention is so sharp that rounding is seen.
+            noise = 0.15 * torch.randn(weight.shape, generator=generator)
             kept = case.converted or not (".lora_A." in name or ".lora_B." in name)
             weight.data = (weight.data if kept else torch.zeros_like(weight)) + noise
     if case.tied:

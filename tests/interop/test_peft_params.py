@@ -1,0 +1,198 @@
+"""Adapters of ours in PEFT's terms: each weight, put together in NumPy as PEFT's layers define it, is the kernel of ours multiplied out."""
+
+import dataclasses
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from adapted_models import CASES, EVERY, Q_V, adapted, dense, without_transforms
+from foreign_models import MODELS, make
+
+from jaxllm.interop import families, peft, peft_attach, peft_modules, peft_params, weights
+from jaxllm.transforms import adapt, leaf, tree
+from jaxllm.transforms.quantized import Quantized
+from jaxllm.types import Params
+
+# Part of the largest weight: roundings of sums of a dozen products, and of PiSSA's W - s A0 B0.
+WEIGHT = 1e-5
+
+
+def merged(adapter: peft.Adapter, module: str, weight: np.ndarray) -> np.ndarray:
+    """W + s B A of a Linear [outputs, inputs], or of a Conv1D transposed; with DoRA each output has its length (Liu et al., eq. 5)."""
+    found = adapter.factors(module)
+    weight = weight.T if adapter.fan_in_fan_out else weight
+    whole = weight.astype(np.float64) + found.scale * found.b.astype(np.float64) @ found.a
+    if found.magnitude is not None:
+        whole *= (found.magnitude / np.linalg.norm(whole, axis=1))[:, None]
+    return whole.T if adapter.fan_in_fan_out else whole
+
+
+def whole_names(also: str, params: Params) -> set[str]:
+    return {name for name in tree.names(params) if also and re.fullmatch(also, name)}
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "targets", "also", "layers_as"),
+    [(*case, ("unrolled", "scan")[index % 2]) for index, case in enumerate(CASES)],
+)
+def test_weights(case: str, kind: str, targets: str, also: str, layers_as: str, tmp_path: Path) -> None:
+    config, model, params, base = adapted(case, kind, targets, layers_as)
+    # The original has the other form of the stack, which must not matter.
+    other = tree.stack_layers(base) if layers_as == "unrolled" else tree.unstack_like(base, make(MODELS[case][1])[2])
+    original = other if kind == "pissa" else None
+    whole = whole_names(also, params)
+    adapter = peft_params.export(params, model.config, whole=whole, base="there", rslora=kind == "rslora", original=original)
+    peft.write(tmp_path, adapter)
+    read = peft.read(tmp_path)
+    assert (read.base, read.rslora, read.dora) == ("there", kind == "rslora", kind == "dora")
+    architecture = families.choose(model.config)
+    expected = weights.export(dense(params), architecture, model.config)
+    begun = weights.export(base if kind == "pissa" else peft_base(params), architecture, model.config)
+    canonical = families.find(architecture).canonical
+    changed = set()
+    for module in read.products:
+        name = canonical(f"{module}.weight")
+        found, exact = merged(read, module, begun.make(name)), expected.make(name)
+        np.testing.assert_allclose(found, exact, atol=WEIGHT * np.abs(exact).max())
+        changed.add(name)
+    selected = {name for name in tree.names(base) if re.fullmatch(targets, name)}
+    rules = families.find(architecture).rules(architecture, model.config)
+    wanted = {rule.name for rule in rules if rule.path in selected}
+    assert changed == {name for name in expected.shapes if any(re.fullmatch(_pattern(name_), name) for name_ in wanted)}
+    # Attached to the base again, the kernels are the same.
+    again = peft_attach.attach(base if kind == "pissa" else peft_base(params), without_transforms(config), read)
+    for found, exact in zip(jax.tree.leaves(dense(again.params)), jax.tree.leaves(dense(params)), strict=True):
+        np.testing.assert_allclose(found, exact, atol=WEIGHT * max(1, np.abs(exact).max()))
+    assert whole <= set(tree.names(again.params))
+    assert whole_names(again.config.lora.also, params) >= whole
+
+
+def peft_base(params: Params) -> Params:
+    return jax.tree.map(lambda node: node.base if adapt.is_adapter(node) else node, params, is_leaf=adapt.is_adapter)
+
+
+def _pattern(name: str) -> str:
+    return re.escape(name).replace(r"\{layer\}", r"\d+")
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama", "bert", "t5", "bert alone"])
+def test_modules_are_named_as_shortly_as_can_be(case: str) -> None:
+    """Any choice of kernels, read as PEFT reads target_modules: an ending behind a dot, or a whole regular expression."""
+    _, model, _, base = adapted(case, "lora", EVERY)
+    architecture = families.choose(model.config)
+    exported = weights.export(base, architecture, model.config)
+    every = peft_modules.universe({name.rpartition(".")[0] for name in exported.shapes})
+    kernels = sorted(rule.name for rule in families.find(architecture).rules(architecture, model.config) if rule.inputs)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        patterns = rng.choice(kernels, size=rng.integers(1, len(kernels)), replace=False)
+        chosen = {name for name in every if any(re.fullmatch(_pattern(each), f"{name}.weight") for each in patterns)}
+        if not chosen:
+            continue
+        found = peft_modules.targets(chosen, every)
+        if isinstance(found, str):
+            assert {name for name in every if re.fullmatch(found, name)} == chosen
+        else:
+            assert {name for name in every if any(name == end or name.endswith("." + end) for end in found)} == chosen
+        ends = peft_modules.saved(chosen, every)
+        assert {name for name in every if any(name.endswith(end) for end in ends)} == chosen
+
+
+@pytest.mark.parametrize(
+    ("case", "targets", "expected"),
+    [
+        ("gpt2", ".*layers/.*/kernel", ("c_attn", "c_fc", "c_proj")),
+        ("gpt2", ".*attention/q/kernel|.*down/kernel", ("c_attn", "mlp.c_proj")),
+        ("llama", Q_V, ("q_proj", "v_proj")),
+        ("bert", ".*attention/(q|o)/kernel", ("attention.output.dense", "query")),
+        ("bert", ".*mlp/down/kernel", r"bert\.encoder\.layer\.\d+\.output\.dense"),
+        ("t5", ".*/(attention|cross)/q/kernel", ("q",)),
+        ("t5", "decoder/layers/cross/q/kernel", ("EncDecAttention.q",)),
+        ("t5", "encoder/layers/attention/q/kernel", r"encoder\.block\.\d+\.layer\.\d+\.SelfAttention\.q"),
+    ],
+)
+def test_target_modules(case: str, targets: str, expected: Any) -> None:
+    _, model, params, _ = adapted(case, "lora", targets)
+    assert peft_params.export(params, model.config).targets == expected
+
+
+def test_ranks_of_gpt2_are_those_of_its_kernels_side_by_side(tmp_path: Path) -> None:
+    _, model, params, _ = adapted("gpt2", "rslora", ".*layers/.*/kernel")
+    peft.write(tmp_path, peft_params.export(params, model.config, rslora=True))
+    values = json.loads((tmp_path / peft.CONFIG).read_text())
+    assert (values["r"], values["lora_alpha"], values["rank_pattern"]) == (3, 7, {"c_attn": 9})
+    assert values["alpha_pattern"]["c_attn"] == pytest.approx(7 * 3**0.5)
+    assert values["fan_in_fan_out"] is True
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("codes", "factor"), meta_fields=("kind",))
+@dataclasses.dataclass(frozen=True)
+class Halves(Quantized):
+    """Whole numbers of halves: a quantized form that is exact for the numbers of the test."""
+
+    codes: Any
+    factor: Any
+    kind: str = "halves"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    def multiply(self, spec: str, x: jax.Array) -> jax.Array:
+        return jnp.einsum(spec, x, self.dense())
+
+    def dense(self) -> jax.Array:
+        return self.codes.astype(jnp.float32) * 0.5
+
+
+@pytest.mark.parametrize("layers_as", ["unrolled", "scan"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_quantized_base(kind: str, layers_as: str, tmp_path: Path) -> None:
+    """Written without what it stands beside, and attached to it as to an array."""
+    config, model, params, base = adapted("gpt2", kind, ".*(q|up)/kernel", layers_as)
+
+    def quantize(kernel: Any) -> Any:
+        factor = jnp.full(kernel.shape[:1] if layers_as == "scan" else (), 0.5)
+        return Halves(jnp.round(2 * kernel).astype(jnp.int8), factor)
+
+    coded = jax.tree.map_with_path(
+        lambda path, node: quantize(node) if re.fullmatch(".*layers/.*/kernel", tree.path_name(path)) else node, base
+    )
+    attached = jax.tree.map_with_path(
+        lambda path, node, code: dataclasses.replace(node, base=code) if adapt.is_adapter(node) else code,
+        params,
+        jax.tree.unflatten(jax.tree.structure(params, is_leaf=leaf.is_type), jax.tree.leaves(coded, is_leaf=leaf.is_type)),
+        is_leaf=leaf.is_type,
+    )
+    peft.write(tmp_path, peft_params.export(attached, model.config))
+    again = peft_attach.attach(coded, without_transforms(config), peft.read(tmp_path)).params
+    assert sum(isinstance(getattr(node, "base", None), Halves) for node in jax.tree.leaves(again, is_leaf=leaf.is_type)) == (
+        4 if layers_as == "scan" else 8
+    )
+    for found, exact in zip(jax.tree.leaves(dense(again)), jax.tree.leaves(dense(attached)), strict=True):
+        np.testing.assert_allclose(found, exact, atol=1e-5)
+
+
+def test_pissa_needs_the_model_that_it_began_with() -> None:
+    _, model, params, base = adapted("llama", "pissa", EVERY)
+    other = jax.tree.map(lambda array: array + 0.01 * jnp.sin(jnp.arange(array.size).reshape(array.shape)), base)
+    adapter = peft_params.export(params, model.config, original=other)
+    with pytest.raises(ValueError, match=r"differ in more than the rank 3 that PiSSA took out[\s\S]*\n  Accepted: [\s\S]*--base"):
+        adapter.factors("model.layers.0.mlp.up_proj")
+    # In bfloat16, as frozen kernels may be kept, their rounding is no other base.
+    rounded = jax.tree.map(
+        lambda node: dataclasses.replace(node, base=node.base.astype("bfloat16")) if adapt.is_adapter(node) else node,
+        params,
+        is_leaf=adapt.is_adapter,
+    )
+    adapter = peft_params.export(rounded, model.config, original=base)
+    name = "model.layers.0.mlp.up_proj"
+    exact = weights.export(dense(rounded), "LlamaForCausalLM", model.config).make(f"{name}.weight")
+    begun = weights.export(base, "LlamaForCausalLM", model.config).make(f"{name}.weight")
+    np.testing.assert_allclose(merged(adapter, name, begun), exact, atol=2.0**-7 * np.abs(exact).max())
