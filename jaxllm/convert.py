@@ -229,6 +229,7 @@ def _merge(run: runs.Run) -> tuple[ConfigDict, Params, tuple[str, ...]]:
     """The run with adapters folded into the weights that they were trained beside (dequantized ones, where those were quantized)."""
     config = run.config.copy_and_resolve_references()
     transforms, config.train.transforms, config.train.start = config.train.transforms, (), ""
+    config.train.trainable = "auto"  # a pattern may name what adapters had
     params = adapt.merged(run.params)
     before, after = logits.of(run.config, run.params), logits.of(config, params)
     change, largest = logits.largest_difference(before, after), float(np.abs(before).max())

@@ -4,12 +4,13 @@ The model brings its architecture and its tokenizer, so a config need not repeat
 the mesh one after the other: no device, and no host, holds the dense model when a quantized one is trained.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -109,6 +110,11 @@ def _with_architecture(config: ConfigDict, model: ConfigDict, rows: int, where: 
             f"  Accepted: the model's own values, which need not be repeated; other values of {', '.join(FREE)}.\n"
             "  Take these fields out of the config."
         )
+    if 0 < config.model.vocab_size < rows:
+        raise ValueError(
+            f"model.vocab_size = {config.model.vocab_size} with train.start = '{where}', which has {rows} tokens.\n"
+            f"  Accepted: 0, or {rows} or more: tokens can be added and not taken away.\n  Leave out model.vocab_size."
+        )
     config.model.start_rows = rows
     return config
 
@@ -136,7 +142,7 @@ def _with_tokenizer(config: ConfigDict, found: Start) -> ConfigDict:
 def load(session: Session, say: Callable[[str], None]) -> Params:
     """The parameters of the model that the config begins with, transformed, on the mesh of the session."""
     found = open_start(session.config.train.start)
-    placing = _Placing(session)
+    placing = _Placing(session, found.config.model.head)
     if found.imported is not None:
         found.imported.config.model.layers_as = session.config.model.layers_as
         weights.load(found.imported, placing.place)
@@ -152,13 +158,15 @@ def load(session: Session, say: Callable[[str], None]) -> Params:
 class _Placing:
     """Dense parameters on their way to a session: each is transformed and laid out when it comes.
 
-    What the session has no place for is left out; what does not come is drawn at random. Tables with fewer rows than the vocabulary get
-    the mean of their rows for each new token, which no token is nearer to than to others (Hewitt 2021, "Initializing New Word
-    Embeddings for Pretrained Language Models").
+    What the session has no place for is left out, as is another kind of head; what does not come is drawn at random. Tables with fewer
+    rows than the vocabulary get the mean of their rows for each new token, which no token is nearer to than to others (Hewitt 2021,
+    "Initializing New Word Embeddings for Pretrained Language Models").
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, head: str) -> None:
+        """head: model.head of what comes."""
         self._config, model = session.config, session.model
+        self._same_head = head == session.config.model.head
         plain = session.config.copy_and_resolve_references()
         plain.train.transforms = ()
         self._dense = models.build(plain)
@@ -168,6 +176,7 @@ class _Placing:
         self._placed: dict[str, Any] = {}
         self._programs: dict[tuple[str, bool], Callable[..., Any]] = {}
         self._unused: list[str] = []
+        self._tables = TABLES if session.config.model.head == "lm" else TABLES[:1]
         self._grown = 0
         self.template = jax.eval_shape(self._dense.init, jax.random.key(0))
         shardings = session.plan.shardings(model.axes, jax.eval_shape(model.init, jax.random.key(0)))
@@ -180,14 +189,19 @@ class _Placing:
 
     def place(self, path: Any, host: np.ndarray) -> None:
         """Takes in the dense parameter at this key path."""
-        key, name = jax.tree_util.keystr(path), tree.path_name(path)
-        target = self._targets.get(key)
-        if target is not None and name in TABLES and host.shape[0] < target.shape[0]:
+        name, target = tree.path_name(path), self._targets.get(jax.tree_util.keystr(path))
+        if name.startswith("head/") and not self._same_head:  # its rows are other outputs
+            target = None
+        if target is not None and name in self._tables and host.shape[0] < target.shape[0]:
             self._grown = target.shape[0] - host.shape[0]
             host = np.concatenate([host, np.repeat(host.mean(0, keepdims=True), self._grown, axis=0)])
         if target is None or host.shape != target.shape:
             self._unused.append(name)
             return
+        self._lay(path, host)
+
+    def _lay(self, path: Any, host: np.ndarray) -> None:
+        key, name = jax.tree_util.keystr(path), tree.path_name(path)
         layer = next((part.idx for part in path if isinstance(part, jax.tree_util.SequenceKey)), 0)
         # Waits, or copies of many parameters would be in memory at once.
         self._placed[key] = jax.block_until_ready(self._program(path, layer)(host, np.int32(layer)))
@@ -200,7 +214,9 @@ class _Placing:
             target = self._targets[jax.tree_util.keystr(path)]
 
             def one(host: jax.Array, layer: jax.Array) -> Any:
-                node = self._adaptation.kernel(name, target.axes[0] == "layers", host, self._rng, layer)
+                # A run may have frozen it in bfloat16.
+                wide = host.astype(jnp.float32)
+                node = self._adaptation.kernel(name, target.axes[0] == "layers", wide, self._rng, layer)
                 return state.narrowed(node, target.node_axes, self._config, self._selects, under=path)
 
             self._programs[kind] = jax.jit(one, out_shardings=target.shardings)
@@ -211,14 +227,7 @@ class _Placing:
         missing = [key for key in self._targets if key not in self._placed]
         remarks = []
         if missing:
-            fresh = jax.device_get(self._dense.init(self._rng))
-            for path, host in jax.tree.leaves_with_path(fresh):
-                if jax.tree_util.keystr(path) in missing:
-                    self.place(path, host)
-            drawn = sorted(
-                {tree.path_name(path) for path, _ in jax.tree.leaves_with_path(fresh) if jax.tree_util.keystr(path) in missing}
-            )
-            remarks.append(f"drawn at random: {', '.join(drawn)}")
+            remarks.append(f"drawn at random: {', '.join(self._draw(missing))}")
         if self._unused:
             remarks.append(f"not used: {', '.join(dict.fromkeys(self._unused))}")
         if self._grown:
@@ -227,3 +236,18 @@ class _Placing:
             lambda path, _: self._placed[jax.tree_util.keystr(path)], self._dense.axes, is_leaf=adapt.is_axes
         )
         return whole, "".join(f"; {remark}" for remark in remarks)
+
+    def _draw(self, missing: Collection[str]) -> list[str]:
+        """Places random parameters at these keys, and returns their names; ValueError if one would stay as it is drawn."""
+        whole = jax.tree.leaves_with_path(jax.device_get(self._dense.init(self._rng)))
+        fresh = [(path, host) for path, host in whole if jax.tree_util.keystr(path) in missing]
+        drawn = sorted({tree.path_name(path) for path, _ in fresh})
+        if idle := sorted({tree.path_name(path) for path, _ in fresh if not self._selects(path)}):
+            raise ValueError(
+                f"train.start has no {', '.join(idle)}, which would be drawn at random and not trained.\n"
+                "  Accepted: training them as they are, as with lora.also = 'head/.*'; a model that has them.\n"
+                "  Set lora.also (without adapters train.trainable), or begin with another model."
+            )
+        for path, host in fresh:
+            self._lay(path, host)
+        return drawn

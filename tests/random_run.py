@@ -9,6 +9,7 @@ import jax
 from jaxllm import config as schema
 from jaxllm import models
 from jaxllm.data.prepare import prepare
+from jaxllm.engine import state
 from jaxllm.engine.checkpoint import Checkpoints
 
 TEXT = "The quick brown fox jumps over the lazy dog, and 1 + 1 is 2.\nGrüße aus Köln, 日本語 too.\n"
@@ -38,8 +39,8 @@ def write_run(directory: Path, **fields: Any) -> Path:
     config.model.vocab_size = prepared.tokenizer.vocab_size
     model, checkpoints = models.build(config), Checkpoints(directory / "checkpoints", keep_last=len(STEPS))
     for step in STEPS:
-        params = jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(step)))
-        state = {"params": params, "ema": jax.tree.map(lambda x: x / 2, params)} if config.train.ema_decay else {"params": params}
-        checkpoints.save(step, state)
+        params = state.narrowed(jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(step))), model.axes, config)
+        average = {"ema": jax.tree.map(lambda x: x / 2, params)} if config.train.ema_decay else {}
+        checkpoints.save(step, {"params": params} | average)
     checkpoints.close()
     return directory

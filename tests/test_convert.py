@@ -20,6 +20,7 @@ from jaxllm import config as schema
 from jaxllm import convert, evaluate, runs, train
 from jaxllm.engine.workdir import Workdir, open_workdir
 from jaxllm.interop import directory, gguf_export, gguf_file, gguf_write, weights
+from jaxllm.transforms import adapt
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -295,3 +296,15 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     done = command("--from", str(run))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: --to is not given.\n  Accepted: --from SRC --to DST")
+
+
+@pytest.mark.parametrize("wanted", [convert.HF, convert.RUN])
+def test_adapters_are_folded_into_the_weights(wanted: str, tmp_path: Path) -> None:
+    """Also where matrices were frozen in bfloat16, and where a pattern names the arrays of the adapters."""
+    fields = {"train__transforms": ("lora",), "train__trainable": ".*/(a|b)", "precision__frozen": "bfloat16", "lora__rank": 2}
+    source = write_run(tmp_path / "run", model__name="llama", model__layers=1, **fields)
+    code, text = call(source, tmp_path / "there", wanted, "float32", checked=True)
+    assert code == 0 and "lora merged into the weights: the largest change of a logit is" in text
+    found, exact = runs.load(tmp_path / "there"), adapt.merged(runs.load(source).params)
+    assert found.config.train.transforms == () and {leaf.dtype.name for leaf in jax.tree.leaves(found.params)} == {"float32"}
+    jax.tree.map(np.testing.assert_array_equal, found.params, exact)

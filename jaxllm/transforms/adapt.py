@@ -71,7 +71,7 @@ def merged(params: Params) -> Params:
 
     def one(path: Sequence[Any], node: Any) -> Any:
         if not hasattr(node, "dense"):
-            return node
+            return node.astype(jnp.float32)  # one that was frozen in bfloat16
         return jax.lax.map(leaf.dense, node) if tree.is_stacked(path) else leaf.dense(node)
 
     return jax.jit(partial(jax.tree.map_with_path, one, is_leaf=lambda node: hasattr(node, "dense")))(params)

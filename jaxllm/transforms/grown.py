@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from jaxllm.transforms.product import product
 from jaxllm.types import Transform
 
-TABLES = "embed/tokens|head/kernel"
+EMBEDDING, HEAD = "embed/tokens", "head/kernel"
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("base", "rows"), meta_fields=("kind",))
@@ -59,4 +59,5 @@ def make(config: ConfigDict) -> Transform:
         del inputs
         return Grown(axes, ("new_tokens", *axes[1:]))
 
-    return Transform(TABLES, apply, axes, adapts=True, tables=True)
+    tables = f"{EMBEDDING}|{HEAD}" if config.model.head == "lm" else EMBEDDING
+    return Transform(tables, apply, axes, adapts=True, tables=True)

@@ -1,0 +1,214 @@
+"""Training that begins with a model: from every kind of source its weights to the bit, and what does not fit is said."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_gguf
+from random_run import write_run
+from rich.console import Console
+
+from jaxllm import config as schema
+from jaxllm import convert, logits, models, runs, start
+from jaxllm.engine import session as sessions
+from jaxllm.engine.checkpoint import Checkpoints
+from jaxllm.parallel import plan as plans
+from jaxllm.transforms import adapt, tree
+
+BYTES = 259  # tokens of the byte tokenizer
+NEW = 30  # the step at which the runs below have weights of their own
+
+
+def save(run: Path, params: Any, frozen: Any = None) -> None:
+    """A checkpoint of these weights at step NEW."""
+    checkpoints = Checkpoints(run / "checkpoints", keep_last=9)
+    checkpoints.save(NEW, {"params": params} if frozen is None else {"params": params, "frozen": frozen})
+    checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def sources(folder: Path) -> dict[str, Path]:
+    """A run in each form of the stack, one with adapters, and the first one and a LLaMA as others write them."""
+    found = {
+        "unrolled": write_run(folder / "unrolled", model__name="llama", model__layers_as="unrolled"),
+        "scan": write_run(folder / "scan", model__layers_as="scan"),
+        "adapted": write_run(folder / "adapted", train__transforms=("dora",), lora__rank=2, train__trainable=".*/(a|b|magnitude)"),
+    }
+    adapted = runs.load(found["adapted"])
+    rng = np.random.default_rng(0)
+    drawn = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.1, leaf.shape).astype(np.float32), adapted.params)
+    save(found["adapted"], *tree.split(drawn, adapt.adapters(adapted.model.axes)))
+    assert convert.convert(found["unrolled"], folder / "hf", "", None, Console(file=io.StringIO())) == 0
+    values = tiny_gguf.model_values() | tiny_gguf.tokenizer_values()
+    weights = tiny_gguf.stored(tiny_gguf.tensors(np.random.default_rng(5)))
+    return found | {"hf": folder / "hf", "gguf": tiny_gguf.write(folder / "tiny.gguf", weights, values)}
+
+
+def config_of(path: Path | str, **fields: Any) -> Any:
+    """Keys with __ for the dot."""
+    config = schema.base()
+    config.train.start, config.train.batch_seqs, config.parallel.data = str(path), 4, 1
+    for key, value in fields.items():
+        section, _, name = key.partition("__")
+        config[section][name] = value
+    return config
+
+
+def begin(config: Any, workdir: Path) -> tuple[Any, Any, str]:
+    """(session, params, what was said), as training does it."""
+    resolved = start.resolve(config, workdir)
+    schema.check(resolved)
+    vocab_size = start.open_start(config.train.start).config.model.vocab_size
+    resolved = schema.with_vocabulary(resolved, vocab_size)
+    session = sessions.build_session(resolved, plans.make(resolved, jax.devices()[:1]))
+    said: list[str] = []
+    return session, start.load(session, said.append), "".join(said)
+
+
+def equal(one: Any, other: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(other))
+
+
+@pytest.mark.parametrize("form", ["scan", "unrolled"])
+@pytest.mark.parametrize("name", ["unrolled", "scan", "adapted", "hf", "gguf"])
+def test_a_model_begins_with_the_weights_of_its_source(sources: dict[str, Path], tmp_path: Path, name: str, form: str) -> None:
+    """To the bit, dense and beneath adapters; so are the logits, which the same program makes of the same numbers."""
+    source = runs.load(sources[name])
+    merged = tree.stack_layers(adapt.merged(source.params))
+    session, params, said = begin(config_of(sources[name], model__layers_as=form), tmp_path)
+    assert said == f"begins with {sources[name]}"
+    equal(tree.stack_layers(params), merged)
+    state = session.create(params)  # which takes the arrays
+    source.config.model.layers_as, source.config.train.transforms = form, ()
+    expected = logits.of(source.config, tree.unstack_like(merged, models_like(session)))
+    np.testing.assert_array_equal(logits.of(session.config, state.params), expected)
+    if form == "scan":
+        config = config_of(sources[name], model__layers_as="scan", train__transforms=("lora",), lora__rank=2)
+        session, params, said = begin(config, tmp_path)
+        equal(adapt.merged(params), merged)
+        drawn = [array for name, array in tree.named_leaves(params) if name.endswith("/a")]
+        random = [array for name, array in tree.named_leaves(session.create().params) if name.endswith("/a")]
+        equal(drawn, random)  # what a start draws does not hang on where the kernels come from
+
+
+def models_like(session: Any) -> Any:
+    return jax.eval_shape(session.model.init, jax.random.key(0))
+
+
+def test_the_config_takes_what_the_model_says(sources: dict[str, Path], tmp_path: Path) -> None:
+    config = start.resolve(config_of(sources["gguf"], model__dropout_frac=0.1), tmp_path)
+    model = config.model
+    assert (model.name, model.layers, model.width, model.kv_heads) == (
+        "llama",
+        tiny_gguf.LAYERS,
+        tiny_gguf.WIDTH,
+        tiny_gguf.KV_HEADS,
+    )
+    assert model.rope_theta == tiny_gguf.THETA and model.start_rows == tiny_gguf.VOCAB and model.dropout_frac == 0.1
+    assert config.tokenizer.kind == "gguf" and Path(config.tokenizer.path) == sources["gguf"]
+    for name, path in (("hf", sources["hf"]), ("scan", sources["scan"] / "tokenizer")):
+        config = start.resolve(config_of(sources[name]), tmp_path)
+        assert (config.tokenizer.kind, config.tokenizer.path) == ("file", str(path))
+    own = config_of(sources["hf"], tokenizer__kind="file", tokenizer__path="elsewhere")
+    assert start.resolve(own, tmp_path).tokenizer.path == "elsewhere"
+    assert start.resolve(config_of(""), tmp_path) == config_of("")
+
+
+def test_what_contradicts_the_model_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
+    path = sources["gguf"]
+    start.resolve(config_of(path, model__layers=tiny_gguf.LAYERS), tmp_path)  # repeats it
+    with pytest.raises(
+        ValueError, match="contradicts .*model.layers = 3, there 2; model.width = 32, there 64.\n  Accepted"
+    ) as error:
+        start.resolve(config_of(path, model__layers=3, model__width=32), tmp_path)
+    assert len(str(error.value).splitlines()) == 3
+    with pytest.raises(ValueError, match="tokenizer.kind = 'char' with train.start"):
+        start.resolve(config_of(path, tokenizer__kind="char"), tmp_path)
+    with pytest.raises(ValueError, match="model.vocab_size = 200 .*\n  Accepted: 0, or 300 or more"):
+        start.resolve(config_of(path, model__vocab_size=200), tmp_path)
+    bare = tmp_path / "bare.gguf"
+    tiny_gguf.write(bare, tiny_gguf.stored(tiny_gguf.tensors(np.random.default_rng(5))), tiny_gguf.model_values())
+    with pytest.raises(ValueError, match="has no tokenizer.\n  Accepted: .*tokenizer.path.\n  "):
+        start.resolve(config_of(bare), tmp_path)
+
+
+def test_a_start_that_is_gone(sources: dict[str, Path], tmp_path: Path) -> None:
+    """Is missed by a first start, and not by a run that has begun."""
+    gone = config_of(tmp_path / "gone")
+    with pytest.raises(ValueError, match="no run in '.*gone': it does not exist") as error:
+        start.resolve(gone, tmp_path / "new")
+    assert len(str(error.value).splitlines()) == 3
+    config = start.resolve(config_of(sources["gguf"]), tmp_path)
+    config.train.start = str(tmp_path / "gone")
+    run = sources["scan"]
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "config.json").write_text(schema.to_json(config))
+    (begun / "checkpoints").symlink_to(run / "checkpoints")
+    assert start.resolve(gone, begun) == config
+    with pytest.raises(ValueError, match="it does not exist"):
+        start.resolve(config_of(tmp_path / "another"), begun)
+
+
+def test_new_tokens_begin_as_the_mean_of_the_others(sources: dict[str, Path], tmp_path: Path) -> None:
+    """In both tables; with adapters they have rows of their own, which are trained."""
+    for transforms in ((), ("lora",)):
+        config = config_of(sources["gguf"], model__vocab_size=tiny_gguf.VOCAB + 2, train__transforms=transforms)
+        session, params, said = begin(config, tmp_path)
+        assert said.endswith("; 2 new tokens begin as the mean of the others")
+        table = np.asarray(adapt.merged(params)["embed"]["tokens"], np.float64)
+        np.testing.assert_allclose(table[-2:], np.broadcast_to(table[:-2].mean(0), (2, tiny_gguf.WIDTH)), atol=1e-7)
+        expected = runs.load(sources["gguf"]).params["embed"]["tokens"]
+        np.testing.assert_array_equal(table[:-2], expected)
+        names = tree.names(session.abstract.params)
+        assert ("embed/tokens/rows" in names and "embed/tokens/base" not in names) == bool(transforms)
+
+
+def test_another_head_is_drawn_at_random(sources: dict[str, Path], tmp_path: Path) -> None:
+    """And never made of rows that meant something else."""
+    fields = {"model__head": "classify", "model__classes": 5, "train__objective": "sequence_classification"}
+    _, params, said = begin(config_of(sources["gguf"], **fields), tmp_path)
+    assert said.endswith("; drawn at random: head/kernel")
+    assert params["head"]["kernel"].shape == (5, tiny_gguf.WIDTH)
+    run = write_run(tmp_path / "classes", model__name="llama", model__layers=1)
+    config = schema.load(run / "config.json")
+    config.model.head, config.model.classes = "classify", 3
+    (run / "config.json").write_text(schema.to_json(config))
+    params = models.build(schema.with_vocabulary(config, BYTES)).init(jax.random.key(8))
+    save(run, params)
+    for classes, remark in ((3, ""), (5, "; drawn at random: head/kernel; not used: head/kernel")):
+        _, found, said = begin(config_of(run, **(fields | {"model__classes": classes})), tmp_path)
+        assert said == f"begins with {run}{remark}"
+        equal(found["embed"], params["embed"])
+        assert classes == 5 or np.array_equal(found["head"]["kernel"], params["head"]["kernel"])
+    _, found, said = begin(config_of(run), tmp_path)
+    assert said.endswith("; drawn at random: head/kernel; not used: head/kernel") and found["head"]["kernel"].shape[0] == BYTES
+    with pytest.raises(ValueError, match="has no head/kernel, .*not trained.\n  Accepted: .*lora.also = 'head/.\\*'"):
+        begin(config_of(run, train__transforms=("lora",)), tmp_path)
+    _, found, _ = begin(config_of(run, train__transforms=("lora",), lora__also="head/.*"), tmp_path)
+    assert isinstance(found["head"]["kernel"], jax.Array)
+
+
+def test_frozen_matrices_in_bfloat16(sources: dict[str, Path], tmp_path: Path) -> None:
+    """Half the bytes; what is computed is that of the rounded weights, also after a checkpoint."""
+    fields = {"train__transforms": ("lora",), "lora__rank": 2, "model__layers_as": "scan"}
+    session, params, _ = begin(config_of(sources["scan"], **fields, precision__frozen="bfloat16"), tmp_path)
+    wide, exact, _ = begin(config_of(sources["scan"], **fields), tmp_path)
+
+    def matrices(tree_: Any) -> list[Any]:
+        return [leaf for leaf in jax.tree.leaves(tree_) if leaf.ndim > 2 or (leaf.ndim == 2 and min(leaf.shape) > 2)]
+
+    narrow = {leaf.dtype for leaf in matrices(session.abstract.frozen)}
+    assert narrow == {jnp.dtype("bfloat16")} and {leaf.dtype for leaf in matrices(wide.abstract.frozen)} == {jnp.dtype("float32")}
+    rounded = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype).astype(leaf.dtype), exact, params)
+    np.testing.assert_array_equal(logits.of(session.config, params), logits.of(wide.config, rounded))
+    equal(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), rounded)
