@@ -201,7 +201,7 @@ class _Placing:
         self._lay(path, host)
 
     def _lay(self, path: Any, host: np.ndarray) -> None:
-        key, name = jax.tree_util.keystr(path), tree.path_name(path)
+        key = jax.tree_util.keystr(path)
         layer = next((part.idx for part in path if isinstance(part, jax.tree_util.SequenceKey)), 0)
         # Waits, or copies of many parameters would be in memory at once.
         self._placed[key] = jax.block_until_ready(self._program(path, layer)(host, np.int32(layer)))

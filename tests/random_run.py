@@ -39,7 +39,8 @@ def write_run(directory: Path, **fields: Any) -> Path:
     config.model.vocab_size = prepared.tokenizer.vocab_size
     model, checkpoints = models.build(config), Checkpoints(directory / "checkpoints", keep_last=len(STEPS))
     for step in STEPS:
-        params = state.narrowed(jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(step))), model.axes, config)
+        scaled = jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(step)))
+        params = state.narrowed(scaled, model.axes, config, state.trains(config, model.axes))
         average = {"ema": jax.tree.map(lambda x: x / 2, params)} if config.train.ema_decay else {}
         checkpoints.save(step, {"params": params} | average)
     checkpoints.close()
