@@ -2,13 +2,14 @@
 
 The text is what the template writes, encoded once, as a prompt is (encoding.py). Where an answer stands in it is said by the template's
 {% generation %}; a template without one is asked twice: an answer begins where the text of what stands before it ends, with the
-beginning of the next answer, and the text with the answer must go on from there. In both ways an answer goes up to the first token
-that ends it, and with it.
+beginning of the next answer, and the text with the answer must go on from there, whatever follows. In both ways an answer goes up to
+the token that ends it, and with it.
 
 A token is trained if it holds a character of an answer. One that also holds characters before it (`joined`) is one that no model
 comes to write, as its first half is then given: a template should end what stands before an answer with a special token or a newline.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,9 @@ from jaxllm.types import Tokenizer
 QUESTION = "a-question-to-look-for"
 # [start, stop) of an answer in a text, with the token that ends it.
 Span = tuple[int, int]
+
+
+NO_END = "no token that ends the answer"
 
 
 class Refused(ValueError):
@@ -68,11 +72,12 @@ def make(tokenizer: Tokenizer, train_on: str) -> Callable[[Sequence[Message]], E
 def find(template: ChatTemplate, messages: Sequence[Message], ends: Mapping[str, int]) -> tuple[str, list[Span]]:
     """The conversation as text, and where its answers are. ends: the tokens that may end one."""
     rendered = render.marked(template, messages, add_generation_prompt=False)
-    text = rendered.text
-    spans = _marked(rendered, ends) if render.marks_answers(template) else _between(template, messages, text)
-    if not spans:
-        raise Refused("no answer that the chat template marks")
-    return text, [(start, _end(text, start, stop, ends)) for start, stop in spans]
+    if not render.marks_answers(template):
+        return rendered.text, _between(template, messages, rendered.text, ends)
+    spans = _marked(rendered, ends)
+    if len(spans) < sum(message["role"] == "assistant" for message in messages):
+        raise Refused("an answer that the chat template does not mark")
+    return rendered.text, spans
 
 
 def _check_marks(template: ChatTemplate) -> None:
@@ -87,11 +92,8 @@ def _check_marks(template: ChatTemplate) -> None:
         return
     marked = "".join(text[start:stop] for start, stop in spans)
     if QUESTION in marked or encoding.MARK not in marked:
-        what = (
-            "a user's message, so that all tokens would be trained"
-            if QUESTION in marked
-            else "no answer: no token would be trained"
-        )
+        all_or_none = "a user's message, so that all tokens would be trained", "no answer: no token would be trained"
+        what = all_or_none[QUESTION not in marked]
         raise ValueError(
             f"{{% generation %}} in the chat template marks {what}.\n  Accepted: it stands around what the assistant writes, and nothing"
             " else.\n  Correct the template, take it out (answers are then found by themselves), or set another chat.template."
@@ -99,40 +101,56 @@ def _check_marks(template: ChatTemplate) -> None:
 
 
 def _marked(rendered: render.Rendered, ends: Mapping[str, int]) -> list[Span]:
-    """What the template marks; parts that follow each other directly are one answer until a token ends it."""
+    """What the template marks, up to the token that ends it. Parts that touch are one answer until such a token comes."""
+    text = rendered.text
     spans: list[Span] = []
     for start, stop in rendered.spans:
         begun = spans[-1] if spans else (0, 0)
-        if spans and begun[1] == start and not any(token in rendered.text[slice(*begun)] for token in ends):
+        if spans and begun[1] == start and not any(token in text[slice(*begun)] for token in ends):
             spans[-1] = (begun[0], stop)
         else:
             spans.append((start, stop))
-    return spans
+    found = []
+    for start, stop in spans:
+        inside = start + len(text[start:stop].rstrip())
+        blank = len(text[stop:]) - len(text[stop:].lstrip())
+        behind = (stop + blank + len(token) for token in ends if text.startswith(token, stop + blank))
+        end = inside if text[start:inside].endswith(tuple(ends)) else max(behind, default=None)
+        if end is None:
+            raise Refused(NO_END)
+        found.append((start, end))
+    return found
 
 
-def _between(template: ChatTemplate, messages: Sequence[Message], text: str) -> list[Span]:
-    """Where each answer begins and what follows it, by the texts of the messages before it, with and without it."""
+def _between(template: ChatTemplate, messages: Sequence[Message], text: str, ends: Mapping[str, int]) -> list[Span]:
+    """Each answer, from the end of what is sent to get it to the first token behind its content that ends it."""
     spans = []
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         before = render.render(template, messages[:number], add_generation_prompt=True)
         after = render.render(template, messages[: number + 1], add_generation_prompt=False)
-        if not (after.startswith(before) and text.startswith(after)):
-            raise Refused("the chat template writes a message differently when others follow it")
-        spans.append((len(before), len(after)))
+        if not after.startswith(before):
+            raise Refused("the chat template begins an answer in another way than it asks for one")
+        # Some templates end a text by a token of its own, which is not there when other messages follow.
+        same, content = os.path.commonprefix([after, text]), message["content"]
+        head = before + _head(template, messages[: number + 1], before)
+        forms = (head + form for form in (content.rstrip(), content.strip()))
+        stop = next((len(form) for form in forms if same.startswith(form)), None)
+        if stop is None:
+            raise Refused("the chat template changes an answer, or changes it when other messages follow")
+        behind = [(at, -at - len(token)) for token in ends if (at := same.find(token, stop)) >= 0]
+        if not behind:
+            raise Refused(NO_END)
+        # Of two that begin at one place the longer one is meant.
+        spans.append((len(before), -min(behind)[1]))
     return spans
 
 
-def _end(text: str, start: int, stop: int, ends: Mapping[str, int]) -> int:
-    """Where the answer in text[start:stop] ends: behind the first token that ends it, which may follow upon white space."""
-    blank = len(text[stop:]) - len(text[stop:].lstrip())
-    places = [(place, place + len(token)) for token in ends if token and (place := text.find(token, start)) >= 0]
-    within = [(place, end) for place, end in places if place <= stop + blank]
-    if not within:
-        raise Refused("no token that ends the answer")
-    # Of two that begin at one place the longer one is meant.
-    return min(within, key=lambda found: (found[0], -found[1]))[1]
+def _head(template: ChatTemplate, messages: Sequence[Message], before: str) -> str:
+    """What the template writes between `before`, which asks for the last of the messages, and its content."""
+    known = [*messages[:-1], {**messages[-1], "content": encoding.MARK}]
+    return render.render(template, known, add_generation_prompt=False)[len(before) :].partition(encoding.MARK)[0]
 
 
 def _mark(located: Located, spans: Sequence[Span], train_on: str) -> Encoded:

@@ -87,16 +87,26 @@ def test_what_is_trained_on() -> None:
 
 CHAT = "{% for m in messages %}{{ m.role + ': ' + m.content + '</s>' }}{% endfor %}"
 GROWING = "{% for m in messages %}{{ m.role + ': ' + (m.content if loop.last else m.content[:2]) + '</s>' }}{% endfor %}"
+CHANGING = (
+    "{% for m in messages %}{{ m.role + ': ' + ('' if loop.last or m.role == 'user' else '-') + m.content + '</s>' }}{% endfor %}"
+)
 TAGGED = "{{% for m in messages %}}{}{{% endfor %}}".format
 
 
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (GROWING, "the chat template writes a message differently when others follow it"),
+        (GROWING, "begins an answer in another way than it asks for one"),
+        (CHANGING, "the chat template changes an answer, or changes it when other messages follow"),
+        (CHAT.replace("m.content", "m.content | upper"), "the chat template changes an answer"),
+        (CHAT + "{{ '<think>' if add_generation_prompt }}", "begins an answer in another way than it asks for one"),
         (CHAT.replace("</s>", "\\n"), "no token that ends the answer"),
         (TAGGED("{{ m.content }}{% generation %}{{ m.content if m.role == 'robot' }}{% endgeneration %}"), None),
-        (TAGGED("{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}\n{% endif %}"), "no token that ends"),
+        (TAGGED("{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{{ '.' }}{% endif %}"), "no token"),
+        (
+            TAGGED("{% if loop.last %}{% generation %}{{ m.content + '</s>' }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"),
+            "an answer that the chat template does not mark",
+        ),
         ("{{ '<s><s>' }}" + CHAT, "two bos tokens at the beginning"),
         ("{{ raise_exception('only ' + 'two') if messages | length > 2 }}" + CHAT, r"the chat template refuses it \(only two\)"),
     ],
@@ -120,6 +130,25 @@ def test_marks_around_everything_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"marks a user's message, so that all tokens would be trained.\n  Accepted: "):
             answers.make(tokenizer(template), "assistant")
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        # As Phi-3: the text has an end of its own, which goes when others follow.
+        (CHAT + "{{ '<|eot_id|>' if not add_generation_prompt else 'assistant: ' }}", "{}</s>"),
+        # As Kimi-K3: what ends an answer also ends the role before it, and the answer is trimmed.
+        ("{% for m in messages %}{{ m.role + '</s>' + m.content | trim + '\n</s>' }}{% endfor %}", "assistant</s>{}\n</s>"),
+    ],
+)
+def test_ends_of_templates_without_marks(template: str, expected: str) -> None:
+    made = tokenizer(template)
+    text, spans = answers.find(made.template, TALK, encoding.ends(made))
+    contents = [message["content"].strip() if "trim" in template else message["content"] for message in TALK[1::2]]
+    assert [text[start:stop] for start, stop in spans] == [expected.format(content) for content in contents]
+    short = [TALK[0], {"role": "assistant", "content": "t"}]
+    text, ((start, stop),) = answers.find(made.template, short, encoding.ends(made))
+    assert text[start:stop] == expected.format("t"), "not the letter in the role before it"
 
 
 def test_the_only_answer_to_two_answers_in_a_row() -> None:
