@@ -115,7 +115,8 @@ def test_every_objective_can_be_replayed(case: tuple[ConfigDict, Prepared]) -> N
     first = len(prepared.train)
     for place, row in enumerate(rows):
         part, row_of = (prepared.train, row) if row < first else (prepared.replay, row - first)
-        alone = prepared.make_batch(config)(part.rows(np.array([row_of])), np.array([row]), 1, 2)
+        make_batch = (prepared.make_batch if row < first else prepared.make_replay_batch)(config)
+        alone = make_batch(part.rows(np.array([row_of])), np.array([row]), 1, 2)
         for name, array in alone.items():
             np.testing.assert_array_equal(batch[name][place], array[0], err_msg=name)
 
