@@ -89,11 +89,10 @@ def define_flags() -> None:
 def main(arguments: list[str]) -> None:
     action, *paths = arguments or [""]
     given, console = flags.FLAGS, Console(soft_wrap=True)
-    if action not in ACTIONS or (paths and action != "list"):
-        raise ValueError(
-            f"unexpected argument '{paths[0] if action in ACTIONS else action}'.\n  Accepted: list PATH ..., export, average; see --help.\n"
-            "  Begin with one of these."
-        )
+    if action not in ACTIONS or bool(paths) != (action == "list"):
+        unexpected = f"unexpected argument '{paths[0] if paths and action in ACTIONS else action}'"
+        what = "no action is given" if not action else unexpected if action != "list" else "no path is given"
+        raise ValueError(f"{what}.\n  Accepted: list PATH ..., export, average; see --help.\n  Begin with one of these.")
     if action == "list":
         show([row for path in paths for row in find(Path(path).expanduser())], console)
         return
