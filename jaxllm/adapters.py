@@ -166,12 +166,11 @@ def _row_of_run(workdir: Workdir, config: ConfigDict, kind: str) -> Row:
 
 def show(rows: Sequence[Row], console: Console) -> None:
     """Prints the table of `list`; an adapter of a run has the size that it would have as a file."""
-    right = ("rank", "alpha", "parameters", "MB")
-    names = (*Row._fields, "MB")
-    table = Table(*(Column(name, justify="right" if name in right else "left", overflow="fold") for name in names))
+    numbers = [Column(name, justify="right", no_wrap=True) for name in ("parameters", "MB")]
+    table = Table(Column("path", overflow="fold"), Column("adapter", overflow="fold"), *numbers)
     for row in rows:
-        size = f"{row.parameters * ITEM_BYTES / 1e6:.3g}"
-        table.add_row(*map(escape, row[:-1]), f"{row.parameters:,}", size)
+        words = f"{row.kind}, rank {row.rank}, alpha {row.alpha}\nof {row.targets}\non {row.base or 'a base that it does not name'}"
+        table.add_row(escape(row.path), escape(words), f"{row.parameters:,}", f"{row.parameters * ITEM_BYTES / 1e6:.3g}")
     console.print(table)
 
 
@@ -182,9 +181,10 @@ def export(directory: str, target: Path, step: int | None = None, base: str = ""
     """
     run = runs.load(directory, step)
     config, axes = run.config, run.model.axes
-    if run.imported is not None or not adapt.adapters(axes):
+    imported = run.imported is not None or peft.is_one(directory)
+    if imported or not adapt.adapters(axes):
         raise ValueError(
-            f"'{directory}' {'is no run' if run.imported else 'trained no adapter'}.\n"
+            f"'{directory}' {'is no run' if imported else 'trained no adapter'}.\n"
             "  Accepted: a run whose train.transforms has lora or dora.\n  Name such a run (whole models: python -m jaxllm.convert)."
         )
     whole = state.trainable(config, axes) - adapt.adapters(axes)
