@@ -89,11 +89,10 @@ def define_flags() -> None:
 def main(arguments: list[str]) -> None:
     action, *paths = arguments or [""]
     given, console = flags.FLAGS, Console(soft_wrap=True)
-    if action not in ACTIONS or (paths and action != "list"):
-        raise ValueError(
-            f"unexpected argument '{paths[0] if action in ACTIONS else action}'.\n  Accepted: list PATH ..., export, average; see --help.\n"
-            "  Begin with one of these."
-        )
+    if action not in ACTIONS or bool(paths) != (action == "list"):
+        unexpected = f"unexpected argument '{paths[0] if paths and action in ACTIONS else action}'"
+        what = "no action is given" if not action else unexpected if action != "list" else "no path is given"
+        raise ValueError(f"{what}.\n  Accepted: list PATH ..., export, average; see --help.\n  Begin with one of these.")
     if action == "list":
         show([row for path in paths for row in find(Path(path).expanduser())], console)
         return
@@ -167,12 +166,11 @@ def _row_of_run(workdir: Workdir, config: ConfigDict, kind: str) -> Row:
 
 def show(rows: Sequence[Row], console: Console) -> None:
     """Prints the table of `list`; an adapter of a run has the size that it would have as a file."""
-    right = ("rank", "alpha", "parameters", "MB")
-    names = (*Row._fields, "MB")
-    table = Table(*(Column(name, justify="right" if name in right else "left", overflow="fold") for name in names))
+    numbers = [Column(name, justify="right", no_wrap=True) for name in ("parameters", "MB")]
+    table = Table(Column("path", overflow="fold"), Column("adapter", overflow="fold"), *numbers)
     for row in rows:
-        size = f"{row.parameters * ITEM_BYTES / 1e6:.3g}"
-        table.add_row(*map(escape, row[:-1]), f"{row.parameters:,}", size)
+        words = f"{row.kind}, rank {row.rank}, alpha {row.alpha}\nof {row.targets}\non {row.base or 'a base that it does not name'}"
+        table.add_row(escape(row.path), escape(words), f"{row.parameters:,}", f"{row.parameters * ITEM_BYTES / 1e6:.3g}")
     console.print(table)
 
 
@@ -183,9 +181,10 @@ def export(directory: str, target: Path, step: int | None = None, base: str = ""
     """
     run = runs.load(directory, step)
     config, axes = run.config, run.model.axes
-    if run.imported is not None or not adapt.adapters(axes):
+    imported = run.imported is not None or peft.is_one(directory)
+    if imported or not adapt.adapters(axes):
         raise ValueError(
-            f"'{directory}' {'is no run' if run.imported else 'trained no adapter'}.\n"
+            f"'{directory}' {'is no run' if imported else 'trained no adapter'}.\n"
             "  Accepted: a run whose train.transforms has lora or dora.\n  Name such a run (whole models: python -m jaxllm.convert)."
         )
     whole = state.trainable(config, axes) - adapt.adapters(axes)

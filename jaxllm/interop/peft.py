@@ -215,7 +215,8 @@ def _products(given: Settings, shapes: Collection[str]) -> dict[str, Product]:
     if not all((alpha, *own_alphas.values())):
         raise given.refuse("lora_alpha", 0, "a number above 0, also in alpha_pattern")
     products = {}
-    for module in dict.fromkeys(name.partition(".lora_")[0] for name in shapes if ".lora_" in name):
+    adapted = (name.partition(".lora_")[0] for name in shapes if ".lora_" in name and ".lora_embedding_" not in name)
+    for module in dict.fromkeys(adapted):
         own, own_alpha = peft_modules.look_up(own_ranks, module, rank), peft_modules.look_up(own_alphas, module, alpha)
         products[module] = Product(own, own_alpha / (math.sqrt(own) if given.get("use_rslora", False) else own))
     return products
@@ -234,7 +235,7 @@ def _check_tensors(adapter: Adapter) -> None:
         if module + part in present and adapter.shapes[module + part][axis : axis + 1] != (product.rank,)
     ]
     kinds = {"missing": sorted(expected - present), "unexpected": sorted(present - expected), "of another rank": wrong}
-    if not adapter.products:
+    if not adapter.products and not embeddings:
         kinds["missing"] = ["lora_A and lora_B of any module"]
     if any(kinds.values()):
         lines = [f"{adapter.where}: its tensors are not those of its {CONFIG}; nothing was loaded."]

@@ -4,7 +4,7 @@ The arrays of the base are shared, not copied.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from jaxllm import models
 from jaxllm.interop import families, peft_modules, weights
-from jaxllm.interop.peft import MAGNITUDE, A, Adapter, B
+from jaxllm.interop.peft import MAGNITUDE, A, Adapter, B, Product
 from jaxllm.interop.peft_params import copied, parts, plain
 from jaxllm.interop.rules import to_ours
 from jaxllm.interop.weights import Slot
@@ -58,8 +58,9 @@ def attach(params: Params, config: ConfigDict, adapter: Adapter) -> Attached:
     _check(adapter, parts(params, rules), exported.shapes, names, whole, copies)
     whole |= {name: whole[copy] for copy, name in copies.items() if copy in whole}
     table = weights.slots(plain(params), rules)
+    _check_layers((slot for slots in table.values() for slot in slots), adapter, names)
     placed = jax.tree.map_with_path(
-        lambda path, node: _place(path_name(path), node, table[jax.tree_util.keystr(path)], adapter, names, whole),
+        lambda path, node: _place(node, table[jax.tree_util.keystr(path)], adapter, names, whole),
         params,
         is_leaf=leaf.is_type,
     )
@@ -126,14 +127,29 @@ def _check(
         raise ValueError("\n".join(lines))
 
 
-def _place(
-    path: str, node: Any, slots: Sequence[Slot], adapter: Adapter, names: Mapping[str, str], whole: Mapping[str, str]
-) -> Any:
+def _check_layers(slots: Iterable[Slot], adapter: Adapter, names: Mapping[str, str]) -> None:
+    """ValueError unless all layers of a kernel have the same rank and scale: they are run, and kept in checkpoints, as one stack."""
+    found: dict[str, dict[Product | None, None]] = {}
+    for slot in slots:
+        if slot.rule.inputs:
+            module = names.get(peft_modules.of_tensor(slot.name))
+            found.setdefault(slot.rule.path, {})[adapter.products[module] if module else None] = None
+    for path, products in found.items():
+        if len(products) > 1:
+            listed = ", ".join(f"{each.rank} with scale {each.scale:g}" if each else "none" for each in products)
+            raise ValueError(
+                f"{adapter.where}: the layers of {path} have adapters of different ranks or scales ({listed}).\n"
+                "  Accepted: the same for all layers of a kernel; kernels may differ.\n"
+                "  Train all layers alike, without layers_to_transform and with a rank_pattern that does not name a layer."
+            )
+
+
+def _place(node: Any, slots: Sequence[Slot], adapter: Adapter, names: Mapping[str, str], whole: Mapping[str, str]) -> Any:
     """What stands in the place of one parameter of the base."""
     if any(slot.name in whole for slot in slots):
         return _replaced(node, slots, adapter, whole)
-    modules = [names.get(peft_modules.of_tensor(slot.name)) for slot in slots if slot.rule.inputs]
-    return _leaf(path, node, slots, adapter, modules) if any(modules) else node
+    modules = [names[module] for slot in slots if slot.rule.inputs and (module := peft_modules.of_tensor(slot.name)) in names]
+    return _leaf(node, slots, adapter, modules) if modules else node
 
 
 def _replaced(node: Any, slots: Sequence[Slot], adapter: Adapter, whole: Mapping[str, str]) -> jax.Array:
@@ -149,27 +165,19 @@ def _replaced(node: Any, slots: Sequence[Slot], adapter: Adapter, whole: Mapping
     return jnp.asarray(host)
 
 
-def _leaf(path: str, node: Any, slots: Sequence[Slot], adapter: Adapter, modules: Sequence[str | None]) -> Lora:
+def _leaf(node: Any, slots: Sequence[Slot], adapter: Adapter, modules: Sequence[str]) -> Lora:
     """The kernel of one layer, or of all, with what stands beside it."""
-    products = {adapter.products[module] if module else None for module in modules}
-    if len(products) > 1:
-        listed = ", ".join(f"{each.rank} with scale {each.scale:g}" if each else "none" for each in products)
-        raise ValueError(_uneven(adapter, path, listed))
-    (product,) = products
-    arrays = [_arrays(slot, adapter, module) for slot, module in zip(slots, modules, strict=True) if module]
+    arrays = [_arrays(slot, adapter, module) for slot, module in zip(slots, modules, strict=True)]
     stacked = [np.stack(each) if node.shape != slots[0].shape else each[0] for each in zip(*arrays, strict=True)]
     a, b, *magnitude = map(jnp.asarray, stacked)
-    assert product is not None
-    same: dict[str, Any] = {"base": node, "a": a, "b": b, "scale": product.scale, "dropout_frac": adapter.dropout_frac}
+    same: dict[str, Any] = {
+        "base": node,
+        "a": a,
+        "b": b,
+        "scale": adapter.products[modules[0]].scale,
+        "dropout_frac": adapter.dropout_frac,
+    }
     return Dora(**same, magnitude=magnitude[0]) if magnitude else Lora(**same)
-
-
-def _uneven(adapter: Adapter, path: str, listed: str) -> str:
-    return (
-        f"{adapter.where}: the layers of {path} have adapters of different ranks or scales ({listed}).\n"
-        "  Accepted: the same for all layers of a kernel; kernels may differ.\n"
-        "  Train all layers alike, without layers_to_transform and with a rank_pattern that does not name a layer."
-    )
 
 
 def _arrays(slot: Slot, adapter: Adapter, module: str) -> list[np.ndarray]:

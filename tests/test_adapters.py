@@ -1,0 +1,199 @@
+"""`python -m jaxllm.adapters` and `Adapters`: runs that trained adapters, their files, and what generate makes of both."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from random_run import write_run
+from rich.console import Console
+
+from jaxllm import adapters, convert, models, runs
+from jaxllm import config as schema
+from jaxllm.engine import state
+from jaxllm.engine.checkpoint import Checkpoints
+from jaxllm.interop import peft
+from jaxllm.transforms import adapt, tree
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENS_BT = np.random.default_rng(0).integers(0, 200, (2, 9))
+TRAINED = {
+    "lora": {"rank": 4, "targets": ".*(q|v)/kernel"},
+    "dora": {"rank": 2, "rslora": True, "also": "norm/scale"},
+    "pissa": {"rank": 3, "init": "pissa", "targets": ".*mlp/.*/kernel"},
+}
+
+
+def train(folder: Path, name: str, base: runs.Run, **settings: Any) -> None:
+    """A run as one that began with the base: its adapter has moved, and the rest is as it was."""
+    config = schema.load(folder / "first" / "config.json").copy_and_resolve_references()
+    config.train.transforms = ("dora" if name == "dora" else "lora",)
+    config.train.start = str(folder / "base")
+    config.model.layers_as = "scan" if name == "pissa" else "unrolled"
+    config.lora.update(settings)
+    (folder / name).mkdir()
+    (folder / name / "config.json").write_text(schema.to_json(config))
+    shutil.copytree(folder / "first" / "tokenizer", folder / name / "tokenizer")
+    config.model.vocab_size = base.config.model.vocab_size
+    model = models.build(config)
+    stacked = tree.stack_layers(base.params) if name == "pissa" else base.params
+    dense = config.copy_and_resolve_references()
+    dense.train.transforms = ()
+    params = adapt.Adaptation(models.build(dense).axes, model.config.transforms).params(stacked, jax.random.key(0))
+    moved, rng = state.trainable(config, model.axes), np.random.default_rng(1)
+    params = jax.tree.map_with_path(
+        lambda path, array: (
+            array + 0.1 * rng.normal(size=array.shape).astype("float32") if tree.path_name(path) in moved else array
+        ),
+        params,
+    )
+    checkpoints = Checkpoints(folder / name / "checkpoints")
+    checkpoints.save(5, {"params": params})
+    checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """first, a run; base, the same for transformers; lora, dora and pissa, which began with it; NAME_peft, their files."""
+    folder = tmp_path_factory.mktemp("adapters")
+    write_run(folder / "first", model__kv_heads=4)
+    convert.convert(folder / "first", folder / "base", "hf", None, Console(quiet=True))
+    base = runs.load(folder / "base")
+    for name, settings in TRAINED.items():
+        train(folder, name, base, **settings)
+        adapters.export(str(folder / name), folder / f"{name}_peft")
+    return folder
+
+
+def logits(run: runs.Run) -> np.ndarray:
+    return np.asarray(run.model.apply(run.params, TOKENS_BT))
+
+
+def command(*flags: str) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", *flags], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, errors="replace"
+    )
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_run_and_its_files_are_one_model(folder: Path, name: str) -> None:
+    run, opened = runs.load(folder / name), runs.load(folder / f"{name}_peft")
+    np.testing.assert_allclose(logits(opened), logits(run), atol=1e-4)
+    assert np.abs(logits(run) - logits(runs.load(folder / "base"))).max() > 0.1
+    assert opened.config.lora.rank == run.config.lora.rank * (2 if name == "pissa" else 1)
+    assert opened.config.train.transforms == run.config.train.transforms
+    assert opened.workdir.path == folder / f"{name}_peft"
+    elsewhere = runs.load(folder / f"{name}_peft", base=folder / "first")
+    np.testing.assert_allclose(logits(elsewhere), logits(opened), atol=1e-4)
+
+
+def test_one_base_and_several_adapters(folder: Path) -> None:
+    base = runs.load(folder / "base")
+    several = adapters.Adapters(base.params, base.config)
+    for name in TRAINED:
+        several.add(name, folder / f"{name}_peft")
+    assert several.names() == tuple(TRAINED)
+    assert several.use(None) is base.params
+    theirs = {id(array) for array in jax.tree.leaves(base.params)}
+    for name in (*TRAINED, *TRAINED):
+        params = several.use(name)
+        alone = runs.load(folder / f"{name}_peft")
+        np.testing.assert_array_equal(base.model.apply(params, TOKENS_BT), logits(alone))
+        trained = sum(array.size for array in jax.tree.leaves(params) if id(array) not in theirs)
+        assert trained == sum(np.prod(shape) for shape in peft.read(folder / f"{name}_peft").shapes.values())
+    with pytest.raises(ValueError, match=r"an adapter 'lora' is there already.\n  Accepted: a name other than lora, dora, pissa"):
+        several.add("lora", folder / "dora_peft")
+    with pytest.raises(ValueError, match=r"no adapter 'lara'.\n  Accepted: lora, dora, pissa, or None"):
+        several.use("lara")
+
+
+def test_an_adapter_with_a_head_of_its_own_is_opened_alone() -> None:
+    golden = ROOT / "tests" / "golden"
+    found = peft.read(golden / "peft" / "gpt2_head")
+    imported = runs.read_imported(golden / "gpt2")
+    params = runs.weights.load(imported).params
+    with pytest.raises(ValueError, match=r"has an output head of its own[\s\S]*Accepted: [\s\S]*jaxllm.runs.load"):
+        adapters.Adapters(params, imported.config).add("head", found.where)
+
+
+def test_list(folder: Path) -> None:
+    done = command("jaxllm.adapters", "list", str(folder), str(ROOT / "tests" / "golden" / "peft" / "llama_rslora"))
+    assert done.returncode == 0, done.stderr
+    rows = {Path(row.path).name: row for row in adapters.find(folder)}
+    assert rows.keys() == {*TRAINED, *(f"{name}_peft" for name in TRAINED)}
+    assert rows["dora_peft"][2:5] == ("dora, rslora", "2", "32") and rows["dora"][2:5] == ("dora, rslora", "2", "32")
+    assert rows["pissa"].kind == "lora, pissa" and rows["pissa_peft"].rank == "6"
+    for name in ("lora", "dora"):
+        assert rows[name].parameters == rows[f"{name}_peft"].parameters
+        assert rows[name].base == rows[f"{name}_peft"].base == str(folder / "base")
+    for words in ("dora, rslora, rank 2, alpha 32", "of q_proj, v_proj", f" {rows['lora'].parameters:,} "):
+        assert words in done.stdout
+    with pytest.raises(ValueError, match=r"is no adapter, and has none in it.\n  Accepted: a run whose train.transforms"):
+        adapters.find(folder / "base")
+
+
+def test_export_average_and_generate(folder: Path, tmp_path: Path) -> None:
+    done = command("jaxllm.adapters", "export", "--run", str(folder / "lora"), "--to", str(tmp_path / "one"), "--base=moved")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "one" / peft.CONFIG).read_text())["base_model_name_or_path"] == "moved"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
+    both = ("--from", str(folder / "lora_peft"), "--from", str(folder / "pissa_peft"))
+    done = command("jaxllm.adapters", "average", *both, "--to", str(tmp_path / "mean"), "--weights=0.5,0.25", "--rank=3")
+    assert done.returncode == 0, done.stderr
+    assert "relative error (Frobenius)" in done.stdout and "0.25 * " in done.stdout
+    assert {product.rank for product in peft.read(tmp_path / "mean").products.values()} == {3}
+    prompt = ("--prompt=The quick", "--max_tokens=8", "--temperature=0")
+    texts = [
+        command("jaxllm.generate", f"--run={path}", *flags, *prompt).stdout
+        for path, flags in ((folder / "lora", ()), (tmp_path / "one", (f"--base={folder / 'base'}",)))
+    ]
+    assert texts[0] == texts[1] != ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("lsit", "x"), "unexpected argument 'lsit'.\n  Accepted: list PATH ..., export, average"),
+        ((), "no action is given.\n  Accepted: list PATH ..., export, average"),
+        (("list",), "no path is given.\n  Accepted: list PATH ..."),
+        (("export", "--run=x"), "--to is not given.\n  Accepted: a directory that does not exist"),
+        (("export", "--run=x", "--to=jaxllm"), "--to jaxllm is there already"),
+    ],
+)
+def test_misuse(flags: tuple[str, ...], words: str) -> None:
+    done = command("jaxllm.adapters", *flags)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+
+
+def test_what_is_not_exported(folder: Path) -> None:
+    target = folder / "x"
+    for name, words in (("first", r"'.*first' trained no adapter"), ("base", r"'.*base' is no run"), ("lora_peft", "is no run")):
+        with pytest.raises(ValueError, match=rf"{words}.\n  Accepted: a run whose train.transforms"):
+            adapters.export(str(folder / name), target)
+    with pytest.raises(
+        ValueError, match=r"took a part of each kernel away, and its base 'gone' is not here.\n  Accepted: the model"
+    ):
+        adapters.export(str(folder / "pissa"), target, base="gone")
+    with pytest.raises(ValueError, match=r"1 adapters to average.\n  Accepted: two or more"):
+        adapters.average([str(folder / "lora_peft")], target)
+    with pytest.raises(ValueError, match=r"--weights 1,b for 2 adapters.\n  Accepted: 2 numbers"):
+        adapters.average([str(folder / "lora_peft")] * 2, target, ["1", "b"])
+    assert not target.exists()
+
+
+def test_a_base_that_is_not_there(folder: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"is an adapter, and its base 'gone' is not a path here.\n  Accepted: the model .*\n  Give"
+    ):
+        runs.load(folder / "lora_peft", base="gone")
+    with pytest.raises(ValueError, match=r"--base x with '.*first', which is no adapter.\n  Accepted: "):
+        runs.load(folder / "first", base="x")
+    with pytest.raises(ValueError, match=r"step 3 of '.*lora_peft', which is no run"):
+        runs.load(folder / "lora_peft", 3)
