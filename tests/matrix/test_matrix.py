@@ -14,3 +14,13 @@ def test_a_mesh_computes_what_one_device_does(family: str, column: str, record_p
     array = max(found, key=found.__getitem__)
     record_property("cell", [family, column, loss, found[array], array])
     assert loss <= 1e-5 and found[array] <= 1e-5, (loss, array, found[array])
+
+
+@pytest.mark.parametrize("column", columns.COLUMNS)
+@pytest.mark.parametrize(
+    ("adapter", "family"), [*(("lora", family) for family in columns.FAMILIES), ("dora", "llama"), ("dora", "t5")]
+)
+def test_a_mesh_trains_adapters_as_one_device_does(adapter: str, family: str, column: str) -> None:
+    found = columns.deviations(family, column, adapter)
+    array = max(found, key=found.__getitem__)
+    assert found[array] <= 1e-5, (array, found[array])

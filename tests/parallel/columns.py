@@ -49,12 +49,17 @@ def overrides(family: str, column: str) -> dict[str, Any]:
     return given
 
 
+# Adapters of a size that moves what the kernels do by about as much as they are.
+ADAPTERS = {kind: {"train__transforms": (kind,), "lora__rank": 4, "lora__alpha": 4.0} for kind in ("lora", "dora")}
+
+
 @cache
-def _one_device(family: str) -> Any:
-    return combinations.run(combinations.config_of(family), combinations.batch_of(family))
+def _one_device(family: str, adapter: str) -> Any:
+    return combinations.run(combinations.config_of(family, **ADAPTERS.get(adapter, {})), combinations.batch_of(family))
 
 
-def deviations(family: str, column: str) -> dict[str, float]:
-    """Of a cell: `combinations.deviations` of the loss and of each array of gradients."""
-    found = combinations.run(combinations.config_of(family, **overrides(family, column)), combinations.batch_of(family))
-    return combinations.deviations(found, _one_device(family))
+def deviations(family: str, column: str, adapter: str = "") -> dict[str, float]:
+    """Of a cell: `combinations.deviations` of the loss and of each array of gradients. adapter: lora, dora or none."""
+    given = overrides(family, column) | ADAPTERS.get(adapter, {})
+    found = combinations.run(combinations.config_of(family, **given), combinations.batch_of(family))
+    return combinations.deviations(found, _one_device(family, adapter))

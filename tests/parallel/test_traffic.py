@@ -59,6 +59,8 @@ MIXED = {"parallel__data": 2, "parallel__fsdp": 4}
         ("bert", {**SCAN, **MIXED, "parallel__zero_stage": 3, "model__remat": "named"}),
         ("t5", {**UNROLLED, **MIXED, "parallel__zero_stage": 1}),
         ("transformer", {**SCAN, **MIXED, "parallel__zero_stage": 3, "model__remat": "dots"}),
+        ("llama", {**SCAN, **MIXED, "parallel__zero_stage": 3, "train__transforms": ("lora",), "train__microbatches": 2}),
+        ("gpt", {**SCAN, **MIXED, "parallel__zero_stage": 2, "train__transforms": ("dora",)}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(str(part) for part in value.values()),
 )
