@@ -1,13 +1,15 @@
-"""Adapters: what there is, files for PEFT, and averages.
+"""Adapters: what there is, training several, files for PEFT, and averages.
 
   python -m jaxllm.adapters list PATH ...
+  python -m jaxllm.adapters train --config FILE [--config.a.b=value ...] --data NAME=SOURCE --data NAME=SOURCE ... [--workdir DIR]
   python -m jaxllm.adapters export --run RUN --to DIR [--step N] [--base PATH]
   python -m jaxllm.adapters average --from DIR --from DIR ... --to DIR [--weights 0.5,0.5] [--rank R]
 
-PATH is an adapter (a run that trained one, or a directory with adapter_config.json), or a directory of such. export writes the adapter of
-a run as PEFT does; --base is the model that the run began with, where its config does not say it. average adds up what the adapters of
-PEFT add to the weights, times their weights: exactly, with the sum of their ranks, or as well as rank R can. `Adapters` holds several
-beside one base.
+PATH is an adapter (a run that trained one, or a directory with adapter_config.json), or a directory of such. train trains one on each
+SOURCE, a data.source, in the run directory DIR/NAME, with the base in memory once; the same command goes on where it was. export writes
+the adapter of a run as PEFT does; --base is the model that the run began with, where its config does not say it. average adds up what
+the adapters of PEFT add to the weights, times their weights: exactly, with the sum of their ranks, or as well as rank R can. `Adapters`
+holds several beside one base.
 """
 
 import math
@@ -23,7 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from jaxllm import command, models, runs
+from jaxllm import command, models, runs, series
 from jaxllm import config as schema
 from jaxllm.data import tokenize
 from jaxllm.engine import state
@@ -34,7 +36,7 @@ from jaxllm.transforms import adapt, tree
 from jaxllm.types import Params
 
 KINDS = ("lora", "dora")
-ACTIONS = ("list", "export", "average")
+ACTIONS = ("list", "train", "export", "average")
 ITEM_BYTES = 4
 
 
@@ -77,6 +79,8 @@ class Adapters:
 def define_flags() -> None:
     # The action comes before the flags.
     flags.FLAGS.set_gnu_getopt(True)
+    command.define_flags()
+    flags.DEFINE_multi_string("data", [], "train: NAME=SOURCE, once for each adapter; its run directory is NAME in --workdir")
     flags.DEFINE_string("run", "", "export: run directory that trained an adapter")
     flags.DEFINE_integer("step", None, "export: checkpoint to use; default: the newest")
     flags.DEFINE_string("base", "", "export: the model that the run began with; default: its train.start")
@@ -86,21 +90,24 @@ def define_flags() -> None:
     flags.DEFINE_integer("rank", None, "average: of the result; default: the sum of the ranks, which is exact", lower_bound=1)
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int | None:
     action, *paths = arguments or [""]
     given, console = flags.FLAGS, Console(soft_wrap=True)
     if action not in ACTIONS or bool(paths) != (action == "list"):
         unexpected = f"unexpected argument '{paths[0] if paths and action in ACTIONS else action}'"
         what = "no action is given" if not action else unexpected if action != "list" else "no path is given"
-        raise ValueError(f"{what}.\n  Accepted: list PATH ..., export, average; see --help.\n  Begin with one of these.")
+        raise ValueError(f"{what}.\n  Accepted: list PATH ..., train, export, average; see --help.\n  Begin with one of these.")
     if action == "list":
         show([row for path in paths for row in find(Path(path).expanduser())], console)
-        return
+        return None
+    if action == "train":
+        return series.main(given["data"].value or ())
     target = _target(given.to)
     if action == "export":
         console.print(export(given.run, target, given.step, given.base), markup=False, highlight=False)
     else:
         console.print(average(given["from"].value or (), target, given.weights, given.rank), markup=False, highlight=False)
+    return None
 
 
 class Row(NamedTuple):

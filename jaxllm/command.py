@@ -40,16 +40,26 @@ def define_flags() -> None:
 
 def experiment() -> tuple[ConfigDict, Path]:
     """(the checked and locked config, the run directory) that the flags ask for."""
-    given: Any = flags.FLAGS["config"]
-    if given.value is None:
-        raise ValueError(_no_config())
-    check_fields(given.value)
-    path = Path(given.config_filename)
-    name = path.resolve().parent.name if path.suffix == ".json" else path.stem
-    workdir = Path(flags.FLAGS.workdir or Path("runs", name)).expanduser()
-    config = start.resolve(given.value, workdir)
+    config, workdir = given()
+    return resolved(config, workdir), workdir
+
+
+def resolved(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """The config of a run in `workdir`, with what the model that it begins with says, and checked."""
+    config = start.resolve(config, workdir)
     check(config)
-    return config, workdir
+    return config
+
+
+def given() -> tuple[ConfigDict, Path]:
+    """(the config as it was given, the run directory); ValueError if there is no config."""
+    flag: Any = flags.FLAGS["config"]
+    if flag.value is None:
+        raise ValueError(_no_config())
+    check_fields(flag.value)
+    path = Path(flag.config_filename)
+    name = path.resolve().parent.name if path.suffix == ".json" else path.stem
+    return flag.value, Path(flags.FLAGS.workdir or Path("runs", name)).expanduser()
 
 
 def run(main: Callable[[list[str]], int | None], positional: bool = False) -> None:

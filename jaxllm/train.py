@@ -10,18 +10,19 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from jaxllm import command, dry_run, start
+from jaxllm import command, dry_run
+from jaxllm.beginning import Beginning
 from jaxllm.config import flatten, with_classes, with_vocabulary
 from jaxllm.data import loader, mixture
 from jaxllm.data.prepare import Prepared, place, prepare
@@ -44,7 +45,6 @@ from jaxllm.report import runs
 from jaxllm.report.summary import describe_change
 from jaxllm.report.training import write_report
 from jaxllm.transforms import tree
-from jaxllm.types import Params
 
 # How long a save in progress may still take when the run hangs.
 SETTLE_SECS = 5.0
@@ -57,16 +57,22 @@ def main(arguments: list[str]) -> int:
     if flags.FLAGS.dry_run:
         dry_run.show(config, place(config, path), console)
         return 0
-    compilation.use_cache()
-    with distributed.started(partial(_say, console)), command.Explained():
-        if not processes.is_first():
-            console = Console(quiet=True, force_terminal=False)
-        _check(config)
-        with _open(path) as workdir:
+    with started() as console:
+        check_here(config)
+        with open_run(path) as workdir:
             return run(config, workdir, console)
 
 
-def _check(config: ConfigDict) -> None:
+@contextmanager
+def started() -> Iterator[Console]:
+    """Joins the processes of the run, and gives what it is printed on: of the first process alone. Explains errors."""
+    console = Console(soft_wrap=True)
+    compilation.use_cache()
+    with distributed.started(partial(_say, console)), command.Explained():
+        yield console if processes.is_first() else Console(quiet=True, force_terminal=False)
+
+
+def check_here(config: ConfigDict) -> None:
     """ValueError for what cannot run here, before a directory is made."""
     fields = {key: repr(value) for key, value in flatten(config).items()}
     processes.check_same(fields, "the config", "Start all processes with the same command.")
@@ -75,30 +81,51 @@ def _check(config: ConfigDict) -> None:
     check(config, mesh_plan)
 
 
-def run(config: ConfigDict, workdir: Workdir, console: Console) -> int:
-    """Trains in an open run directory; the exit code: 0, or 128 + the signal that ended the run early.
+class Ready(NamedTuple):
+    """A run whose data is there. config: with what the data decides; newest: the checkpoint that it goes on from, if there is one."""
 
-    A run that hangs ends the process with `watchdog.HANG`.
-    """
-    limits = {"step_secs": config.watchdog.step_secs, "beside_secs": config.watchdog.beside_secs}
-    with Watchdog(workdir.hosts, **limits, process=jax.process_index(), processes=jax.process_count()) as watchdog:
-        return _run(config, workdir, console, watchdog)
+    config: ConfigDict
+    plan: plan.Plan
+    prepared: Prepared
+    checkpoints: Checkpoints
+    newest: int | None
 
 
-def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watchdog) -> int:
-    say = partial(_say, console)
+def get_ready(config: ConfigDict, workdir: Workdir, say: Callable[[str], None]) -> Ready:
+    """Prepares the data of the run in an open run directory. ValueError for what cannot be trained, or not be continued like this."""
     checkpoints = Checkpoints(workdir.checkpoints, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best)
     newest = _newest(checkpoints)
     resuming, rows = newest is not None, _rows(checkpoints, newest, workdir)
     workdir.adopt_config(config, resuming=resuming)
     mesh_plan = plan.make(config)
-    compilation.distrust_cache(mesh_plan.mesh.devices.flat[0].platform, mesh_plan.mesh.size)
     check(config, mesh_plan)  # before hours may go into the preparation of data
-    for note in fits.notes(config, mesh_plan.mesh.shape):
-        say(f"warning: {note}")
     prepared = _prepare(config, workdir, rows, say)
     config = with_classes(with_vocabulary(config, prepared.tokenizer.vocab_size), len(prepared.labels))
     workdir.adopt_config(config, resuming=resuming)
+    return Ready(config, mesh_plan, prepared, checkpoints, newest)
+
+
+def run(config: ConfigDict, workdir: Workdir, console: Console, beginning: Beginning | None = None) -> int:
+    """Trains in an open run directory; the exit code: 0, or 128 + the signal that ended the run early.
+
+    beginning: one that is shared with other runs. A run that hangs ends the process with `watchdog.HANG`.
+    """
+    limits = {"step_secs": config.watchdog.step_secs, "beside_secs": config.watchdog.beside_secs}
+    with Watchdog(workdir.hosts, **limits, process=jax.process_index(), processes=jax.process_count()) as watchdog:
+        return _run(config, workdir, console, watchdog, beginning or Beginning())
+
+
+def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watchdog, beginning: Beginning) -> int:
+    say = partial(_say, console)
+    config, mesh_plan, prepared, checkpoints, newest = get_ready(config, workdir, say)
+    begin = newest or 0
+    if begin >= config.train.steps:
+        say(f"this run is at step {begin} of {config.train.steps} already. Raise train.steps to go on. Writing its report again.")
+        _report(workdir, say)
+        return 0
+    for note in fits.notes(config, mesh_plan.mesh.shape):
+        say(f"warning: {note}")
+    compilation.distrust_cache(mesh_plan.mesh.devices.flat[0].platform, mesh_plan.mesh.size)
     session = build_session(config, mesh_plan)
     if processes.is_first():
         shutil.copytree(prepared.directory / "tokenizer", workdir.tokenizer, dirs_exist_ok=True)
@@ -106,20 +133,15 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
         checkpoints.remove_incomplete()
         check_space(workdir.checkpoints, _bytes_to_come(session, checkpoints))
     watchdog.beside("restoring or creating the state", 0)
-    state = checkpoints.restore(session.abstract, newest).tree if resuming else session.create(_params(session, say))
-    begin = int(state.step)
-    if begin >= config.train.steps:
-        say(f"this run is at step {begin} of {config.train.steps} already. Raise train.steps to go on. Writing its report again.")
-        _report(workdir, say)
-        return 0
+    state = beginning.create(session, say) if newest is None else beginning.restore(session, checkpoints, newest, say)
     sampler = samples.make(config, prepared.tokenizer, say)
-    what = f"resuming at step {begin}" if resuming else "starting"
+    what = "starting" if newest is None else f"resuming at step {begin}"
     say(f"{what}: {config.model.name}, {count(session.abstract.params):,} trainable parameters")
     if prepared.replay is not None:
         say(mixture.describe(config, prepared.train, prepared.replay))
     say(f"{session.positions_a_step:,} tokens a step, {config.train.steps:,} steps; compiling ...")
     watchdog.beside("compiling", begin)
-    compiled = session.compile()
+    compiled = beginning.compile(session)
     watchdog.collectives = hang.list_collectives(compiled.executable.as_text(), mesh_plan.mesh) if mesh_plan.mesh.size > 1 else []
     record = Record(workdir.environment, session, compiled, begin)
     watchdog.at_hang(lambda done: _end_at_hang(checkpoints, record, done))
@@ -131,22 +153,18 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
     record.end(step, reason)
     _report(workdir, say)
     if interrupts.decided is not None and step < config.train.steps:
-        say(f"{reason} at step {step}: everything is saved. To go on, run the same command again:\n  {_same_command()}")
+        say(f"{reason} at step {step}: everything is saved. To go on, run the same command again:\n  {same_command()}")
         return 128 + interrupts.decided
     say(f"done. Try: {_next_command(config, workdir)}")
+    beginning.end(state, interrupts)
     return 0
-
-
-def _params(session: Session, say: Callable[[str], None]) -> Params | None:
-    """Those of the model that the config begins with, if there is one."""
-    return start.load(session, say) if session.config.train.start else None
 
 
 def _say(console: Console, line: str) -> None:
     console.print(line, markup=False, highlight=False)
 
 
-def _open(path: Path) -> Workdir:
+def open_run(path: Path) -> Workdir:
     """The run directory, which the first process locks; ValueError on one that does not share it."""
     workdir = open_workdir(path) if processes.is_first() else Workdir(path)
     processes.check_shared(workdir.lock, "--workdir")
@@ -326,8 +344,9 @@ def _end_at_hang(checkpoints: Checkpoints, record: Record, done: int) -> str:
     return f"the newest checkpoint is that of step {newest}.{lost} The same command goes on from there."
 
 
-def _same_command() -> str:
-    return shlex.join([os.path.basename(sys.executable), "-m", "jaxllm.train", *sys.argv[1:]])
+def same_command() -> str:
+    """The command that this process was started with."""
+    return shlex.join([os.path.basename(sys.executable), "-m", f"jaxllm.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ LEVELS = (
         "command",
         "runs",
         "start",
+        "beginning",
+        "series",
         "logits",
         "api",
         "dry_run",

@@ -111,7 +111,7 @@ class Checkpoints:
         self.wait()
         frozen, changing = tree.split(state, {name for name in tree.names(state) if name.startswith(f"{FROZEN}/")})
         arrays = canonical.canonicalize(changing)
-        base = Record(int(step), None, _leaves(frozen, canonical.digests(frozen)), {}, {})
+        base = _record_of(frozen)
         belongs = base.fingerprint() if base.leaves else None
         loss = float(loss) if loss is not None and math.isfinite(loss) else None
         record = Record(int(step), loss, _leaves(changing, digests(arrays)), meta or {}, {}, belongs)
@@ -143,18 +143,23 @@ class Checkpoints:
         finally:
             self._writer.shutdown()
 
-    def restore(self, template: Any, step: int | None = None) -> Restored:
+    def restore(self, template: Any, step: int | None = None, *, frozen: Any = None) -> Restored:
         """The whole state of `step` (None: the newest), verified.
 
-        template: the state as jax.ShapeDtypeStructs with shardings, in either form of the layer stack. CheckpointError if there is
+        template: the state as jax.ShapeDtypeStructs with shardings, in either form of the layer stack. frozen: the frozen tree, where
+        it is in memory already; it is compared by its digests and not read, and the template has none. CheckpointError if there is
         no such step, if it is from another model (decided before anything is loaded), or if it is damaged: then the error names
         the damage and the next older step that is good.
         """
         wanted, held = canonical.named(canonical.abstract(template)), canonical.layers_held(template)
+        base = None if frozen is None else _record_of({FROZEN: frozen})
 
         def load(candidate: int) -> Restored:
             records = self._records(candidate)
-            arrays = self._read(candidate, records, _all_leaves(records), wanted, held)
+            if base is not None:
+                self._check_belongs(candidate, records, base)
+            parts = {path: record for path, record in records.items() if base is None or path != self._path(FROZEN)}
+            arrays = self._read(candidate, parts, _all_leaves(parts), wanted, held)
             self._intact.update(records)
             return Restored(candidate, canonical.restore_form(arrays, template), records[self._path(candidate)].meta)
 
@@ -255,6 +260,15 @@ class Checkpoints:
         intact = self._intact.get(path)
         return intact is not None and (intact.leaves, intact.frozen) == (record.leaves, record.frozen) and path.is_dir()
 
+    def _check_belongs(self, step: int, records: Mapping[Path, Record], base: Record) -> None:
+        """CheckpointError if the step was not saved with these frozen parameters."""
+        if records[self._path(step)].frozen != base.fingerprint():
+            raise CheckpointError(
+                f"checkpoint {self._path(step)} belongs to other frozen parameters than those in memory; nothing was loaded.\n"
+                "  Accepted: a run that began with the same model, the same seed and the same transforms.\n"
+                "  Go on with this run by itself (python -m jaxllm.train), or use another --workdir."
+            )
+
     def _check_shared(self, base: Record) -> None:
         """CheckpointError if steps that are there belong to another frozen tree, which writing this one would take from them."""
         records = [record for step in self.steps() if (record := self._readable(step)) is not None]
@@ -333,6 +347,11 @@ class Checkpoints:
         self._intact.pop(self._path(step), None)
         if jax.process_index() == 0:
             shutil.rmtree(folder.set_aside(self._path(step)))
+
+
+def _record_of(frozen: Any) -> Record:
+    """Of the frozen tree, which belongs to no step."""
+    return Record(0, None, _leaves(frozen, canonical.digests(frozen)), {}, {})
 
 
 def _leaves(part: Any, sums: Mapping[str, str]) -> dict[str, Leaf]:

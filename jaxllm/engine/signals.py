@@ -35,6 +35,11 @@ class Interrupts:
         self.decided = signal.Signals(number) if number else None
         return self.decided
 
+    def settle(self) -> signal.Signals | None:
+        """A signal that any process has received by now, after the last step; all learn of it in this call."""
+        self.agreed()
+        return self.agreed()
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame
         self.received = signal.Signals(number)

@@ -305,6 +305,23 @@ def test_no_step_is_restored_with_another_frozen_tree(checkpoints: Checkpoints, 
         assert "  Bring it back from a copy of the run" in change
 
 
+def test_the_rest_is_restored_beside_a_frozen_tree_in_memory(checkpoints: Checkpoints) -> None:
+    """It is not read, not written again, and has to be the one that the step was saved with."""
+    save(checkpoints, make_state(step=1))
+    (checkpoints.directory / "frozen" / "mark").touch()
+    shutil.rmtree(checkpoints.directory / "frozen" / "state")
+    rest = dataclasses.replace(template(make_state()), frozen=None)
+    resumed = Checkpoints(checkpoints.directory)
+    restored = resumed.restore(rest, frozen=make_state().frozen).tree
+    assert_same(dataclasses.replace(restored, frozen=make_state().frozen), make_state(step=1))
+    save(resumed, make_state(step=2))
+    assert (checkpoints.directory / "frozen" / "mark").exists() and resumed.steps() == [2]
+    with pytest.raises(
+        CheckpointError, match=r"/2 belongs to other frozen parameters than those in memory.*\n  Accepted: .*\n  Go on"
+    ):
+        resumed.restore(rest, frozen=make_state(1).frozen)
+
+
 def test_another_frozen_tree_takes_no_steps_from_the_first(checkpoints: Checkpoints) -> None:
     save(checkpoints, make_state(step=1))
     before = {path: path.stat().st_mtime_ns for path in checkpoints.directory.rglob("*")}

@@ -1,0 +1,90 @@
+"""What a run begins with: the state before its first step, or that of its newest checkpoint, and the compiled step."""
+
+import dataclasses
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm import start
+from jaxllm.engine.checkpoint import Checkpoints
+from jaxllm.engine.session import Session
+from jaxllm.engine.signals import Interrupts
+from jaxllm.engine.state import TrainState
+from jaxllm.engine.step import Compiled
+from jaxllm.types import Params
+
+Say = Callable[[str], None]
+
+
+class Beginning:
+    """Of one run."""
+
+    def create(self, session: Session, say: Say) -> TrainState:
+        """The state before the first step: with the weights of the model that the config begins with, else with random ones."""
+        return session.create(start.load(session, say) if session.config.train.start else None)
+
+    def restore(self, session: Session, checkpoints: Checkpoints, step: int, say: Say) -> TrainState:
+        """The state of the checkpoint of this step."""
+        del say
+        return checkpoints.restore(session.abstract, step).tree
+
+    def compile(self, session: Session) -> Compiled:
+        """The train step."""
+        return session.compile()
+
+    def end(self, state: TrainState, interrupts: Interrupts) -> None:
+        """Takes the last state of the run, and what signals came until then."""
+
+
+class SharedBeginning(Beginning):
+    """Of runs with one config but for their data, which come one after the other: what is frozen is read, transformed and placed once,
+    and the step is compiled once.
+
+    The runs share the seed, and with it their first state. What a run trains of it is copied, which is small beside the rest. The rest
+    goes from the last state of a run into the first one of the next, or beside what the checkpoint of the next has.
+    stopped: the signal that came so late that the run which ended had nothing more to do.
+    """
+
+    def __init__(self, begins: bool) -> None:
+        """begins: whether one of the runs has no checkpoint yet, and needs the model itself."""
+        self.stopped: signal.Signals | None = None
+        self._begins = begins
+        # The first state without what is frozen, and that, while no run has it.
+        self._first: TrainState | None = None
+        self._frozen: Params | None = None
+        self._compiled: Compiled | None = None
+
+    def create(self, session: Session, say: Say) -> TrainState:
+        if self._first is None:
+            self._read(session, say)
+        else:
+            say("begins as the run before, beside the frozen parameters that are in memory")
+        return dataclasses.replace(jax.tree.map(jnp.copy, self._first), frozen=self._frozen)
+
+    def restore(self, session: Session, checkpoints: Checkpoints, step: int, say: Say) -> TrainState:
+        if self._frozen is None and self._begins:
+            self._read(session, say)
+        if self._frozen is None:
+            return super().restore(session, checkpoints, step, say)
+        restored: Any = checkpoints.restore(_without_frozen(session.abstract), step, frozen=self._frozen).tree
+        return dataclasses.replace(restored, frozen=self._frozen)
+
+    def compile(self, session: Session) -> Compiled:
+        if self._compiled is None:
+            self._compiled = super().compile(session)
+        return self._compiled
+
+    def end(self, state: TrainState, interrupts: Interrupts) -> None:
+        self._frozen, self.stopped = state.frozen, interrupts.settle()
+
+    def _read(self, session: Session, say: Say) -> None:
+        state = super().create(session, say)
+        self._first, self._frozen = _without_frozen(state), state.frozen
+
+
+def _without_frozen(state: TrainState) -> TrainState:
+    nothing: Any = None
+    return dataclasses.replace(state, frozen=nothing)
