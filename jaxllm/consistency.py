@@ -26,6 +26,7 @@ def check(config: ConfigDict) -> None:
     _check_sizes(config)
     _check_objective(config)
     _check_data(config)
+    _check_frozen(config)
     _check_optimizer(config)
     _check_frozen(config)
     open_sizes = [f"parallel.{axis}" for axis in ("pipe", "data", "fsdp", "seq", "tensor") if config.parallel[axis] == -1]
@@ -71,6 +72,15 @@ def _check_objective(config: ConfigDict) -> None:
         raise ValueError(
             f"model.head = '{config.model.head}' does not fit train.objective = '{objective}'.\n  Accepted: {head}.\n"
             f"  Set model.head={head}, or another train.objective."
+        )
+
+
+def _check_frozen(config: ConfigDict) -> None:
+    if config.train.frozen_layers and config.precision.frozen != "float32":
+        raise ValueError(
+            f"precision.frozen = '{config.precision.frozen}' with train.frozen_layers = {config.train.frozen_layers}: layers of a stack would"
+            " have different types.\n  Accepted: float32 with frozen layers; bfloat16 beside adapters, or with train.trainable.\n"
+            "  Set precision.frozen=float32."
         )
 
 
