@@ -26,7 +26,6 @@ def check(config: ConfigDict) -> None:
     _check_sizes(config)
     _check_objective(config)
     _check_data(config)
-    _check_frozen(config)
     _check_optimizer(config)
     _check_frozen(config)
     open_sizes = [f"parallel.{axis}" for axis in ("pipe", "data", "fsdp", "seq", "tensor") if config.parallel[axis] == -1]
@@ -75,15 +74,6 @@ def _check_objective(config: ConfigDict) -> None:
         )
 
 
-def _check_frozen(config: ConfigDict) -> None:
-    if config.train.frozen_layers and config.precision.frozen != "float32":
-        raise ValueError(
-            f"precision.frozen = '{config.precision.frozen}' with train.frozen_layers = {config.train.frozen_layers}: layers of a stack would"
-            " have different types.\n  Accepted: float32 with frozen layers; bfloat16 beside adapters, or with train.trainable.\n"
-            "  Set precision.frozen=float32."
-        )
-
-
 def _check_optimizer(config: ConfigDict) -> None:
     optimizer = config.optimizer
     if optimizer.name == "adafactor" and optimizer.state != "float32":
@@ -97,6 +87,12 @@ def _check_optimizer(config: ConfigDict) -> None:
 def _check_frozen(config: ConfigDict) -> None:
     """Layers can be frozen one by one, and are there."""
     first, model = config.train.frozen_layers, config.model
+    if first and config.precision.frozen != "float32":
+        raise ValueError(
+            f"precision.frozen = '{config.precision.frozen}' with train.frozen_layers = {first}: the layers of a stack would have different"
+            " types.\n  Accepted: float32 with frozen layers; bfloat16 beside adapters, or with train.trainable.\n"
+            "  Set precision.frozen=float32."
+        )
     if first and model.layers_as != "unrolled":
         raise ValueError(
             f"train.frozen_layers = {first} with model.layers_as = '{model.layers_as}', where all layers are one array.\n"
