@@ -79,6 +79,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "documents": {
         "python_docs": "jaxllm.data.sources.python_docs:read",
+        "python_questions": "jaxllm.data.sources.python_questions:read",
         "text": "jaxllm.data.sources.text:read",
         "jsonl": "jaxllm.data.sources.jsonl:read",
         "csv": "jaxllm.data.sources.tables:read_csv",

@@ -145,7 +145,9 @@ SCHEMA: dict[str, Field] = {
     "tokenizer.path": Field("", TEXT, "tokenizer.model or tokenizer.json (kind file) or GGUF file (kind gguf) to load"),
     "tokenizer.add_tokens": Field((), TEXTS, "special tokens added to it, besides those that the chat template needs"),
     "data.source": Field(
-        "python_docs", TEXT, "python_docs, a file, a folder, a glob, hf:OWNER/NAME?config=C&split=S, or sequences:copy"
+        "python_docs",
+        TEXT,
+        "python_docs, python_questions (sft), a file, a folder, a glob, hf:OWNER/NAME?config=C&split=S, or sequences:copy",
     ),
     "data.validation_source": Field("", TEXT, "as source; empty means that validation_frac of source is held out"),
     "data.validation_frac": Field(0.05, between(0, 0.5), "share of the source held out for validation"),

@@ -1,8 +1,8 @@
 """Documents of a source, in a fixed order: the first step from raw text to training rows.
 
-A source is one string: `python_docs`, `hf:OWNER/NAME?config=C&split=S`, or a path. A path is a file (read by its suffix), a
-folder (read recursively, files of known kinds only) or a glob pattern (every match). Readers stream: no more than one
-document, or one block of a table, is in memory at a time.
+A source is one string: `python_docs`, `python_questions`, `hf:OWNER/NAME?config=C&split=S`, or a path. A path is a file
+(read by its suffix), a folder (read recursively, files of known kinds only) or a glob pattern (every match). Readers of files
+stream: no more than one document, or one block of a table, is in memory at a time.
 """
 
 import difflib
@@ -20,10 +20,17 @@ from ml_collections import ConfigDict
 from jaxllm import registry
 
 # Sources that are no path. Each is the registry name of its reader; what follows the colon is its location.
-NAMED = ("python_docs", "hf", "sequences")
-ACCEPTED = "python_docs, a file, a folder, a glob pattern, hf:OWNER/NAME?config=C&split=S, sequences:copy or sequences:reverse"
+NAMED = ("python_docs", "python_questions", "hf", "sequences")
+ACCEPTED = (
+    "python_docs, python_questions, a file, a folder, a glob pattern, hf:OWNER/NAME?config=C&split=S, sequences:copy or"
+    " sequences:reverse"
+)
 # Readers of whole texts, which have nothing beside them.
 WHOLE = ("python_docs", "text")
+# Readers of conversations alone.
+TALKS = ("python_questions",)
+# Readers of what is installed with Python, which is another one in another version.
+OF_PYTHON = ("python_docs", "python_questions")
 
 TABLES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 TEXTS = frozenset(
@@ -72,7 +79,12 @@ def _check_targets(places: list[tuple[str, str]], config: ConfigDict, setting: s
         raise ValueError(
             f"{setting}: '{alone[0]}' holds no conversations, which train.objective = '{config.train.objective}' learns from.\n"
             "  Accepted: JSON Lines, a JSON array, CSV, Parquet or hf:OWNER/NAME with messages, conversations, instruction and output, or"
-            f" prompt and completion.\n  Change {setting}, or train.objective."
+            f" prompt and completion; python_questions.\n  Change {setting}, or train.objective."
+        )
+    if reads != "messages" and (talks := [kind for kind, _ in places if kind in TALKS]):
+        raise ValueError(
+            f"{setting}: '{talks[0]}' holds conversations, which train.objective = '{config.train.objective}' does not learn from.\n"
+            f"  Accepted: train.objective = 'sft'; python_docs, the same documentation as text.\n  Change {setting}, or train.objective."
         )
     if whole and reads != "text":
         raise ValueError(

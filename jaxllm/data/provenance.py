@@ -103,7 +103,7 @@ def _resolve(source: str, setting: str) -> list[str]:
 
 def _describe(place: str, *, hashed: bool) -> dict[str, Any]:
     if not os.path.isfile(place):
-        return {"path": place, "version": platform.python_version() if place == "python_docs" else ""}
+        return {"path": place, "version": platform.python_version() if place in documents.OF_PYTHON else ""}
     status = os.stat(place)
     entry = {"path": place, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
     if hashed:

@@ -11,6 +11,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -23,15 +24,22 @@ SKIPPED = frozenset(
 )
 
 
+class Module(NamedTuple):
+    """name: json.decoder. path: json/decoder.py. tree: its syntax."""
+
+    name: str
+    path: str
+    tree: ast.Module
+
+
 def read(location: str, config: ConfigDict) -> Iterator[Document]:
     """First the topics of the language reference, by name, then one document a module, by path."""
     del location, config
     yield from _topics()
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for path in _sources(library):
-        text = _prose(path, ".".join(path.relative_to(library).with_suffix("").parts).removesuffix(".__init__"))
+    for module in modules():
+        text = "\n\n\n".join(f"{name}\n\n{docstring}" for name, docstring in _docstrings(module.tree, module.name))
         if text:
-            yield Document(text, f"python_docs:{path.relative_to(library).as_posix()}")
+            yield Document(text, f"python_docs:{module.path}")
 
 
 def _topics() -> Iterator[Document]:
@@ -45,22 +53,29 @@ def _topics() -> Iterator[Document]:
         yield Document(topics[name].strip("\n") + "\n", f"python_docs:topics/{name}")
 
 
+def modules() -> Iterator[Module]:
+    """Of the standard library, those that may hold prose, by path: the files of a folder by name, then its subfolders."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in _sources(library):
+        tree = _parse(path)
+        if tree is not None:
+            within = path.relative_to(library)
+            yield Module(".".join(within.with_suffix("").parts).removesuffix(".__init__"), within.as_posix(), tree)
+
+
 def _sources(library: Path) -> Iterator[Path]:
-    """The .py files of the standard library that may hold prose: those of a folder by name, then its subfolders."""
     for parent, folders, files in os.walk(library):
         folders[:] = sorted(name for name in folders if name not in SKIPPED)
         yield from (Path(parent, name) for name in sorted(files) if name.endswith(".py"))
 
 
-def _prose(path: Path, module: str) -> str:
-    """The docstrings of a module, its classes and functions, each under its full name; empty if it has none."""
+def _parse(path: Path) -> ast.Module | None:
     try:
         with warnings.catch_warnings(action="ignore"):  # an invalid escape in the library's source is no news to our user
-            tree = ast.parse(path.read_bytes())
+            return ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError) as error:
-        logging.warning("python_docs: %s is left out: %s", path, error)
-        return ""
-    return "\n\n\n".join(f"{name}\n\n{docstring}" for name, docstring in _docstrings(tree, module))
+        logging.warning("Python's documentation: %s is left out: %s", path, error)
+        return None
 
 
 def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
