@@ -119,5 +119,5 @@ def test_an_objective_trains_resumes_and_is_evaluated(objective: str, source: Pa
         assert samples.read_text().count("=== step") == 2
     for text in (said, (tmp_path / "whole" / "report.html").read_text()):
         assert ("jaxllm.classify --run" in text) == ("classification" in objective)
-        assert ("jaxllm.chat --run" in text) == (objective == "sft")
+        assert ("jaxllm.generate --chat --run" in text) == (objective == "sft")
     assert ("1 of sample.prompts left out" in said) == (objective == "masked_lm")
