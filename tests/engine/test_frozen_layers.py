@@ -111,7 +111,6 @@ def test_what_cannot_be_frozen_is_refused(changes, message):
         tiny.make(**{"train__frozen_layers": 1} | changes).abstract()
 
 
-@pytest.mark.skip(reason="needs the canonical form of lists with holes")
 @pytest.mark.parametrize("first", [2, LAYERS])
 def test_a_run_goes_on_from_its_checkpoint(tmp_path, first):
     options = DEEP | {"train__frozen_layers": first, "train__ema_decay": 0.5}
