@@ -24,6 +24,8 @@ from jaxllm.interop.weights import listing
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+# Modules of modules_to_save with which ensure_weight_tying ties; without one of them it does nothing.
+TYING = ("embed_tokens", "lm_head")
 # init_lora_weights with which the base stays as it is.
 BASE_KEPT = (True, False, "gaussian", "eva", "orthogonal")
 # Keys that say nothing about what the adapter does; and those that are read here. Any other one must be null, false or empty.
@@ -35,7 +37,6 @@ SILENT = {
     "megatron_core",
     "qalora_group_size",
     "runtime_config",
-    "ensure_weight_tying",
     "layers_pattern",
     "loftq_config",
     "eva_config",
@@ -60,6 +61,7 @@ READ = {
     "use_rslora",
     "use_dora",
     "init_lora_weights",
+    "ensure_weight_tying",
 }
 
 
@@ -84,7 +86,8 @@ class Adapter:
     """products: module -> its product. shapes: name -> shape of every tensor, without PREFIX; read(name) -> the tensor.
 
     where: what errors call it. base: path or name of the base, "" if it is not known. targets, excluded: target_modules and
-    exclude_modules; saved: modules_to_save. fan_in_fan_out: the weights of the modules are [inputs, outputs].
+    exclude_modules; saved: modules_to_save. tied: what equals a stored embedding follows it, though it is not stored
+    (ensure_weight_tying). fan_in_fan_out: the weights of the modules are [inputs, outputs].
     """
 
     where: str
@@ -93,6 +96,7 @@ class Adapter:
     targets: str | tuple[str, ...]
     excluded: str | tuple[str, ...]
     saved: tuple[str, ...]
+    tied: bool
     fan_in_fan_out: bool
     rslora: bool
     dora: bool
@@ -154,6 +158,8 @@ def read(path: str | Path) -> Adapter:
         targets=_names(given, "target_modules"),
         excluded=_names(given, "exclude_modules"),
         saved=tuple(_names(given, "modules_to_save")),
+        tied=given.flag("ensure_weight_tying", False)
+        and any(name.split(".")[-1] in TYING for name in _names(given, "modules_to_save")),
         fan_in_fan_out=given.flag("fan_in_fan_out", False),
         rslora=given.flag("use_rslora", False),
         dora=given.flag("use_dora", False),
@@ -283,6 +289,7 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         "target_modules": adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets),
         "exclude_modules": _listed(adapter.excluded),
         "modules_to_save": _listed(adapter.saved),
+        "ensure_weight_tying": adapter.tied,
         "bias": "none",
         "fan_in_fan_out": adapter.fan_in_fan_out,
         "use_rslora": adapter.rslora,

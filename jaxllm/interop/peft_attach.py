@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from jaxllm import models
@@ -47,6 +48,11 @@ def attach(params: Params, config: ConfigDict, adapter: Adapter) -> Attached:
     architecture = families.choose(arch)
     family = families.find(architecture)
     rules = family.rules(architecture, arch)
+    if adapter.fan_in_fan_out != any(rule.inputs and not rule.transposed for rule in rules):
+        # As in PEFT: its A and B are stored alike for both.
+        logging.warning(
+            "%s: fan_in_fan_out = %s is not that of the base's layers, which decide", adapter.where, adapter.fan_in_fan_out
+        )
     exported = weights.export(plain(params), architecture, arch)
     copies = copied(architecture, exported)
     whole = {family.canonical(name): name for name in adapter.whole}
@@ -71,7 +77,7 @@ def attach(params: Params, config: ConfigDict, adapter: Adapter) -> Attached:
 def _apart(adapter: Adapter, whole: Mapping[str, str], tied: set[str], embedding: jax.Array) -> list[str]:
     """Those of the tied tensors that the adapter stores, unless afterwards all are alike."""
     stored = sorted(tied & whole.keys())
-    if not stored:
+    if not stored or adapter.tied:
         return []
     first = adapter.read(whole[stored[0]]) if len(stored) == len(tied) else np.asarray(embedding)
     return [] if all(np.array_equal(first, adapter.read(whole[name])) for name in stored) else stored

@@ -53,6 +53,7 @@ def average(adapters: Sequence[Adapter], shares: Sequence[float], rank: int | No
         targets=tuple(modules) if excludes else peft_modules.union([adapter.targets for adapter in adapters]),
         excluded=(),
         saved=first.saved,
+        tied=first.tied,
         fan_in_fan_out=first.fan_in_fan_out,
         rslora=False,
         dora=False,
@@ -111,6 +112,11 @@ def _check(adapters: Sequence[Adapter], shares: Sequence[float]) -> None:
             raise ValueError(
                 f"{first.where} and {other.where} have modules of different shapes: {listing(sorted(differing))}.\n"
                 "  Accepted: adapters of one base.\n  Give adapters that were trained on the same model."
+            )
+        if first.whole and first.tied != other.tied:
+            raise ValueError(
+                f"{first.where} and {other.where}: only one of them has ensure_weight_tying.\n  Accepted: both, or none.\n"
+                "  Train them alike, or average merged weights."
             )
         if alone := sorted(set(first.whole) ^ set(other.whole)):
             raise ValueError(

@@ -84,6 +84,7 @@ def export(
         targets=peft_modules.targets(adapted, every),
         excluded=(),
         saved=peft_modules.saved({peft_modules.of_tensor(name) for name in stored}, every),
+        tied=False,
         fan_in_fan_out=any(not part.slot.rule.transposed for found in adapted.values() for part in found),
         rslora=rslora,
         dora=kind == "dora",

@@ -43,6 +43,10 @@ CASES = {
     "gpt2_apart": Case("gpt2", {"target_modules": ["c_attn"], "modules_to_save": TIED}),
     "gpt2_head": Case("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"]}),
     "gpt2_pissa": Case("gpt2", {"target_modules": ["c_attn"]}, converted=True),
+    "gpt2_tied": Case("gpt2", {"target_modules": ["c_fc"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
+    # PEFT ties what is named as in LLaMA.
+    "gpt2_ensured": Case("gpt2", {"target_modules": ["c_fc"], "modules_to_save": ["wte"], "ensure_weight_tying": True}),
+    "qwen2_tied": Case("qwen2", {"target_modules": ["up_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
     "llama_lora": Case("llama", {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
     "llama_rslora": Case(
         "llama", {"target_modules": "all-linear", "use_rslora": True, "rank_pattern": {"mlp.up_proj": 3, "[kv]_proj": 1}}

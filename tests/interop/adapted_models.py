@@ -63,7 +63,7 @@ def adapted(case: str, kind: str, targets: str, layers_as: str = "unrolled") -> 
 
     def draw(path: Any, array: jax.Array) -> jax.Array:
         # Small: with large factors attention is so sharp that rounding is seen.
-        noise = 0.3 * rng.normal(size=array.shape) if tree.path_name(path) in trained else 0.0
+        noise = 0.2 * rng.normal(size=array.shape) if tree.path_name(path) in trained else 0.0
         return jnp.asarray(array + noise, "float32")
 
     return config, model, jax.tree.map_with_path(draw, begun), base

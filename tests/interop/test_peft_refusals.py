@@ -244,3 +244,13 @@ def test_an_untied_head_is_a_model_of_its_own() -> None:
     tied = peft_attach.attach(base, config, peft.read(GOLDEN / "peft" / "gpt2_whole"))
     assert tied.config.model.tied_head == config.model.tied_head and "head" not in tied.params
     assert jax.tree.structure(tied.params["norm"]) == jax.tree.structure(base["norm"])
+
+
+def test_fan_in_fan_out_is_what_the_layers_of_the_base_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As in PEFT, which says so, too."""
+    right, wrong = (
+        attach(GOLDEN / "peft" / "gpt2_lora", "gpt2_lora"),
+        attach(edited(tmp_path, "gpt2_lora", fan_in_fan_out=False), "gpt2_lora"),
+    )
+    assert "fan_in_fan_out = False is not that of the base's layers, which decide" in caplog.text
+    jax.tree.map(np.testing.assert_array_equal, right.params, wrong.params)
