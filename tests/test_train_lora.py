@@ -169,3 +169,16 @@ def test_accumulation_is_exact_for_unequal_rows(kind: str) -> None:
     )
     found = combinations.deviations(many, one)
     assert len(found) > 14 and max(found.values()) <= 1e-5, found
+
+
+def test_nothing_is_computed_for_what_is_frozen() -> None:
+    """Forward and back through each kernel, 4 of the 6 flops a parameter and token; also at the head, whose loss makes its own gradient."""
+    shape = {"model__width": 64, "model__mlp_width": 256, "model__vocab_size": 256, "model__kv_heads": 4}
+    adapted = {"train__transforms": ("lora",), "lora__rank": 1}
+    full, lora, with_head = (
+        tiny.compiled(**shape, **more).flops for more in ({}, adapted, adapted | {"lora__also": "head/kernel"})
+    )
+    assert lora < 4.2 / 6 * full
+    # XLA counts the loop over chunks once.
+    chunk = tiny.BASE["train.loss_chunk_tokens"]
+    assert with_head - lora > 2 * chunk * 256 * 64

@@ -126,7 +126,8 @@ def test_float16_training_follows_float32(one_step):
     assert {leaf.dtype.name for leaf in jax.tree.leaves((state.params, state.opt_state))} == {"float32", "int32"}
 
 
-def test_the_step_is_compiled_once_and_reuses_its_buffers():
+@pytest.mark.parametrize("transforms", [(), ("lora",)])
+def test_the_step_is_compiled_once_and_reuses_its_buffers(transforms):
     """From an empty start: one compilation to make the state, one for the step, none while training. (Warnings, such as the one of
     donated buffers that cannot be used, are errors.)"""
     compilations = []
@@ -135,7 +136,7 @@ def test_the_step_is_compiled_once_and_reuses_its_buffers():
         if event == "/jax/core/compile/backend_compile_duration":
             compilations.append(event)
 
-    training = tiny.make(train__ema_decay=0.5, model__width=16)
+    training = tiny.make(train__ema_decay=0.5, model__width=16, train__transforms=transforms)
     plan, config = training.plan, training.config
     batches = [training.place(tiny.batch(seed)) for seed in range(3)]
     key = states.random_key(config.seed, "init")  # compiles its own tiny programs
