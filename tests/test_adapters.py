@@ -181,6 +181,15 @@ def test_what_is_not_exported(folder: Path) -> None:
         ValueError, match=r"took a part of each kernel away, and its base 'gone' is not here.\n  Accepted: the model"
     ):
         adapters.export(str(folder / "pissa"), target, base="gone")
+    shutil.copytree(folder / "lora", folder / "all")
+    values = json.loads((folder / "all" / "config.json").read_text())
+    values["train"]["trainable"] = ".*"
+    (folder / "all" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(
+        ValueError, match=r"trained layers/attention/q/kernel/base, .*, which have adapters beside them.\n  Accepted"
+    ):
+        adapters.export(str(folder / "all"), target)
+    shutil.rmtree(folder / "all")
     with pytest.raises(ValueError, match=r"1 adapters to average.\n  Accepted: two or more"):
         adapters.average([str(folder / "lora_peft")], target)
     with pytest.raises(ValueError, match=r"--weights 1,b for 2 adapters.\n  Accepted: 2 numbers"):

@@ -196,3 +196,32 @@ def test_pissa_needs_the_model_that_it_began_with() -> None:
     exact = weights.export(dense(rounded), "LlamaForCausalLM", model.config).make(f"{name}.weight")
     begun = weights.export(base, "LlamaForCausalLM", model.config).make(f"{name}.weight")
     np.testing.assert_allclose(merged(adapter, name, begun), exact, atol=2.0**-7 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize(
+    ("case", "targets", "whole", "words"),
+    [
+        (
+            "gpt2",
+            ".*attention/q/kernel",
+            {"layers/attention/v/bias"},
+            r"same module: transformer.h.0.attn.c_attn, transformer.h.1.attn",
+        ),
+        ("bert", ".*mlp/up/kernel", {"layers/mlp/up/bias"}, r"same module: bert.encoder.layer.0.intermediate.dense, bert"),
+    ],
+)
+def test_a_bias_beside_an_adapter_has_no_place(case: str, targets: str, whole: set[str], words: str) -> None:
+    _, model, params, _ = adapted(case, "lora", targets)
+    with pytest.raises(ValueError, match=rf"{words}[\s\S]*\n  Accepted: in PEFT a module has an adapter, or it is stored whole"):
+        peft_params.export(params, model.config, whole=whole)
+
+
+def test_what_is_no_adapter() -> None:
+    _, model, params, base = adapted("llama", "lora", EVERY)
+    with pytest.raises(ValueError, match=r"hold no adapter.\n  Accepted: either lora or dora"):
+        peft_params.export(base, model.config)
+    inside = jax.tree.map(
+        lambda node: dataclasses.replace(node, base=node) if adapt.is_adapter(node) else node, params, is_leaf=adapt.is_adapter
+    )
+    with pytest.raises(ValueError, match=r"hold an adapter inside of an adapter.\n  Accepted: "):
+        peft_params.export(inside, model.config)
