@@ -85,8 +85,7 @@ def sharding(session: Session) -> Group:
     tables = [report.parameters(layout.entries(made, axes, everything), made.mesh.shape)]
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract.opt_state))
     uncut = {"parameters": layout.uncut(made, everything), "optimizer": layout.uncut(made, abstract.opt_state)}
-    frozen_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract.frozen))
-    textbook = layout.textbook(made, count(abstract.params), state_bytes, frozen_bytes)
+    textbook = layout.textbook(made, count(abstract.params), state_bytes)
     tables.append(report.memory(bytes_by_category(session), textbook, uncut))
     if made.mesh.size > 1:
         tables.append(report.traffic(*moved(session)))

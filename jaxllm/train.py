@@ -214,8 +214,8 @@ def _rows(checkpoints: Checkpoints, newest: int | None, workdir: Workdir) -> str
     if newest is not None and rows is None:
         raise ValueError(
             f"the run in {workdir.path} was converted from a model of another tool: it has weights, and no training to go on with.\n"
-            "  Accepted: a new --workdir with this one as train.start; one of a run that was trained here.\n"
-            f"  Give another --workdir and --config.train.start={workdir.path}."
+            "  Accepted: a new --workdir, or one of a run that was trained here. Training that begins with such weights is not there yet.\n"
+            "  Give another --workdir."
         )
     return rows
 

@@ -84,19 +84,17 @@ def uncut(plan: Plan, abstract: Any) -> Mapping[str, float]:
     return found
 
 
-def textbook(plan: Plan, numbers: int, state_bytes: int, frozen_bytes: int) -> dict[str, float]:
+def textbook(plan: Plan, numbers: int, state_bytes: int) -> dict[str, float]:
     """Bytes on one device if every array were cut: ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1), in our types.
 
     The paper has (2 + 2 + K) bytes a number, of parameters, gradients and optimizer state. Here parameters and gradients are float32, so it
     is 4 + 4 + K, with K = state_bytes / numbers, which is 8 for Adam's two moments. fsdp shares the optimizer state from stage 1 on,
-    gradients from 2, parameters from 3; tensor and pipe share everything. numbers: those that are trained; frozen parameters have no more
-    than their bytes.
+    gradients from 2, parameters from 3; tensor and pipe share everything.
     """
     stage, fsdp = plan.parallel.zero_stage, plan.mesh.shape["fsdp"]
-    parts = plan.mesh.shape["tensor"] * plan.mesh.shape["pipe"]
-    held = numbers / parts
+    held = numbers / (plan.mesh.shape["tensor"] * plan.mesh.shape["pipe"])
     return {
-        "parameters": (4 * held + frozen_bytes / parts) / (fsdp if stage == 3 else 1),
+        "parameters": 4 * held / (fsdp if stage == 3 else 1),
         "gradients": 4 * held / (fsdp if stage >= 2 else 1),
         "optimizer": state_bytes / numbers * held / fsdp,
     }

@@ -35,16 +35,10 @@ def test_bytes_are_those_of_the_formula(stage: int, layers_as: str) -> None:
     assert sizes["parameters"] == 4 * psi // (n if stage == 3 else 1)
     assert sizes["gradients"] == 4 * psi // (n if stage >= 2 else 1)
     assert sizes["optimizer"] - adam_counters(session) == 8 * psi // n
-    book = layout.textbook(session.plan, psi, 8 * psi, 0)
+    book = layout.textbook(session.plan, psi, 8 * psi)
     assert [sizes["parameters"], sizes["gradients"], 8 * psi // n] == [*book.values()]
     assert layout.uncut(session.plan, session.abstract.opt_state) == {"fsdp": 0}
     assert layout.uncut(session.plan, session.abstract.params) == {"fsdp": 0 if stage == 3 else 1}
-    # Tables that are frozen in bfloat16 have 2 bytes a number and nothing beside them.
-    frozen = {"train__trainable": "layers/.*|norm/.*", "precision__frozen": "bfloat16", "parallel__zero_stage": stage}
-    session = build("llama", model__layers_as=layers_as, parallel__fsdp=8, parallel__data=2, **frozen)
-    tables = 2 * VOCAB * WIDTH
-    book = layout.textbook(session.plan, psi - tables, 8 * (psi - tables), 2 * tables)
-    assert book["parameters"] == bytes_by_category(session)["parameters"] == (4 * psi - 2 * tables) // (n if stage == 3 else 1)
 
 
 def test_what_fsdp_does_not_cut_is_stated() -> None:
@@ -93,6 +87,5 @@ def test_every_rule_is_of_a_model() -> None:
     """A rule that matches no logical axis is a line too many in rules.py; an axis without a rule is an error (test_rules.py)."""
     models = [build(family, model__layers_as="scan").model for family in combinations.OBJECTIVES]
     models.append(build("bert", model__head="classify", model__classes=2, train__objective="sequence_classification").model)
-    models.append(build("llama", train__transforms=("lora",), model__start_rows=VOCAB - 1).model)
     axes = {axis for model in models for axis in jax.tree.leaves(model.axes)}
     assert axes | ACTIVATIONS == set(rules.RULES)
