@@ -158,11 +158,10 @@ def test_float16_follows_float32() -> None:
     np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_accumulation_is_exact_for_unequal_rows(kind: str) -> None:
+def test_accumulation_is_exact_for_unequal_rows() -> None:
     one, many = (
         combinations.run(
-            combinations.config_of("llama", model__layers=1, train__transforms=(kind,), lora__rank=4, train__microbatches=count),
+            combinations.config_of("llama", model__layers=1, train__transforms=("dora",), lora__rank=4, train__microbatches=count),
             combinations.batch_of("llama"),
         )
         for count in (1, 8)

@@ -40,7 +40,9 @@ class Dora(lora.Lora):
         return self._factor() * super().dense()
 
     def _factor(self) -> jax.Array:
-        return self.magnitude / jax.lax.stop_gradient(norm(super().dense(), self.a.ndim - 1))
+        length = jax.lax.stop_gradient(norm(super().dense(), self.a.ndim - 1))
+        # An output to which nothing leads stays 0; so does its gradient.
+        return self.magnitude / jnp.where(length > 0, length, 1)
 
 
 def norm(kernel: jax.Array, inputs: int) -> jax.Array:

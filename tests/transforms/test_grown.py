@@ -1,6 +1,5 @@
 """New tokens of a frozen table: beside the same table in one piece, as embedding and as head, on one device and on meshes."""
 
-from functools import cache
 from typing import Any
 
 import jax
@@ -43,11 +42,6 @@ def config_of(family: str, rows: int = OLD, **more: Any) -> Any:
     return combinations.config_of(family, **(given | more))
 
 
-@cache
-def one_device(family: str) -> tuple[Any, dict[str, np.ndarray]]:
-    return gradients(config_of(family))
-
-
 def gradients(config: Any) -> tuple[Any, dict[str, np.ndarray]]:
     found = combinations.run(config, combinations.batch_of(config.model.name))
     return found, dict(tree.named_leaves(found.gradients))
@@ -68,12 +62,15 @@ def test_gradients_are_those_of_the_table_in_one_piece(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"parallel__tensor": 2}, {"parallel__fsdp": 2, "parallel__zero_stage": 3, "model__layers_as": "scan"}]
+    ("family", "sizes"),
+    [
+        ("llama", {"parallel__tensor": 2}),
+        ("gpt", {"parallel__fsdp": 2, "parallel__tensor": 2, "parallel__zero_stage": 3, "model__layers_as": "scan"}),
+    ],
 )
-@pytest.mark.parametrize("family", TABLES)
 @pytest.mark.usefixtures("compiled_anew")
 def test_a_mesh_trains_the_new_rows_as_one_device_does(family: str, sizes: dict[str, Any]) -> None:
-    one, named = one_device(family)
+    one, named = gradients(config_of(family))
     assert {name for name in named if not name.startswith("layers")} == {f"{name}/rows" for name in TABLES[family]}
     found = combinations.deviations(gradients(config_of(family, **sizes))[0], one)
     assert max(found.values()) <= 1e-5, found

@@ -107,6 +107,15 @@ def test_a_new_adapter_changes_no_bit(kind: str, dtype: str) -> None:
         np.testing.assert_array_equal(leaf.dense(node), w)
 
 
+def test_an_output_of_zeros_stays_one() -> None:
+    """DoRA divides by its length."""
+    w = np.ones((8, 4), np.float32) * [1, 0, 1, 1]
+    node = dora.make(settings()).apply(jnp.asarray(w, jnp.float32), 1, jax.random.key(0))
+    y, backward = jax.vjp(partial(leaf.einsum, "BTD,DE->BTE"), np.ones((1, 1, 8), np.float32), node)
+    np.testing.assert_array_equal(y, [[[8, 0, 8, 8]]])
+    assert all(np.isfinite(array).all() for array in jax.tree.leaves(backward(y)))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_falls_on_what_the_adapter_reads(kind: str) -> None:
     """In DoRA also on what it adds to x W, as in PEFT: y = x W + (m / norm - 1) d W + m / norm s d A B, d = drop(x)."""
