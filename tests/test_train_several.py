@@ -235,7 +235,7 @@ def test_data_that_needs_another_head_is_refused_before_the_first_step(place: Pa
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
         config = schema.load(place / "adapter.py")
         config.train.objective, config.model.head = "sequence_classification", "classify"
-        config.data.source, config.data.split_by = str(tmp_path / f"{name}.jsonl"), "documents"
+        config.data.update({"source": str(tmp_path / f"{name}.jsonl"), "split_by": "documents", "target_field": "label"})
         configs[name] = command.resolved(config, tmp_path / name)
     with ExitStack() as stack, pytest.raises(ValueError, match="(?s)'two' and 'three' do not fit.*model.classes = 2, and 3 with"):
         opened = {name: stack.enter_context(open_workdir(tmp_path / name)) for name in configs}
