@@ -1,4 +1,4 @@
-"""The quickstart's model learns to answer questions: one to three minutes on two CPU cores, after `make quickstart`, nothing to download.
+"""The quickstart's model learns to answer questions: one to two minutes on two CPU cores, after `make quickstart`, nothing to download.
 
 Questions and answers are made from Python's own documentation, which the model was trained on. chatml adds two tokens, so that the
 embedding grows by two rows. With --config.train.transforms="('lora',)" an adapter is trained instead.
