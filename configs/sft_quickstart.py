@@ -1,4 +1,4 @@
-"""The quickstart's model learns to answer questions: one to three minutes on two CPU cores, after `make quickstart`, nothing to download.
+"""The quickstart's model learns to answer questions: one to two minutes on two CPU cores, after `make quickstart`, nothing to download.
 
 Questions and answers are made from Python's own documentation, which the model was trained on. chatml adds two tokens, so that the
 embedding grows by two rows. With --config.train.transforms="('lora',)" an adapter is trained instead.
@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.train.batch_seqs = 16
     config.lora.rank = 16
     config.lora.alpha = 32.0
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.weight_decay = 0.0
     config.schedule.warmup_steps = 30
     config.eval.every_steps = 100
@@ -28,8 +28,8 @@ def get_config() -> ConfigDict:
     # These are held out in Python 3.11.
     config.sample.prompts = (
         "What does tarfile.TarFile.makedir do?",
-        "In which module do I find Combobox?",
-        "How do I call turtle.TNavigator.right?",
+        "Where is the class BufferingHandler?",
+        "What are the arguments of logging.Logger.debug?",
     )
     config.sample.temperature = 0.0
     return config

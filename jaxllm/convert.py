@@ -72,6 +72,7 @@ def define_flags() -> None:
         "of the tensors of the formats hf and gguf, q8_0 of gguf alone; default: that of the source's files",
     )
     flags.DEFINE_integer("step", None, "checkpoint of a run to use; default: the newest")
+    flags.DEFINE_string("base", "", "of an adapter: the model that it stands beside; default: the path that the adapter names")
     flags.DEFINE_string("max_shard_size", None, "bytes of a safetensors file, at most; KB, MB, GB, KiB, MiB, GiB; default: 5GB")
     flags.DEFINE_bool(
         "check", False, "reload what was written and compare its logits with the source's; exit code 2 if they differ"
@@ -83,7 +84,7 @@ def main(arguments: list[str]) -> int:
     given = flags.FLAGS
     path, target = _paths(str(given["from"].value), given.to)
     most = None if given.max_shard_size is None else parse_size(given.max_shard_size)
-    options = {"step": given.step, "max_shard_bytes": most, "checked": given.check}
+    options = {"step": given.step, "base": given.base, "max_shard_bytes": most, "checked": given.check}
     return convert(path, target, given.format, given.dtype, Console(soft_wrap=True), **options)
 
 
@@ -95,6 +96,7 @@ def convert(
     console: Console,
     *,
     step: int | None = None,
+    base: str = "",
     max_shard_bytes: int | None = None,
     checked: bool = False,
 ) -> int:
@@ -107,7 +109,7 @@ def convert(
     _check_free(target, wanted)
     if wanted == GGUF:
         gguf_file.require()
-    source = open_source(path, step, wanted)
+    source = open_source(path, step, wanted, base)
     dtype = dtype or source.dtype
     needed_bytes = sum(leaf.size for leaf in jax.tree.leaves(source.params)) * ITEM_BYTES[dtype]
     check_space(target, int(needed_bytes), what="the weights", change="give another --to")
@@ -198,10 +200,10 @@ def _check_free(target: Path, wanted: str) -> None:
         raise ValueError(f"--to {target} is there already.\n  Accepted: {accepted}.\n  Give another path, or delete this one.")
 
 
-def open_source(path: Path, step: int | None, wanted: str) -> Source:
+def open_source(path: Path, step: int | None, wanted: str, base: str = "") -> Source:
     """The model at `path`, loaded; in the form in which it is written without a second copy."""
     if not runs.is_foreign(path):
-        run = runs.load(path, step)
+        run = runs.load(path, step, base=base)
         carried = runs.carried(run.workdir)
         dtype = "float32" if wanted == RUN else directory.dtype_of(carried)
         config, params, notes = (run.config, run.params, ()) if not run.config.train.transforms else _merge(run)

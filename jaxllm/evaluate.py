@@ -50,6 +50,7 @@ MOST_CLASSES = 20
 def define_flags() -> None:
     flags.DEFINE_string("run", "", "run directory of a trained model, directory of transformers, or GGUF file")
     flags.DEFINE_integer("step", None, "checkpoint to use; default: the newest")
+    flags.DEFINE_string("base", "", "of an adapter: the model that it stands beside; default: the path that the adapter names")
     flags.DEFINE_string("data", "", "text to evaluate on: a file, a folder, a glob, or hf:OWNER/NAME?config=C&split=S")
     for name in FIELDS:
         flags.DEFINE_string(name, None, f"of --data: {schema.SCHEMA[f'data.{name}'].meaning}; default: as the run was trained")
@@ -73,7 +74,7 @@ def main(arguments: list[str]) -> None:
             f"{', '.join(named)} without --data.\n  Accepted: with --data, whose fields they name.\n  Add --data, or leave them out."
         )
     compilation.use_cache()
-    run = runs.load(given.run, given.step)
+    run = runs.load(given.run, given.step, base=given.base)
     run.config.data.update({name: given[name].value for name in FIELDS if given[name].present})
     options = {"max_seqs": given.max_seqs}
     row = evaluate_source(run, given.data, **options) if given.data else evaluate_split(run, given.split or SPLITS[0], **options)

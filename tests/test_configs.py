@@ -26,7 +26,7 @@ DEVICES = {"bert_base": 8, "t5_base": 8, "gpt2_124m": 8, "llama_1b": 8, "llama_8
 
 
 def test_all_shipped_configs_are_here() -> None:
-    laptop = {"quickstart", "shakespeare_char", "bert_quickstart", "t5_quickstart", "transformer_reverse"}
+    laptop = {"quickstart", "sft_quickstart", "shakespeare_char", "bert_quickstart", "t5_quickstart", "transformer_reverse"}
     assert {path.stem for path in FILES} >= {*COUNTS, *laptop}
 
 

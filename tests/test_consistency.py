@@ -59,7 +59,10 @@ def test_each_objective_takes_its_models_and_head(objective: str) -> None:
             {"train__objective": "seq2seq", "model__name": "t5", "data__split_by": "characters"},
             "data.split_by = 'characters' cuts a text, .*Set data.split_by=documents",
         ),
-        ({"train__frozen_layers": 2, "precision__frozen": "bfloat16"}, r"precision.frozen = 'bfloat16' with train.frozen_layers = 2"),
+        (
+            {"train__frozen_layers": 2, "precision__frozen": "bfloat16"},
+            r"precision.frozen = 'bfloat16' with train.frozen_layers = 2",
+        ),
     ],
 )
 def test_contradictions(changes: dict[str, Any], words: str) -> None:

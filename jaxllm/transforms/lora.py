@@ -120,5 +120,5 @@ def _pissa(kernel: Any, inputs: int, rank: int, scale: float) -> tuple[jax.Array
     u, values, v = jnp.linalg.svd(kernel.astype(jnp.float32).reshape(rows, columns), full_matrices=False)
     root = jnp.sqrt(values[:rank] / scale)
     a, b = u[:, :rank] * root, root[:, None] * v[:rank]
-    rest = kernel - (scale * a @ b).reshape(shape)
+    rest = kernel - (scale * jnp.matmul(a, b, precision="highest")).reshape(shape)
     return rest, a.reshape(*shape[:inputs], rank), b.reshape(rank, *shape[inputs:])

@@ -57,25 +57,25 @@ def silent():
 ASKED = {
     0: [
         ("What is the module shop for?", "What a shop sells."),
-        ("Which module has the class Basket?", "Basket is in the module shop."),
+        ("Which module has the class Basket?", "It is in the module shop."),
         ("What does shop.Basket.put do?", "Puts an item into it."),
         ("What is shop.Basket.weight?", "Weight in kilograms."),
         ("What does shop.Basket.empty do?", "Gives a basket with nothing inside."),
-        ("Which module has the function pay?", "pay is in the module shop."),
-        ("Which module has the function lend?", "lend is in the module shop."),
-        ("Which module has the function call?", "call is in the module shop."),
-        ("Which module has the function form?", "form is in the module shop."),
+        ("Which module has the function pay?", "It is in the module shop."),
+        ("Which module has the function lend?", "It is in the module shop."),
+        ("Which module has the function call?", "It is in the module shop."),
+        ("Which module has the function form?", "It is in the module shop."),
     ],
     1: [
         ("What is the module shop for?", "What a shop sells."),
         ("What is shop.Basket?", "Holds what was taken from the shelves."),
-        ("How do I call shop.Basket.put?", "shop.Basket.put(item, /, count=1, *, fresh: bool=False)"),
+        ("Which arguments does shop.Basket.put take?", "It takes (item, /, count=1, *, fresh: bool=False)."),
         ("What is shop.Basket.weight?", "Weight in kilograms."),
-        ("How do I call shop.Basket.empty?", "shop.Basket.empty()"),
-        ("How do I call shop.Basket.shake?", "shop.Basket.shake()"),
-        ("How do I call shop.pay?", "shop.pay(amount, *coins)"),
-        ("How do I call shop.lend?", "shop.lend()"),
-        ("How do I call shop.call?", "shop.call()"),
+        ("Which arguments does shop.Basket.empty take?", "It takes no arguments."),
+        ("Which arguments does shop.Basket.shake take?", "It takes no arguments."),
+        ("Which arguments does shop.pay take?", "It takes (amount, *coins)."),
+        ("Which arguments does shop.lend take?", "It takes no arguments."),
+        ("Which arguments does shop.call take?", "It takes no arguments."),
         ("What does shop.form do?", "Something that a decorator makes."),
     ],
     2: [
@@ -119,33 +119,34 @@ def test_a_few_thousand_different_ones(library: list[Document]) -> None:
     assert 3000 < len(library) < 6000
     questions, answers = zip(*(map(str, (d.messages[0]["content"], d.messages[1]["content"])) for d in library), strict=True)
     assert [[message["role"] for message in document.messages] for document in library] == [["user", "assistant"]] * len(library)
-    # No object is asked about twice, so that none can be on both sides of the split, and no answer is given twice.
-    assert len({document.origin for document in library}) == len(set(questions)) == len(set(answers)) == len(library)
-    assert max(map(len, answers)) <= 200 and min(len(answer) for answer in answers) > 8
+    # No object is asked about twice, so that none can be on both sides of the split, and no sentence is said of two.
+    assert len({document.origin for document in library}) == len(set(questions)) == len(library)
+    sentences = [answer for answer in answers if not answer.startswith(("It takes ", "It is in the module "))]
+    assert len(set(sentences)) == len(sentences) > len(library) / 2
+    assert max(map(len, answers)) <= 200 and min(map(len, answers)) > 8
     assert not any("deprecated" in answer.lower() or "\n" in answer for answer in answers)
     assert len({question.split()[0] for question in questions}) >= 6
 
 
 def test_first_sentences_are_those_of_the_docstrings(library: list[Document]) -> None:
-    said = found(library, r"(?!\S+\(.*\)$)(?!\S+ is in the module)(?P<text>.*?)\.?")
+    said = found(library, r"(?!It takes |It is in the module )(?P<text>.*?)\.?")
     assert len(said) > 150
     for name, (thing, match) in said.items():
         assert " ".join((inspect.getdoc(thing) or "").split()).startswith(match["text"]), name
 
 
 def test_modules_have_what_is_said_to_be_in_them(library: list[Document]) -> None:
-    said = found(library, r"(?P<short>\w+) is in the module (?P<module>[\w.]+)\.")
+    said = found(library, r"It is in the module (?P<module>[\w.]+)\.")
     assert len(said) > 10
-    for thing, match in said.values():
-        assert (thing.__module__, thing.__qualname__) == (match["module"], match["short"])
+    for name, (thing, match) in said.items():
+        assert f"{thing.__module__}.{thing.__qualname__}" == name and thing.__module__ == match["module"]
 
 
 def test_arguments_are_those_of_the_signature(library: list[Document]) -> None:
-    said = found(library, r"(?P<name>[\w.]+)\((?P<arguments>.*)\)")
+    said = found(library, r"It takes (?:no arguments|\((?P<arguments>.+)\))\.")
     assert len(said) > 50
     for name, (thing, match) in said.items():
-        assert match["name"] == name
-        given = inspect.signature(eval(f"lambda {match['arguments']}: 0", vars(importlib.import_module(thing.__module__))))
+        given = inspect.signature(eval(f"lambda {match['arguments'] or ''}: 0", vars(importlib.import_module(thing.__module__))))
         expected = [(each.name, each.kind) for each in inspect.signature(thing).parameters.values()]
         # A function in a class has the object itself as its first argument, unless it was bound to the class.
         bound = not inspect.isfunction(thing) or "." not in thing.__qualname__ or len(expected) == len(given.parameters)

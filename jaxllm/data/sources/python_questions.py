@@ -1,8 +1,10 @@
 """Conversations about Python's standard library, made from the docstrings that are on every machine with Python (python_docs.py).
 
-    What does textwrap.fill do?              Fill a single paragraph of text, returning a new string.
-    Which module has the class Fraction?     Fraction is in the module fractions.
-    How do I call bisect.insort?             bisect.insort(a, x, lo=0, hi=None, *, key=None)
+    What does textwrap.fill do?                    Fill a single paragraph of text, returning a new string.
+    Which module has the class Fraction?           It is in the module fractions.
+    Which arguments does bisect.insort take?       It takes (a, x, lo=0, hi=None, *, key=None).
+
+No answer repeats the name that it was asked about: to copy a rare name is more than so small a model as that of the quickstart learns.
 
 One question is asked about each module, class, function and method: what is held out is asked about other objects than those in the
 training data. Which question it is, and in which words, is decided by a hash of the object's name. It depends on the Python version:
@@ -37,7 +39,7 @@ PURPOSES = {
     "property": ("What is {name}?", "What does {name} give?", "Tell me about {name}."),
 }
 PLACES = ("Which module has the {kind} {short}?", "Where is the {kind} {short}?", "In which module do I find {short}?")
-CALLS = ("How do I call {name}?", "What are the arguments of {name}?", "Which arguments does {name} take?")
+ARGUMENTS = ("Which arguments does {name} take?", "What are the arguments of {name}?", "How do I call {name}?")
 
 
 class Thing(NamedTuple):
@@ -62,9 +64,10 @@ def read(location: str, config: ConfigDict) -> Iterator[Document]:
     answered = set()
     for thing in things:
         question, answer = _exchange(thing, alone=count[thing.short] == 1)
-        # What is said of several objects says little about each, and would be on both sides of the split.
+        # A sentence that is said of several objects says little about each, and would be on both sides of the split.
         if answer and answer not in answered:
-            answered.add(answer)
+            if answer == _sentence(thing.docstring):
+                answered.add(answer)
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             yield conversations.document(messages, f"python_questions:{thing.name}")
 
@@ -126,9 +129,9 @@ def _exchange(thing: Thing, *, alone: bool) -> tuple[str, str]:
     number = zlib.crc32(thing.name.encode())
     about, number = number % 4, number // 4
     if about == 0 and alone and thing.kind in ("class", "function") and "." not in thing.short:
-        questions, answer = PLACES, f"{thing.short} is in the module {thing.module}."
-    elif about == 1 and thing.arguments is not None and len(thing.name) + len(thing.arguments) < ANSWER_CHARS:
-        questions, answer = CALLS, f"{thing.name}({thing.arguments})"
+        questions, answer = PLACES, f"It is in the module {thing.module}."
+    elif about == 1 and thing.arguments is not None and len(thing.arguments) < ANSWER_CHARS:
+        questions, answer = ARGUMENTS, f"It takes ({thing.arguments})." if thing.arguments else "It takes no arguments."
     else:
         questions, answer = PURPOSES[thing.kind], _sentence(thing.docstring)
     return questions[number % len(questions)].format(**thing._asdict()), answer

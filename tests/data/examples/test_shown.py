@@ -47,7 +47,7 @@ def test_trained_and_untrained_by_eye() -> None:
     counts = [False, False, True, True, True, True, True, True, False, False, True]
     found = parts(row((ids, counts), ([*b"ab"], [True]), ([*b"c!"], [False]), padding=2))
     assert found == [
-        ("document 1, 12 tokens, 7 trained", [("<bos>h\u00e9", False), (" you<eos>", True), ("me", False), ("<eos>", True)]),
+        ("document 1, 12 tokens, 7 trained", [("<s>h\u00e9", False), (" you</s>", True), ("me", False), ("</s>", True)]),
         ("document 2, 2 tokens, 1 trained", [("ab", None)]),
         ("document 3, 1 tokens, 0 trained", [("c", False)]),
         ("padding, 2 tokens", []),
@@ -62,9 +62,9 @@ def test_no_character_is_lost_or_halved(tokenizer: ByteTokenizer, text: str, dat
     counts[-1] = True
     ((_, pieces),) = parts(row((ids, counts)), tokenizer)
     letters = [(letter, flag) for piece, flag in pieces for letter in piece]
-    assert "".join(letter for letter, _ in letters) == text.encode("utf-8", "ignore").decode() + "<eos>"
+    assert "".join(letter for letter, _ in letters) == text.encode("utf-8", "ignore").decode() + "</s>"
     place = 0
-    for letter, flag in letters[: -len("<eos>")]:
+    for letter, flag in letters[: -len("</s>")]:
         assert flag is (None if all(counts) else [False, *counts][place])
         place += len(letter.encode())
 
@@ -72,12 +72,12 @@ def test_no_character_is_lost_or_halved(tokenizer: ByteTokenizer, text: str, dat
 def test_bytes_without_their_others_are_what_the_row_has() -> None:
     """A row may start inside a character, and what is behind it is not lost for that."""
     ((_, pieces),) = parts(row(([0xA9, *b" you", BYTES.eos_id], [False, True, True, True, True])))
-    assert pieces == [("\ufffd ", False), ("you<eos>", True)]
+    assert pieces == [("\ufffd ", False), ("you</s>", True)]
 
 
 def test_special_tokens_have_names() -> None:
     with_all = ByteTokenizer(Added(mask=True, sentinels=2))
-    assert tokenize.names(with_all, range(with_all.vocab_size)) == {256: "<bos>", 257: "<eos>", 258: "<pad>", 259: "[MASK]"}
+    assert tokenize.names(with_all, range(with_all.vocab_size)) == {256: "<s>", 257: "</s>", 258: "<pad>", 259: "[MASK]"}
     assert tokenize.names(Specials(), [0, 1]) == {}
 
 
@@ -85,4 +85,4 @@ def test_special_tokens_have_names() -> None:
 def test_both_sides_of_a_pair_end_visibly(objective: str) -> None:
     side = np.array([0, 1, SENTINELS[0], EOS, 40])
     arrays = {"inputs": side, "targets": side, "input_segments": side != 40, "segments": side != 40}
-    assert [piece.text for part in made(objective, "t5").show(arrays, Specials(), ()) for piece in part.pieces] == ["ab<eos>"] * 2
+    assert [piece.text for part in made(objective, "t5").show(arrays, Specials(), ()) for piece in part.pieces] == ["ab</s>"] * 2
