@@ -134,7 +134,7 @@ def test_gguf_becomes_a_run(tmp_path: Path) -> None:
     config.data.source = "other.txt"
     with (
         open_workdir(tmp_path / "run") as workdir,
-        pytest.raises(ValueError, match=r"was converted from .*\n  Accepted: a new --workdir"),
+        pytest.raises(ValueError, match=r"was converted from .*\n  Accepted: .*--workdir"),
     ):
         train.run(config, workdir, Console(quiet=True))
 
