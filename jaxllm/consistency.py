@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+# Transforms that add something trained to a kernel, and those that hold it in fewer bits.
+ADAPTERS, FORMS = ("lora", "dora"), ("int8", "int4", "nf4")
 # Kinds of tokenizers that are loaded, from tokenizer.path.
 LOADED = ("file", "gguf")
 # The models that each objective can train.
@@ -27,6 +29,7 @@ def check(config: ConfigDict) -> None:
     _check_objective(config)
     _check_data(config)
     _check_optimizer(config)
+    _check_adapters(config)
     _check_frozen(config)
     open_sizes = [f"parallel.{axis}" for axis in ("pipe", "data", "fsdp", "seq", "tensor") if config.parallel[axis] == -1]
     if len(open_sizes) > 1:
@@ -82,6 +85,23 @@ def _check_optimizer(config: ConfigDict) -> None:
             "  Accepted: float32 with adafactor; adamw, lion or muon with another state.\n"
             "  Set optimizer.state=float32: there is next to nothing to save."
         )
+
+
+def _check_adapters(config: ConfigDict) -> None:
+    """What is trained beside adapters is said where there are adapters, and nothing else says what is trained."""
+    transforms, pattern = config.train.transforms, config.train.trainable
+    if config.lora.also and (pattern != "auto" or not any(name in ADAPTERS for name in transforms)):
+        why = f"train.trainable = '{pattern}'" if pattern != "auto" else f"train.transforms = {transforms!r}, which has no adapter"
+        raise ValueError(
+            f"lora.also = '{config.lora.also}' has no effect with {why}.\n  Accepted: lora.also beside {' or '.join(ADAPTERS)}, with"
+            " train.trainable = 'auto'.\n  Leave out lora.also, and say in train.trainable what is trained."
+        )
+    for names, what in ((ADAPTERS, "adapters"), (FORMS, "frozen forms")):
+        if len(found := [name for name in transforms if name in names]) > 1:
+            raise ValueError(
+                f"train.transforms = {transforms!r} has {len(found)} {what}, {' and '.join(found)}, for the same kernels.\n"
+                f"  Accepted: one of {', '.join(names)}.\n  Take one out."
+            )
 
 
 def _check_frozen(config: ConfigDict) -> None:
