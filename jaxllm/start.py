@@ -1,7 +1,8 @@
 """Training that begins with the weights of a model: `train.start` is a run, a directory of transformers or a GGUF file.
 
-The model brings its architecture and its tokenizer, so a config need not repeat them. Its parameters are read, transformed and placed on
-the mesh one after the other: no device, and no host, holds the dense model when a quantized one is trained.
+The model brings its architecture and its tokenizer, so a config need not repeat them. Its parameters are transformed and placed on the mesh
+one after the other. Those of a model of others are read so, too: no device, and no host, holds all of it dense when a quantized one is
+trained. A run is read as a whole.
 """
 
 from collections.abc import Callable, Collection

@@ -63,6 +63,10 @@ def test_each_objective_takes_its_models_and_head(objective: str) -> None:
             {"train__frozen_layers": 2, "precision__frozen": "bfloat16"},
             r"precision.frozen = 'bfloat16' with train.frozen_layers = 2",
         ),
+        ({"lora__also": "embed/.*"}, r"lora.also = 'embed/.\*' has no effect with train.transforms = \(\), which has no adapter"),
+        ({"lora__also": "x", "train__transforms": ("lora",), "train__trainable": ".*/b"}, "no effect with train.trainable"),
+        ({"train__transforms": ("lora", "dora")}, "has 2 adapters, lora and dora"),
+        ({"train__transforms": ("nf4", "lora", "int8")}, "has 2 frozen forms, nf4 and int8"),
     ],
 )
 def test_contradictions(changes: dict[str, Any], words: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from jaxllm.consistency import divisors
+from jaxllm.consistency import ADAPTERS, divisors
 from jaxllm.data import examples
 
 ENCODER_DECODERS = ("t5", "transformer")
@@ -44,6 +44,8 @@ def notes(config: ConfigDict, mesh: Mapping[str, int]) -> list[str]:
             f"the {mesh['pipe']} stages of the pipeline are idle for {idle:.0%} of the time, as only train.microbatches = {microbatches}"
             f" pass through them; {2 * mesh['pipe']} or more are advised"
         )
+    if not config.train.start and any(name in ADAPTERS for name in config.train.transforms):
+        found.append("the adapters stand beside random weights: train.start is empty")
     without = {
         "parallel.sequence": parallel.sequence and mesh["tensor"] == 1 and "tensor",
         "parallel.chunks": parallel.chunks and mesh["pipe"] == 1 and "pipe",
