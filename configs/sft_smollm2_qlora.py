@@ -1,6 +1,6 @@
 """QLoRA of SmolLM2-135M-Instruct: sft_smollm2_lora.py, its kernels frozen in 4-bit NormalFloat (Dettmers et al. 2023, arXiv:2305.14314).
 
-Layers are scanned, so that on a CPU, too, the kernels of only one layer at a time are dense.
+Layers are scanned and computed again in the backward pass, so that on a CPU, too, the kernels of only one layer at a time are dense.
 """
 
 from ml_collections import ConfigDict
@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
     config = base()
     config.model.attention_block_tokens = 64
     config.model.layers_as = "scan"
+    config.model.remat = "full"
     config.data.source = "hf:HuggingFaceH4/no_robots?split=train"
     config.data.row_tokens = 256
     config.train.start = ".cache/smollm2/model.gguf"

@@ -221,10 +221,14 @@ def test_frozen_forms_stand_inside_an_adapter(make: Any, stacked: bool) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", combinations.OBJECTIVES)
 def test_a_model_is_what_it_was_and_what_it_is_merged_into(family: str, kind: str) -> None:
-    """A new adapter moves logits by rounding alone, and drawn at random it does what the merged weights do."""
+    """A new LoRA moves no bit of the logits, a new DoRA moves them by rounding; drawn at random they do what the merged weights do.
+
+    Narrower matrices, 32 wide, are multiplied in loops that XLA fuses with what stands around them, which rounds otherwise.
+    """
     form = "scan" if kind == "lora" else "unrolled"
-    config = combinations.config_of(family, model__layers=2, model__layers_as=form, train__batch_seqs=2)
-    batch = combinations.batch_of(family, rows=4, tokens=16)
+    wide = {"model__width": 64, "model__mlp_width": 256}
+    config = combinations.config_of(family, model__layers=2, model__layers_as=form, train__batch_seqs=2, **wide)
+    batch = combinations.batch_of(family, rows=4)
     beside = {name: batch[name] for name in ("inputs", "token_types") if name in batch}
     plain = models.build(config)
     config.train.transforms = (kind,)
@@ -238,7 +242,7 @@ def test_a_model_is_what_it_was_and_what_it_is_merged_into(family: str, kind: st
         return expected
 
     begun, dense = model.init(jax.random.key(0)), plain.init(jax.random.key(0))
-    at_first = check(begun, dense, 2e-6)
+    at_first = check(begun, dense, 0.0 if kind == "lora" else 2e-6)
     drawn = combinations.parameters(model)
     merged = adapt.merged(drawn)
     later = check(drawn, merged, 1e-5)
