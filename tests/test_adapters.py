@@ -160,8 +160,8 @@ def test_export_average_and_generate(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("lsit", "x"), "unexpected argument 'lsit'.\n  Accepted: list PATH ..., export, average"),
-        ((), "no action is given.\n  Accepted: list PATH ..., export, average"),
+        (("lsit", "x"), "unexpected argument 'lsit'.\n  Accepted: list PATH ..., train, export, average"),
+        ((), "no action is given.\n  Accepted: list PATH ..., train, export, average"),
         (("list",), "no path is given.\n  Accepted: list PATH ..."),
         (("export", "--run=x"), "--to is not given.\n  Accepted: a directory that does not exist"),
         (("export", "--run=x", "--to=jaxllm"), "--to jaxllm is there already"),
