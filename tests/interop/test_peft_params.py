@@ -85,11 +85,13 @@ def test_a_vocabulary_that_grew(case: str, tmp_path: Path) -> None:
     again = peft_attach.attach(base, base_config, read)
     assert (again.config.model.vocab_size, again.config.model.start_rows) == (config.model.vocab_size, 0)
     for (name, found), exact in zip(tree.named_leaves(dense(again.params)), jax.tree.leaves(dense(params)), strict=True):
-        np.testing.assert_array_equal(found, exact, err_msg=name)
+        # q, k and v of GPT-2 are one product of a larger rank.
+        np.testing.assert_allclose(found, exact, rtol=0, atol=0 if name in grown.TABLES else 1e-6, err_msg=name)
     tokens = np.array([[START_ROWS, 1, config.model.vocab_size - 1, 2]])
-    arguments = {"decoder_tokens": tokens} if case == "t5" else {}
-    logits = [models.build(each).apply(numbers, tokens, **arguments) for each, numbers in (again, (config, params))]
-    np.testing.assert_array_equal(*logits)
+    arguments = {"inputs": tokens} if case == "t5" else {}
+    both = ((again.config, again.params), (config, params))
+    logits = [models.build(each).apply(numbers, tokens, **arguments) for each, numbers in both]
+    np.testing.assert_allclose(*logits, atol=1e-4)
 
 
 def peft_base(params: Params) -> Params:
