@@ -7,14 +7,14 @@
 
 PATH is an adapter (a run that trained one, or a directory with adapter_config.json), or a directory of such. train trains one on each
 SOURCE, a data.source, in the run directory DIR/NAME, with the base in memory once; the same command goes on where it was. export writes
-the adapter of a run as PEFT does; --base is the model that the run began with, where its config does not say it. average adds up what
-the adapters of PEFT add to the weights, times their weights: exactly, with the sum of their ranks, or as well as rank R can. `Adapters`
-holds several beside one base.
+the adapter of a run as PEFT does, and the tokenizer beside it if it is not the base's or has a chat template; --base is the model that
+the run began with, where its config does not say it. average adds up what the adapters of PEFT add to the weights, times their weights:
+exactly, with the sum of their ranks, or as well as rank R can. `Adapters` holds several beside one base.
 """
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,14 +25,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from jaxllm import command, models, runs, series
+from jaxllm import command, models, runs, series, start
 from jaxllm import config as schema
 from jaxllm.data import tokenize
 from jaxllm.engine import state
 from jaxllm.engine.workdir import Workdir, check_space, sync_directory
 from jaxllm.interop import directory as hf
-from jaxllm.interop import peft, peft_attach, peft_average, peft_params
-from jaxllm.transforms import adapt, tree
+from jaxllm.interop import peft, peft_attach, peft_average, peft_params, peft_tokenizer
+from jaxllm.transforms import adapt, grown, tree
 from jaxllm.types import Params
 
 KINDS = ("lora", "dora")
@@ -59,6 +59,11 @@ class Adapters:
             raise ValueError(
                 f"'{path}' has an output head of its own, and the base's is its embedding.\n"
                 "  Accepted: adapters with which the model stays the same.\n  Open it by itself, with jaxllm.runs.load."
+            )
+        if (rows := attached.config.model.vocab_size) != self._config.model.vocab_size:
+            raise ValueError(
+                f"'{path}' has an embedding of {rows} rows, and the base's has {self._config.model.vocab_size}.\n"
+                "  Accepted: adapters without new tokens.\n  Open it by itself, with jaxllm.runs.load."
             )
         self._params[name] = attached.params
 
@@ -111,7 +116,7 @@ def main(arguments: list[str]) -> int | None:
 
 
 class Row(NamedTuple):
-    """An adapter, in words for the table of `list`."""
+    """An adapter, in words for the table of `list`. parameters: those that a run trained, those that are in files of PEFT."""
 
     path: str
     base: str
@@ -172,13 +177,14 @@ def _row_of_run(workdir: Workdir, config: ConfigDict, kind: str) -> Row:
 
 
 def show(rows: Sequence[Row], console: Console) -> None:
-    """Prints the table of `list`; an adapter of a run has the size that it would have as a file."""
+    """Prints the table of `list`."""
     numbers = [Column(name, justify="right", no_wrap=True) for name in ("parameters", "MB")]
     table = Table(Column("path", overflow="fold"), Column("adapter", overflow="fold"), *numbers)
     for row in rows:
         words = f"{row.kind}, rank {row.rank}, alpha {row.alpha}\nof {row.targets}\non {row.base or 'a base that it does not name'}"
         table.add_row(escape(row.path), escape(words), f"{row.parameters:,}", f"{row.parameters * ITEM_BYTES / 1e6:.3g}")
     console.print(table)
+    console.print("parameters of a run: those that it trained; of files: those in them. MB: of these in float32", style="dim")
 
 
 def export(directory: str, target: Path, step: int | None = None, base: str = "") -> str:
@@ -195,7 +201,7 @@ def export(directory: str, target: Path, step: int | None = None, base: str = ""
             "  Accepted: a run whose train.transforms has lora or dora.\n  Name such a run (whole models: python -m jaxllm.convert)."
         )
     whole = state.trainable(config, axes) - adapt.adapters(axes)
-    if kernels := sorted(name for name in whole if name.endswith("/base")):
+    if kernels := sorted(name for name in whole if name.endswith("/base") and name.removesuffix("/base") not in grown.TABLES):
         raise ValueError(
             f"'{directory}' trained {', '.join(kernels[:4])}, which have adapters beside them.\n"
             "  Accepted: runs that leave the kernels as they were, as train.trainable = 'auto' does.\n"
@@ -205,7 +211,20 @@ def export(directory: str, target: Path, step: int | None = None, base: str = ""
     original = _original(base, directory) if config.lora.init == "pissa" else None
     options = {"whole": whole, "base": base, "rslora": config.lora.rslora, "original": original}
     adapter = peft_params.export(run.params, run.model.config, **options)
-    return "\n".join([f"{directory}, step {run.step}", *_write(target, adapter), *_notes(base)])
+    there = bool(base) and Path(base).expanduser().exists()
+    tokenizer = peft_tokenizer.make(run.tokenizer, start.open_start(base).tokenizer if there else None, run.model.config)
+    lines = [f"{directory}, step {run.step}", *_write(target, adapter, tokenizer.files), *_growth(config, axes)]
+    return "\n".join([*lines, *(f"note: {note}" for note in tokenizer.notes), *_notes(base)])
+
+
+def _growth(config: ConfigDict, axes: Params) -> list[str]:
+    if not adapt.adapters(axes) & {f"{name}/rows" for name in grown.TABLES}:
+        return []
+    before, rows = config.model.start_rows, config.model.vocab_size
+    return [
+        f"the vocabulary grew from {before} to {rows}: in PEFT call base.resize_token_embeddings({rows}) before"
+        " PeftModel.from_pretrained"
+    ]
 
 
 def _original(base: str, directory: str) -> Params:
@@ -232,7 +251,9 @@ def average(paths: Sequence[str], target: Path, weights: Sequence[str] | None = 
     adapters = [peft.read(path) for path in paths]
     averaged = peft_average.average(adapters, numbers, rank)
     lines = [f"{number:g} * {path}" for number, path in zip(numbers, paths, strict=True)]
-    lines += _write(target, averaged.adapter)
+    tokenizers = [peft_tokenizer.files(Path(path).expanduser()) for path in paths]
+    alike = all(files == tokenizers[0] for files in tokenizers)
+    lines += _write(target, averaged.adapter, tokenizers[0] if alike else {})
     if rank is not None:
         worst = max(averaged.errors, key=lambda module: averaged.errors[module])
         lines.append(
@@ -242,6 +263,8 @@ def average(paths: Sequence[str], target: Path, weights: Sequence[str] | None = 
         lines.append(
             f"note: they name different bases, {', '.join(sorted(bases))}; their average has a meaning if these are one model"
         )
+    if not alike:
+        lines.append("note: they have different tokenizers, or not all of them have one; none is written")
     return "\n".join(lines)
 
 
@@ -270,13 +293,15 @@ def _target(given: str) -> Path:
     return target
 
 
-def _write(target: Path, adapter: peft.Adapter) -> list[str]:
-    """Writes the directory, which appears when it is complete."""
+def _write(target: Path, adapter: peft.Adapter, tokenizer: Mapping[str, bytes]) -> list[str]:
+    """Writes the directory, which appears when it is complete; `tokenizer`: its files, name -> bytes."""
     check_space(target, ITEM_BYTES * sum(map(math.prod, adapter.shapes.values())), what="the adapter", change="give another --to")
     partial = target.absolute().with_name(f".{target.absolute().name}.writing")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         written = peft.write(partial, adapter)
+        for name, data in tokenizer.items():
+            (partial / name).write_bytes(data)
         if target.is_dir():
             target.rmdir()
         partial.rename(target)
@@ -285,7 +310,7 @@ def _write(target: Path, adapter: peft.Adapter) -> list[str]:
         shutil.rmtree(partial, ignore_errors=True)
     ranks = sorted({product.rank for product in adapter.products.values()})
     return [
-        f"-> {target}: {', '.join(written.files)}",
+        f"-> {target}: {', '.join((*written.files, *tokenizer))}",
         f"{'dora' if adapter.dora else 'lora'} of rank {', '.join(map(str, ranks))} beside {len(adapter.products)} modules,"
         f" {written.parameters:,} numbers" + (f", {len(adapter.whole)} tensors stored whole" if adapter.whole else ""),
     ]

@@ -22,7 +22,7 @@ from jaxllm.engine import canonical, state
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.workdir import Workdir
 from jaxllm.interop import directory as hf
-from jaxllm.interop import gguf, peft, peft_attach, weights
+from jaxllm.interop import gguf, peft, peft_attach, peft_tokenizer, weights
 from jaxllm.interop.imported import Imported
 from jaxllm.transforms import tree
 from jaxllm.types import Model, Params, Tokenizer
@@ -37,7 +37,8 @@ class Run:
     """params: averaged weights where the run keeps them, on one device. step: updates that they have seen.
 
     classes: names of the classes of a head that classifies, by number. imported: None for a run of this package; of other models
-    `workdir` is their path, and nothing is written there. Of an adapter of PEFT `workdir` is the adapter's, and the rest is its base's.
+    `workdir` is their path, and nothing is written there. Of an adapter of PEFT `workdir` is the adapter's, and so is the tokenizer if one
+    is there; the rest is its base's.
     """
 
     workdir: Workdir
@@ -149,10 +150,10 @@ def _load_adapter(adapter: peft.Adapter, base: str | Path, step: int | None, for
     if step is not None or not str(base or adapter.base) or not path.exists():
         raise ValueError(_no_base(adapter, str(base), step))
     run = load(path, for_decoding=for_decoding)
-    attached = peft_attach.attach(run.params, run.config, adapter)
-    model = models.build(attached.config)
+    attached, workdir = peft_attach.attach(run.params, run.config, adapter), Workdir(Path(adapter.where))
+    tokenizer, model = peft_tokenizer.choose(workdir.path, attached.config, run.tokenizer), models.build(attached.config)
     return dataclasses.replace(
-        run, workdir=Workdir(Path(adapter.where)), config=attached.config, params=attached.params, model=model
+        run, workdir=workdir, config=attached.config, tokenizer=tokenizer, params=attached.params, model=model
     )
 
 

@@ -25,7 +25,7 @@ from jaxllm.engine.session import Session
 from jaxllm.engine.workdir import Workdir
 from jaxllm.interop import weights
 from jaxllm.interop.imported import Imported
-from jaxllm.transforms import adapt, tree
+from jaxllm.transforms import adapt, grown, tree
 from jaxllm.types import Axes, Params, Tokenizer
 
 # Fields of config.model that say how a model is run, or what is put on top of it: the config's own, whatever the model had.
@@ -43,7 +43,6 @@ FREE = (
 )
 # Not in their files, but said by the tokenizer or by the model that is begun with.
 FILLED_IN = ("vocab_size", "start_rows")
-TABLES = ("embed/tokens", "head/kernel", "head/bias")
 
 
 class _Target(NamedTuple):
@@ -177,7 +176,7 @@ class _Placing:
         self._placed: dict[str, Any] = {}
         self._programs: dict[tuple[str, bool], Callable[..., Any]] = {}
         self._unused: list[str] = []
-        self._tables = TABLES if session.config.model.head == "lm" else TABLES[:1]
+        self._tables = grown.tables(session.config.model.head)
         self._grown = 0
         self.template = jax.eval_shape(self._dense.init, jax.random.key(0))
         shardings = session.plan.shardings(model.axes, jax.eval_shape(model.init, jax.random.key(0)))

@@ -16,6 +16,8 @@ from rich.console import Console
 
 from jaxllm import adapters, convert, models, runs
 from jaxllm import config as schema
+from jaxllm.data import tokenize
+from jaxllm.data.chat import templates
 from jaxllm.engine import state
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.interop import peft
@@ -30,19 +32,23 @@ TRAINED = {
 }
 
 
-def train(folder: Path, name: str, base: runs.Run, **settings: Any) -> None:
-    """A run as one that began with the base: its adapter has moved, and the rest is as it was."""
+def train(folder: Path, name: str, base: runs.Run, tokenizer: Any = None, **settings: Any) -> None:
+    """A run as one that began with the base: its adapter has moved, and the rest is as it was. tokenizer: one with new tokens."""
     config = schema.load(folder / "first" / "config.json").copy_and_resolve_references()
     config.train.transforms = ("dora" if name == "dora" else "lora",)
     config.train.start = str(folder / "base")
     config.model.layers_as = "scan" if name == "pissa" else "unrolled"
     config.lora.update(settings)
-    (folder / name).mkdir()
+    config.model.start_rows = base.config.model.vocab_size
+    (folder / name).mkdir(parents=True)
     (folder / name / "config.json").write_text(schema.to_json(config))
-    shutil.copytree(folder / "first" / "tokenizer", folder / name / "tokenizer")
-    config.model.vocab_size = base.config.model.vocab_size
+    tokenizer = tokenizer or tokenize.load(folder / "first" / "tokenizer")
+    tokenizer.save(str(folder / name / "tokenizer"))
+    config.model.vocab_size = tokenizer.vocab_size
     model = models.build(config)
     stacked = tree.stack_layers(base.params) if name == "pissa" else base.params
+    table = stacked["embed"]["tokens"]
+    stacked = {**stacked, "embed": {"tokens": jax.numpy.pad(table, [(0, tokenizer.vocab_size - len(table)), (0, 0)])}}
     dense = config.copy_and_resolve_references()
     dense.train.transforms = ()
     params = adapt.Adaptation(models.build(dense).axes, model.config.transforms).params(stacked, jax.random.key(0))
@@ -114,6 +120,67 @@ def test_one_base_and_several_adapters(folder: Path) -> None:
         several.use("lara")
 
 
+@pytest.fixture(scope="module")
+def chat(folder: Path) -> Path:
+    """A run whose vocabulary grew for a chat template; beside it PEFT's files of its adapter."""
+    path, named = folder / "chats" / "run", templates.chatml()
+    tokenizer = tokenize.load(folder / "first" / "tokenizer")
+    template = templates.compiled(named.text, tokenizer)
+    tokenizer = tokenize.extend(tokenizer, named.tokens, template, named.end)
+    train(folder, "chats/run", runs.load(folder / "base"), tokenizer, rank=2)
+    return path
+
+
+def test_a_vocabulary_that_grew(folder: Path, chat: Path) -> None:
+    """Its new rows, its tokenizer and its template are in the files, which are the run."""
+    files = chat.with_name("files")
+    said = adapters.export(str(chat), files)
+    run, opened, base = runs.load(chat), runs.load(files), runs.load(folder / "base")
+    before, after = base.config.model.vocab_size, run.config.model.vocab_size
+    assert after == before + 2 and f"the vocabulary grew from {before} to {after}: in PEFT call base.resize_token_emb" in said
+    tokens = np.array([[before, 5, before + 1, 7]])
+    found, expected = (np.asarray(each.model.apply(each.params, tokens)) for each in (opened, run))
+    assert expected.shape[-1] == after
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    theirs, mine = opened.tokenizer, run.tokenizer
+    assert theirs.template.text == mine.template.text
+    for text in ("The quick <s> Größe, 日本語\n", ""):
+        assert theirs.encode(text) == mine.encode(text)
+    assert tokenize.stop_ids(theirs) == tokenize.stop_ids(mine) and len(tokenize.stop_ids(mine)) == 2
+    texts = [
+        command("jaxllm.generate", "--chat", f"--run={path}", "--temperature=0", "--max_tokens=9", "--prompt=Who?").stdout
+        for path in (chat, files)
+    ]
+    assert texts[0] == texts[1] != ""
+    console = Console(quiet=True)
+    assert convert.convert(files, chat.with_name("merged"), "hf", None, console, checked=True) == 0
+    merged = runs.load(chat.with_name("merged"))
+    np.testing.assert_allclose(merged.model.apply(merged.params, tokens), expected, atol=1e-4)
+    assert merged.tokenizer.template.text == mine.template.text
+    one, two = (row.parameters for row in adapters.find(chat.parent) if Path(row.path).name in ("run", "files"))
+    assert {one - two, two - one} == {2 * (after - 1) * run.config.model.width}
+    with pytest.raises(ValueError, match=rf"has an embedding of {after} rows, and the base's has {before}.\n  Accepted: adapters w"):
+        adapters.Adapters(base.params, base.config).add("chat", files)
+
+
+def test_the_tokenizer_of_an_average(chat: Path, tmp_path: Path) -> None:
+    one, other, mean = chat.with_name("files"), tmp_path / "other", tmp_path / "mean"
+    adapters.average([str(one)] * 2, mean)
+    assert (mean / "tokenizer.json").read_bytes() == (one / "tokenizer.json").read_bytes()
+    np.testing.assert_allclose(logits(runs.load(mean)), logits(runs.load(one)), atol=1e-4)
+    shutil.copytree(one, other)
+    (other / "tokenizer.json").unlink()
+    assert "note: they have different tokenizers, or not all" in adapters.average([str(one), str(other)], tmp_path / "none")
+    assert not (tmp_path / "none" / "tokenizer.json").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_rows(folder: Path, chat: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "lora_peft", tmp_path / "lora")
+    shutil.copy(chat.with_name("files") / "tokenizer.json", tmp_path / "lora")
+    with pytest.raises(ValueError, match=r"its tokenizer has \d+ tokens, its embedding \d+ rows"):
+        runs.load(tmp_path / "lora")
+
+
 def test_an_adapter_with_a_head_of_its_own_is_opened_alone() -> None:
     golden = ROOT / "tests" / "golden"
     found = peft.read(golden / "peft" / "gpt2_head")
@@ -160,8 +227,8 @@ def test_export_average_and_generate(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("lsit", "x"), "unexpected argument 'lsit'.\n  Accepted: list PATH ..., export, average"),
-        ((), "no action is given.\n  Accepted: list PATH ..., export, average"),
+        (("lsit", "x"), "unexpected argument 'lsit'.\n  Accepted: list PATH ..., train, export, average"),
+        ((), "no action is given.\n  Accepted: list PATH ..., train, export, average"),
         (("list",), "no path is given.\n  Accepted: list PATH ..."),
         (("export", "--run=x"), "--to is not given.\n  Accepted: a directory that does not exist"),
         (("export", "--run=x", "--to=jaxllm"), "--to jaxllm is there already"),

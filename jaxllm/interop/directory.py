@@ -184,6 +184,12 @@ def write(
     return Written(architecture, export.shapes, tuple(names), notes)
 
 
+def tokenizer_alone(tokenizer: Tokenizer, arch: Architecture) -> tokenizer_files.Made:
+    """The files of a tokenizer for a directory without a model, and what generation_config.json says ends a text."""
+    made = tokenizer_files.make(tokenizer, arch.context_tokens, arch.family.kind)
+    return made._replace(files={**made.files, GENERATION: _json(_generation(_ids(arch, tokenizer)))})
+
+
 def _labels(arch: Architecture, classes: Sequence[str]) -> dict[str, Any]:
     if arch.head not in ("classify", "tag"):
         return {}

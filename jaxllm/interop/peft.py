@@ -24,6 +24,8 @@ from jaxllm.interop.weights import listing
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+# Where the vocabulary grew, PEFT writes a module of modules_to_save three times: so, as it was before, and under its own name.
+REPEATED = (".modules_to_save.", ".original_module.")
 # Modules of modules_to_save with which ensure_weight_tying ties; without one of them it does nothing.
 TYING = ("embed_tokens", "lm_head")
 # init_lora_weights with which the base stays as it is.
@@ -115,6 +117,10 @@ class Adapter:
         a, b = (self.read(module + part).astype(np.float32) for part in (A, B))
         return Factors(a, b, self.products[module].scale, magnitude)
 
+    def replaces(self, name: str) -> bool:
+        """Whether the tensor of this name is one of modules_to_save; any other that is stored is put into the base's own place."""
+        return any(peft_modules.of_tensor(name).endswith(end) for end in self.saved)
+
     def means(self, module: str) -> bool:
         """Whether target_modules mean the module of this name."""
         return peft_modules.matches(self.targets, module) and not peft_modules.matches(self.excluded, module)
@@ -150,7 +156,9 @@ def read(path: str | Path) -> Adapter:
             "  Fetch the file. A .bin file can run code when it is opened; where you trust it, load it with PEFT and save it again."
         )
     files = safetensors.Files([path / TENSORS])
-    shapes = {name.removeprefix(PREFIX): shape for name, shape in files.shapes.items()}
+    shapes = {
+        name.removeprefix(PREFIX): shape for name, shape in files.shapes.items() if not any(part in name for part in REPEATED)
+    }
     adapter = Adapter(
         where=str(path),
         base=given.get("base_model_name_or_path", ""),

@@ -19,7 +19,7 @@ from jaxllm.interop.peft import MAGNITUDE, A, Adapter, B, Product
 from jaxllm.interop.peft_params import copied, parts, plain
 from jaxllm.interop.rules import to_ours
 from jaxllm.interop.weights import Slot
-from jaxllm.transforms import adapt, leaf
+from jaxllm.transforms import adapt, grown, leaf
 from jaxllm.transforms.dora import Dora
 from jaxllm.transforms.lora import Lora
 from jaxllm.transforms.tree import path_name
@@ -37,7 +37,8 @@ def attach(params: Params, config: ConfigDict, adapter: Adapter) -> Attached:
     """The adapter beside the kernels (arrays or quantized) of a base with this config, its layers stacked or not.
 
     ValueError that lists what of the adapter does not fit, for a base that has one already, and for layers of one kernel with different
-    ranks or scales. A head that the base ties and the adapter stores apart from the embedding is no longer tied.
+    ranks or scales. A head that the base ties and the adapter stores apart from the embedding is no longer tied. A base with fewer tokens
+    than the adapter's embedding has rows grows.
     """
     if any(adapt.is_adapter(node) for node in jax.tree.leaves(params, is_leaf=leaf.is_type)):
         raise ValueError(
@@ -58,7 +59,14 @@ def attach(params: Params, config: ConfigDict, adapter: Adapter) -> Attached:
     whole = {family.canonical(name): name for name in adapter.whole}
     embedding = next(rule.name for rule in rules if rule.path == "embed/tokens")
     tied = {embedding, *(copy for copy, name in copies.items() if name == embedding)}
-    if apart := _apart(adapter, whole, tied, params["embed"]["tokens"]):
+    apart = _apart(adapter, whole, tied, params["embed"]["tokens"])
+    shapes = [adapter.shapes[whole[name]] for name in tied & whole.keys()]
+    if rows := [shape[0] for shape in shapes if shape[1:] == (arch.width,) and shape[0] > arch.vocab_size]:
+        tables = {rule.name for rule in rules if rule.path in grown.tables(arch.head) and rule.name in exported.shapes}
+        alike = {copies.get(name, name) for name in whole} | whole.keys()
+        _check_new_rows(adapter, max(rows), arch.vocab_size, sorted((tables | (tied if apart else set())) - alike))
+        return attach(*_grow(params, config, max(rows)), adapter)
+    if apart:
         return attach(*_untie(params, config, adapter, apart), adapter)
     names = {peft_modules.of_tensor(family.canonical(f"{name}.weight")): name for name in adapter.products}
     _check(adapter, parts(params, rules), exported.shapes, names, whole, copies)
@@ -77,9 +85,11 @@ def attach(params: Params, config: ConfigDict, adapter: Adapter) -> Attached:
 def _apart(adapter: Adapter, whole: Mapping[str, str], tied: set[str], embedding: jax.Array) -> list[str]:
     """Those of the tied tensors that the adapter stores, unless afterwards all are alike."""
     stored = sorted(tied & whole.keys())
-    if not stored or adapter.tied:
+    # What is put into the base's own place stays tied to all that is not replaced.
+    kept = [name for name in stored if not adapter.replaces(whole[name])]
+    if len(kept) == len(stored) or adapter.tied:
         return []
-    first = adapter.read(whole[stored[0]]) if len(stored) == len(tied) else np.asarray(embedding)
+    first = adapter.read(whole[(kept or stored)[0]]) if kept or len(stored) == len(tied) else np.asarray(embedding)
     return [] if all(np.array_equal(first, adapter.read(whole[name])) for name in stored) else stored
 
 
@@ -94,6 +104,31 @@ def _untie(params: Params, config: ConfigDict, adapter: Adapter, stored: Sequenc
     config = config.copy_and_resolve_references()
     config.model.tied_head = "off"
     return {**params, "head": {"kernel": params["embed"]["tokens"]}}, config
+
+
+def _check_new_rows(adapter: Adapter, rows: int, before: int, missing: Sequence[str]) -> None:
+    """ValueError if there are tables of which nothing says what new rows are."""
+    if missing:
+        raise ValueError(
+            f"{adapter.where}: its embedding has {rows} rows, the base's {before}; {weights.listing(missing)} should have as many, and"
+            " is not stored.\n  Accepted: adapters that store both embedding and head where the vocabulary grew, as PEFT does.\n"
+            "  Save it again, with both of them in modules_to_save."
+        )
+
+
+def _grow(params: Params, config: ConfigDict, rows: int) -> tuple[Params, ConfigDict]:
+    """With tables of so many rows, of which the new ones are 0; the adapter has them all."""
+    config = config.copy_and_resolve_references()
+    config.model.vocab_size = rows
+    tables = grown.tables(config.model.head)
+
+    def one(path: Sequence[Any], node: Any) -> Any:
+        if path_name(path) not in tables:
+            return node
+        dense = leaf.dense(node)
+        return jnp.pad(dense, [(0, rows - dense.shape[0]), *[(0, 0)] * (dense.ndim - 1)])
+
+    return jax.tree.map_with_path(one, params, is_leaf=leaf.is_type), config
 
 
 def _check(
@@ -202,6 +237,7 @@ def _describe(config: ConfigDict, adapter: Adapter, params: Params, also: Collec
     nodes = jax.tree.leaves_with_path(params, is_leaf=leaf.is_type)
     adapted = {path_name(path) for path, node in nodes if adapt.is_adapter(node)}
     config.train.transforms = (*config.train.transforms, "dora" if adapter.dora else "lora")
+    config.model.start_rows = 0  # all tables are in one piece
     config.lora.update(
         {
             "rank": default.rank,

@@ -19,7 +19,7 @@ from jaxllm.interop import families, peft_modules, pissa, weights
 from jaxllm.interop.peft import MAGNITUDE, A, Adapter, B, Factors, Product
 from jaxllm.interop.weights import Slot
 from jaxllm.models.architecture import Architecture
-from jaxllm.transforms import adapt, dora, leaf
+from jaxllm.transforms import adapt, dora, grown, leaf
 from jaxllm.transforms.tree import path_name
 from jaxllm.types import Params
 
@@ -50,10 +50,13 @@ def export(
 ) -> Adapter:
     """The adapter that `params` hold, their layers stacked or not; its tensors are made when they are asked for.
 
-    whole: path names of arrays that are trained as they are. The head of a classifier is always stored, as PEFT expects. base: path or
-    name of the base, as transformers loads it. original: parameters before PiSSA took part of them away; the adapter is then one of
-    twice the rank, beside these. ValueError for a model that no class of transformers is, and for what PEFT has no place for.
+    whole: path names of arrays that are trained as they are. The head of a classifier is always stored, as PEFT expects, and so are all
+    rows of the tables of a vocabulary that grew. base: path or name of the base, as transformers loads it. original: parameters before
+    PiSSA took part of them away; the adapter is then one of twice the rank, beside these. ValueError for a model that no class of
+    transformers is, and for what PEFT has no place for.
     """
+    if grown.names(params):
+        params, whole = grown.joined(params), {*whole, *grown.tables(arch.head)}
     architecture = families.choose(arch)
     rules = families.find(architecture).rules(architecture, arch)
     exported = weights.export(plain(params), architecture, arch)

@@ -14,9 +14,16 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxllm.transforms.product import product
-from jaxllm.types import Transform
+from jaxllm.transforms.tree import named_leaves
+from jaxllm.types import Params, Transform
 
 EMBEDDING, HEAD = "embed/tokens", "head/kernel"
+TABLES = (EMBEDDING, HEAD, "head/bias")
+
+
+def tables(head: str) -> tuple[str, ...]:
+    """Path names of the parameters that have a row for each token in a model with this model.head, as far as it has them."""
+    return TABLES if head == "lm" else TABLES[:1]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("base", "rows"), meta_fields=("kind",))
@@ -59,5 +66,19 @@ def make(config: ConfigDict) -> Transform:
         del inputs
         return Grown(axes, ("new_tokens", *axes[1:]))
 
-    tables = f"{EMBEDDING}|{HEAD}" if config.model.head == "lm" else EMBEDDING
-    return Transform(tables, apply, axes, adapts=True, tables=True)
+    targets = f"{EMBEDDING}|{HEAD}" if config.model.head == "lm" else EMBEDDING
+    return Transform(targets, apply, axes, adapts=True, tables=True)
+
+
+def names(params: Params) -> set[str]:
+    """Path names of the tables that are in two pieces."""
+    return {name for name, node in named_leaves(params, is_leaf=_is_grown) if _is_grown(node)}
+
+
+def joined(params: Params) -> Params:
+    """The same parameters with each table in one piece."""
+    return jax.tree.map(lambda node: node.dense() if _is_grown(node) else node, params, is_leaf=_is_grown)
+
+
+def _is_grown(node: Any) -> bool:
+    return isinstance(node, Grown)

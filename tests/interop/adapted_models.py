@@ -50,9 +50,14 @@ CASES = [
 ]
 
 
-def adapted(case: str, kind: str, targets: str, layers_as: str = "unrolled") -> tuple[ConfigDict, Model, Params, Params]:
-    """(config, model, parameters with adapters, the base that they began with); `kind`: lora, rslora, dora or pissa."""
-    fields = MODELS[case][1] | {"layers_as": layers_as}
+def adapted(
+    case: str, kind: str, targets: str, layers_as: str = "unrolled", start_rows: int = 0
+) -> tuple[ConfigDict, Model, Params, Params]:
+    """(config, model, parameters with adapters, the base that they began with); `kind`: lora, rslora, dora or pissa.
+
+    start_rows: of the tables, below which there are new tokens.
+    """
+    fields = MODELS[case][1] | {"layers_as": layers_as, "start_rows": start_rows}
     config, dense_model, base = make(fields)
     config.train.transforms = ("dora" if kind == "dora" else "lora",)
     settings = {"rank": 3, "alpha": 7.0, "targets": targets, "rslora": kind == "rslora"}
@@ -79,6 +84,23 @@ def dense(params: Params) -> Params:
         return jax.vmap(leaf.dense)(node) if stacked and leaf.is_type(node) else leaf.dense(node)
 
     return jax.tree.map_with_path(one, params, is_leaf=leaf.is_type)
+
+
+# Models whose vocabulary grows; untied, tied, with a bias at the output, with three places that read one table, and without a head.
+GROWN = ["llama", "llama tied", "gpt2", "bert", "t5", "bert classes"]
+START_ROWS = 9
+
+
+def before_it_grew(config: ConfigDict, params: Params) -> tuple[ConfigDict, Params]:
+    """The base of a model whose vocabulary grew."""
+
+    def one(path: Any, node: Any) -> Any:
+        node = node.base if adapt.is_adapter(node) else node
+        return node[:START_ROWS] if tree.path_name(path) == "head/bias" and config.model.head == "lm" else node
+
+    config = without_transforms(config)
+    config.model.vocab_size, config.model.start_rows = START_ROWS, 0
+    return config, jax.tree.map_with_path(one, params, is_leaf=adapt.is_adapter)
 
 
 def without_transforms(config: ConfigDict) -> ConfigDict:

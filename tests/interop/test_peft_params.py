@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adapted_models import CASES, EVERY, Q_V, adapted, dense, without_transforms
+from adapted_models import CASES, EVERY, GROWN, Q_V, START_ROWS, adapted, before_it_grew, dense, without_transforms
 from foreign_models import MODELS, make
 
+from jaxllm import models
 from jaxllm.interop import families, peft, peft_attach, peft_modules, peft_params, weights
-from jaxllm.transforms import adapt, leaf, tree
+from jaxllm.transforms import adapt, grown, leaf, tree
 from jaxllm.transforms.quantized import Quantized
 from jaxllm.types import Params
 
@@ -71,6 +72,26 @@ def test_weights(case: str, kind: str, targets: str, also: str, layers_as: str, 
         np.testing.assert_allclose(found, exact, atol=WEIGHT * max(1, np.abs(exact).max()))
     assert whole <= set(tree.names(again.params))
     assert whole_names(again.config.lora.also, params) >= whole
+
+
+@pytest.mark.parametrize("case", GROWN)
+def test_a_vocabulary_that_grew(case: str, tmp_path: Path) -> None:
+    config, model, params, _ = adapted(case, "lora", Q_V, start_rows=START_ROWS)
+    peft.write(tmp_path, peft_params.export(params, model.config))
+    read = peft.read(tmp_path)
+    tables = [array for name, array in tree.named_leaves(dense(params)) if name in grown.tables(config.model.head)]
+    assert {read.shapes[name] for name in read.whole} >= {table.shape for table in tables}
+    base_config, base = before_it_grew(config, params)
+    again = peft_attach.attach(base, base_config, read)
+    assert (again.config.model.vocab_size, again.config.model.start_rows) == (config.model.vocab_size, 0)
+    for (name, found), exact in zip(tree.named_leaves(dense(again.params)), jax.tree.leaves(dense(params)), strict=True):
+        # q, k and v of GPT-2 are one product of a larger rank.
+        np.testing.assert_allclose(found, exact, rtol=0, atol=0 if name in grown.TABLES else 1e-6, err_msg=name)
+    tokens = np.array([[START_ROWS, 1, config.model.vocab_size - 1, 2]])
+    arguments = {"inputs": tokens} if case == "t5" else {}
+    both = ((again.config, again.params), (config, params))
+    logits = [models.build(each).apply(numbers, tokens, **arguments) for each, numbers in both]
+    np.testing.assert_allclose(*logits, atol=1e-4)
 
 
 def peft_base(params: Params) -> Params:

@@ -144,7 +144,26 @@ def test_an_embedding_apart_from_what_t5_ties_to_it(tmp_path: Path) -> None:
         tensors["base_model.model.shared.weight"] = np.ones((32, 12), np.float32)
 
     with pytest.raises(ValueError, match=r"shared.weight are stored, and not all alike.\n  Accepted: with model.name = 't5'"):
-        attach(edited(tmp_path, "t5_lora", add), "t5_lora")
+        attach(edited(tmp_path, "t5_lora", add, modules_to_save=["shared"]), "t5_lora")
+
+
+@pytest.mark.parametrize(
+    ("rows", "head_rows", "words"),
+    [
+        (34, 0, r"its embedding has 34 rows, the base's 32; lm_head.weight should have as many, and is not stored.\n  Accepted: adap"),
+        (34, 32, r"of another shape \(1\): lm_head.weight \[32, 16\] instead of \[34, 16\]"),
+        (30, 30, r"of another shape \(2\): .*embed_tokens.weight \[30, 16\] instead of \[32, 16\]"),
+    ],
+)
+def test_a_vocabulary_that_grew_in_part_or_shrank(rows: int, head_rows: int, words: str, tmp_path: Path) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors["base_model.model.model.embed_tokens.weight"] = np.ones((rows, 16), np.float32)
+        tensors["base_model.model.lm_head.weight"] = np.ones((head_rows, 16), np.float32)
+        if not head_rows:
+            del tensors["base_model.model.lm_head.weight"]
+
+    with pytest.raises(ValueError, match=words):
+        attach(edited(tmp_path, change=change))
 
 
 def test_files_that_are_missing(tmp_path: Path) -> None:

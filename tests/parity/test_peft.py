@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import make_golden
@@ -9,6 +10,7 @@ import make_peft
 import numpy as np
 import peft as library
 import pytest
+import torch
 import transformers
 from cases import CASES as BASES
 
@@ -22,7 +24,7 @@ sys.path.append(str(ROOT / "interop"))
 
 import hf_batch  # noqa: E402
 import test_models  # noqa: E402
-from adapted_models import CASES, adapted, dense, without_transforms  # noqa: E402
+from adapted_models import CASES, GROWN, Q_V, START_ROWS, adapted, before_it_grew, dense, without_transforms  # noqa: E402
 from foreign_models import MODELS  # noqa: E402
 from test_exports import ours, theirs  # noqa: E402
 from test_peft_params import peft_base, whole_names  # noqa: E402
@@ -67,6 +69,64 @@ def test_ours(case: str, kind: str, targets: str, also: str, layers_as: str, tmp
     for logits in found:
         np.testing.assert_allclose(logits, expected, atol=LOGITS)
     print(f"{case}, {kind}: {max(np.abs(logits - expected).max() for logits in found):.1e} of {np.abs(expected).max():.1f}")
+
+
+def grown_base(case: str, path: Path) -> Any:
+    """A function that opens the base of this model whose vocabulary grew, with as many rows as that has."""
+    config, _, params, _ = adapted(case, "lora", Q_V, start_rows=START_ROWS)
+    base_config, base = before_it_grew(config, params)
+    architecture = MODELS[case][0]
+    carried = {"config.json": b'{"pad_token_id": 8}'} if architecture.endswith("ForSequenceClassification") else {}
+    directory.write(path, base, models.build(base_config).config, None, carried)
+
+    def load() -> Any:
+        loaded = getattr(transformers, architecture).from_pretrained(path)
+        loaded.resize_token_embeddings(config.model.vocab_size)
+        return loaded
+
+    return load
+
+
+@pytest.mark.parametrize("case", GROWN)
+def test_ours_with_new_tokens(case: str, tmp_path: Path) -> None:
+    _, model, params, _ = adapted(case, "lora", Q_V, start_rows=START_ROWS)
+    load = grown_base(case, tmp_path / "base")
+    peft.write(tmp_path / "adapter", peft_params.export(params, model.config, base=str(tmp_path / "base")))
+    loaded, expected = library.PeftModel.from_pretrained(load(), tmp_path / "adapter"), ours(model, params)
+    for logits in (theirs(loaded.eval().base_model.model), theirs(loaded.merge_and_unload())):
+        np.testing.assert_allclose(logits, expected, atol=LOGITS)
+        print(f"{case}: {np.abs(logits - expected).max():.1e} of {np.abs(expected).max():.1f}")
+
+
+TABLES = ["embed_tokens", "lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        *((case, {}) for case in GROWN if case != "bert classes"),
+        ("llama", {"modules_to_save": TABLES}),
+        ("llama tied", {"modules_to_save": TABLES}),
+        ("llama tied", {"modules_to_save": TABLES[:1]}),
+        ("llama tied", {"modules_to_save": TABLES[:1], "ensure_weight_tying": True}),
+        ("gpt2", {"modules_to_save": ["wte", "lm_head"]}),
+    ],
+)
+def test_theirs_with_new_tokens(case: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Trained by PEFT: what it does not name in modules_to_save it stores as well, and trains as little as the rest of the base."""
+    load = grown_base(case, tmp_path / "base")
+    targets = {"gpt2": "c_attn", "bert": "query", "t5": "q"}.get(case, "q_proj")
+    torch.manual_seed(0)
+    given = library.get_peft_model(load(), library.LoraConfig(r=2, target_modules=[targets], **options))
+    for weight in given.parameters():
+        if weight.requires_grad:
+            weight.data += 0.2 * torch.randn_like(weight)
+    given.save_pretrained(tmp_path / "adapter")
+    expected = theirs(library.PeftModel.from_pretrained(load(), tmp_path / "adapter").base_model.model)
+    np.testing.assert_allclose(theirs(given.base_model.model), expected, atol=LOGITS)
+    base = directory.read(tmp_path / "base")
+    attached = peft_attach.attach(weights.load(base).params, base.config, peft.read(tmp_path / "adapter"))
+    np.testing.assert_allclose(ours(models.build(attached.config), attached.params), expected, atol=LOGITS)
 
 
 @pytest.mark.parametrize("name", make_peft.CASES)
