@@ -3,6 +3,7 @@
 Units end a name: _steps _tokens _seqs _secs _bytes _frac. A batch size is in sequences and global.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -46,11 +47,22 @@ def many_of(choices: Iterable[str]) -> Accept:
     return Accept("a tuple of: " + ", ".join(listed), lambda values: all(value in listed for value in values))
 
 
+def _is_pattern(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
+
+
 def _is_group(value: Any) -> bool:
-    return len(value) == 3 and isinstance(value[0], str) and all(isinstance(part, int | float) for part in value[1:])
+    return len(value) == 3 and _is_pattern(value[0]) and all(isinstance(part, int | float) for part in value[1:])
 
 
 TEXT = Accept("text", lambda value: isinstance(value, str))
+PATTERN = Accept("a regular expression", _is_pattern)
 TEXTS = Accept("a tuple of texts", lambda values: all(isinstance(value, str) for value in values))
 YES_NO = Accept("True or False", lambda value: isinstance(value, bool))
 SIZE = Accept("-1 (whatever is left) or 1 or more", lambda value: value == -1 or value >= 1)
@@ -133,7 +145,7 @@ SCHEMA: dict[str, Field] = {
     "precision.loss_scale": Field(32768.0, above(0), "first dynamic loss scale (float16 only)"),
     "precision.loss_scale_growth_steps": Field(2000, at_least(1), "finite steps before the loss scale doubles (float16 only)"),
     "quant.targets": Field(
-        ".*layers/.*/kernel", TEXT, "regular expression over parameter paths: kernels that int8, int4 and nf4 take"
+        ".*layers/.*/kernel", PATTERN, "regular expression over parameter paths: kernels that int8, int4 and nf4 take"
     ),
     "quant.group": Field(128, at_least(2), "inputs that share a scale (int4)"),
     "quant.double": Field(True, YES_NO, "the scales of nf4 are quantized, too"),
@@ -196,7 +208,7 @@ SCHEMA: dict[str, Field] = {
     ),
     "train.trainable": Field(
         "auto",
-        TEXT,
+        PATTERN,
         "regular expression over parameter paths; the others stay as they are. auto: adapters, or without any everything",
     ),
     "train.frozen_layers": Field(
@@ -216,8 +228,10 @@ SCHEMA: dict[str, Field] = {
     "lora.alpha": Field(32.0, above(0), "A B is multiplied by alpha / rank"),
     "lora.rslora": Field(False, YES_NO, "alpha / sqrt(rank) instead, which suits large ranks"),
     "lora.dropout_frac": Field(0.0, between(0, 0.9), "dropped of what A reads"),
-    "lora.targets": Field(".*layers/.*/kernel", TEXT, "regular expression over parameter paths: kernels that get an adapter"),
-    "lora.also": Field("", TEXT, "the same of further parameters that are trained as they are (embed/.*, .*norm/.*); empty: none"),
+    "lora.targets": Field(".*layers/.*/kernel", PATTERN, "regular expression over parameter paths: kernels that get an adapter"),
+    "lora.also": Field(
+        "", PATTERN, "the same of further parameters that are trained as they are (embed/.*, .*norm/.*); empty: none"
+    ),
     "lora.lr_ratio": Field(1.0, above(0), "learning rate of B over that of A; LoRA+ takes 16"),
     "lora.init": Field("zero", one_of(("zero", "pissa")), "zero: B is 0; pissa: the largest singular values of the kernel"),
     "optimizer.name": Field("adamw", one_of(registry.names("optimizer")), "from optax"),

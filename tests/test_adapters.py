@@ -47,8 +47,11 @@ def train(folder: Path, name: str, base: runs.Run, tokenizer: Any = None, **sett
     config.model.vocab_size = tokenizer.vocab_size
     model = models.build(config)
     stacked = tree.stack_layers(base.params) if name == "pissa" else base.params
-    table = stacked["embed"]["tokens"]
-    stacked = {**stacked, "embed": {"tokens": jax.numpy.pad(table, [(0, tokenizer.vocab_size - len(table)), (0, 0)])}}
+    more = [(0, config.model.vocab_size - config.model.start_rows), (0, 0)]
+    stacked = {
+        **stacked,
+        **{part: jax.tree.map(lambda table: jax.numpy.pad(table, more), stacked[part]) for part in ("embed", "head")},
+    }
     dense = config.copy_and_resolve_references()
     dense.train.transforms = ()
     params = adapt.Adaptation(models.build(dense).axes, model.config.transforms).params(stacked, jax.random.key(0))
@@ -122,49 +125,45 @@ def test_one_base_and_several_adapters(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def chat(folder: Path) -> Path:
-    """A run whose vocabulary grew for a chat template; beside it PEFT's files of its adapter."""
-    path, named = folder / "chats" / "run", templates.chatml()
-    tokenizer = tokenize.load(folder / "first" / "tokenizer")
-    template = templates.compiled(named.text, tokenizer)
-    tokenizer = tokenize.extend(tokenizer, named.tokens, template, named.end)
-    train(folder, "chats/run", runs.load(folder / "base"), tokenizer, rank=2)
-    return path
+    """A folder with: run, whose vocabulary grew for a chat template; files, its adapter; merged, both as one model."""
+    config, base, chat = schema.base(), runs.load(folder / "base"), folder / "chat"
+    config.chat.template = "chatml"
+    template = templates.choose(config, base.tokenizer)
+    tokenizer = tokenize.extend(base.tokenizer, templates.tokens(config), template, templates.end(config))
+    train(folder, "chat/run", base, tokenizer, rank=2)
+    adapters.export(str(chat / "run"), chat / "files")
+    assert convert.convert(chat / "files", chat / "merged", "hf", None, Console(quiet=True), checked=True) == 0
+    return chat
 
 
-def test_a_vocabulary_that_grew(folder: Path, chat: Path) -> None:
+def test_a_vocabulary_that_grew(folder: Path, chat: Path, tmp_path: Path) -> None:
     """Its new rows, its tokenizer and its template are in the files, which are the run."""
-    files = chat.with_name("files")
-    said = adapters.export(str(chat), files)
-    run, opened, base = runs.load(chat), runs.load(files), runs.load(folder / "base")
+    run, base = runs.load(chat / "run"), runs.load(folder / "base")
     before, after = base.config.model.vocab_size, run.config.model.vocab_size
+    said = adapters.export(str(chat / "run"), tmp_path / "files")
     assert after == before + 2 and f"the vocabulary grew from {before} to {after}: in PEFT call base.resize_token_emb" in said
     tokens = np.array([[before, 5, before + 1, 7]])
-    found, expected = (np.asarray(each.model.apply(each.params, tokens)) for each in (opened, run))
-    assert expected.shape[-1] == after
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    theirs, mine = opened.tokenizer, run.tokenizer
-    assert theirs.template.text == mine.template.text
-    for text in ("The quick <s> Größe, 日本語\n", ""):
-        assert theirs.encode(text) == mine.encode(text)
-    assert tokenize.stop_ids(theirs) == tokenize.stop_ids(mine) and len(tokenize.stop_ids(mine)) == 2
-    texts = [
-        command("jaxllm.generate", "--chat", f"--run={path}", "--temperature=0", "--max_tokens=9", "--prompt=Who?").stdout
-        for path in (chat, files)
-    ]
-    assert texts[0] == texts[1] != ""
-    console = Console(quiet=True)
-    assert convert.convert(files, chat.with_name("merged"), "hf", None, console, checked=True) == 0
-    merged = runs.load(chat.with_name("merged"))
-    np.testing.assert_allclose(merged.model.apply(merged.params, tokens), expected, atol=1e-4)
-    assert merged.tokenizer.template.text == mine.template.text
-    one, two = (row.parameters for row in adapters.find(chat.parent) if Path(row.path).name in ("run", "files"))
-    assert {one - two, two - one} == {2 * (after - 1) * run.config.model.width}
-    with pytest.raises(ValueError, match=rf"has an embedding of {after} rows, and the base's has {before}.\n  Accepted: adapters w"):
-        adapters.Adapters(base.params, base.config).add("chat", files)
+    expected, stops = np.asarray(run.model.apply(run.params, tokens)), tokenize.stop_ids(run.tokenizer)
+    assert expected.shape[-1] == after and len(stops) == 2
+    for opened in (runs.load(chat / "files"), runs.load(chat / "merged")):
+        np.testing.assert_allclose(opened.model.apply(opened.params, tokens), expected, atol=1e-4)
+        theirs: Any = opened.tokenizer
+        assert theirs.template.text == run.tokenizer.template.text and tokenize.stop_ids(theirs) == stops
+        for text in ("The quick Größe, 日本語\n", ""):
+            assert theirs.encode(text) == run.tokenizer.encode(text)
+    done = command("jaxllm.generate", "--chat", f"--run={chat / 'files'}", "--temperature=0", "--max_tokens=9", "--prompt=Who?")
+    assert done.returncode == 0, done.stderr
+    # The run trained the new rows of two tables; the files have all rows.
+    rows = {Path(row.path).name: row.parameters for row in adapters.find(chat)}
+    assert rows["files"] - rows["run"] == 2 * before * run.config.model.width
+    with pytest.raises(
+        ValueError, match=rf"has an embedding of {after} rows, and the base's has {before}.\n  Accepted: adapters w"
+    ):
+        adapters.Adapters(base.params, base.config).add("chat", chat / "files")
 
 
 def test_the_tokenizer_of_an_average(chat: Path, tmp_path: Path) -> None:
-    one, other, mean = chat.with_name("files"), tmp_path / "other", tmp_path / "mean"
+    one, other, mean = chat / "files", tmp_path / "other", tmp_path / "mean"
     adapters.average([str(one)] * 2, mean)
     assert (mean / "tokenizer.json").read_bytes() == (one / "tokenizer.json").read_bytes()
     np.testing.assert_allclose(logits(runs.load(mean)), logits(runs.load(one)), atol=1e-4)
@@ -174,11 +173,15 @@ def test_the_tokenizer_of_an_average(chat: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "none" / "tokenizer.json").exists()
 
 
-def test_a_tokenizer_with_more_tokens_than_rows(folder: Path, chat: Path, tmp_path: Path) -> None:
+def test_the_tokenizer_beside_an_adapter(folder: Path, chat: Path, tmp_path: Path) -> None:
+    """It takes the place of the base's, but what ends a text still does; and it fits the embedding."""
     shutil.copytree(folder / "lora_peft", tmp_path / "lora")
-    shutil.copy(chat.with_name("files") / "tokenizer.json", tmp_path / "lora")
+    shutil.copy(chat / "files" / "tokenizer.json", tmp_path / "lora")
     with pytest.raises(ValueError, match=r"its tokenizer has \d+ tokens, its embedding \d+ rows"):
         runs.load(tmp_path / "lora")
+    base, opened = runs.load(chat / "merged"), runs.load(tmp_path / "lora", base=chat / "merged")
+    assert base.tokenizer.template and not opened.tokenizer.template
+    assert tokenize.stop_ids(opened.tokenizer) == tokenize.stop_ids(base.tokenizer)
 
 
 def test_an_adapter_with_a_head_of_its_own_is_opened_alone() -> None:

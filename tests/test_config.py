@@ -30,6 +30,9 @@ def test_base_passes_and_survives_json() -> None:
         ("parallel.fsdp", -1, "parallel.data and parallel.fsdp are -1"),
         ("parallel.fsdp", 0, "Accepted: -1"),
         ("optimizer.groups", (("embed", 1.0),), "pattern, learning-rate factor, weight-decay factor"),
+        ("optimizer.groups", (("*embed", 1.0, 1.0),), "a tuple of .pattern"),
+        ("lora.targets", "*foo(", "Accepted: a regular expression"),
+        ("train.trainable", "[a", "Accepted: a regular expression"),
         ("optimizer.learning_rate", float("nan"), "more than 0"),
     ],
 )

@@ -263,9 +263,13 @@ def _clean(config: ConfigDict, field: str, counts: dict[str, Any], log: Log) -> 
         yield result
     if not counts["kept"]:
         reasons = ", ".join(f"{count} by {reason}" for reason, count in dropped.items())
+        accepted, change = "at least one document with text", "Change data.cleaners or data.min_chars"
+        if config.train.objective == "sft":
+            accepted = "conversations in which an answer follows each question, no message is empty and none is of a tool"
+            change = "Correct the data"
         raise ValueError(
-            f"{field} = '{source}': every document was dropped ({reasons}).\n  Accepted: at least one document with text.\n"
-            "  Change data.cleaners or data.min_chars, or set another source."
+            f"{field} = '{source}': every document was dropped ({reasons}).\n  Accepted: {accepted}.\n"
+            f"  {change}, or set another source."
         )
     log(f"read {counts['read']:,} documents, kept {counts['kept']:,} with {counts['chars']:,} characters")
 

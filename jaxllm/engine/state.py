@@ -134,15 +134,23 @@ def trains(config: Any, axes: Any) -> Selects:
 
 
 def trainable(config: Any, axes: Any) -> set[str]:
-    """Path names that the config's patterns select."""
+    """Path names that the config's patterns select; ValueError if they select nothing, or no adapter where there are some."""
     adapters = adapt.adapters(axes) if config.train.trainable == "auto" else set()
     field, pattern = ("lora.also", config.lora.also) if adapters else ("train.trainable", config.train.trainable)
     if pattern == "auto":
         return set(tree.names(axes))
     try:
-        return adapters | (tree.matches(pattern, axes) if pattern else set())
+        found = adapters | (tree.matches(pattern, axes) if pattern else set())
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from None
+    if (beside := adapt.adapters(axes)) and not beside & found:
+        raise ValueError(
+            f"train.trainable = '{pattern}' selects no array of the adapters that train.transforms = {config.train.transforms!r} adds:"
+            " they would do nothing.\n  Accepted: auto, which trains them; a pattern that selects some of"
+            f" {', '.join(sorted(beside)[:4])}, ...\n  Say in lora.also what is trained besides, or take the adapters out of"
+            " train.transforms."
+        )
+    return found
 
 
 def check_floats(params: Params) -> None:

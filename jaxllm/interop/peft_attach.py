@@ -85,10 +85,10 @@ def attach(params: Params, config: ConfigDict, adapter: Adapter) -> Attached:
 def _apart(adapter: Adapter, whole: Mapping[str, str], tied: set[str], embedding: jax.Array) -> list[str]:
     """Those of the tied tensors that the adapter stores, unless afterwards all are alike."""
     stored = sorted(tied & whole.keys())
+    if not stored or adapter.tied:
+        return []
     # What is put into the base's own place stays tied to all that is not replaced.
     kept = [name for name in stored if not adapter.replaces(whole[name])]
-    if len(kept) == len(stored) or adapter.tied:
-        return []
     first = adapter.read(whole[(kept or stored)[0]]) if kept or len(stored) == len(tied) else np.asarray(embedding)
     return [] if all(np.array_equal(first, adapter.read(whole[name])) for name in stored) else stored
 

@@ -133,9 +133,10 @@ class Adaptation:
             found = [name for name in names if re.fullmatch(transform.targets, name)]
             others = [name for name in found if name not in counts]
             if not found or others:
+                field = "lora.targets" if transform.adapts else "quant.targets"
                 what = f"selects {', '.join(others)}, which no transform fits" if others else "selects no parameter"
                 raise ValueError(
-                    f"the pattern '{transform.targets}' (lora.targets, quant.targets) {what}.\n  Accepted: a regular expression that"
+                    f"{field} = '{transform.targets}' {what}.\n  Accepted: a regular expression that"
                     f" matches whole names among {', '.join(counts)}.\n  Change the pattern."
                     + (" To train an embedding, a norm or a head as it is, name it in lora.also." if others else "")
                 )

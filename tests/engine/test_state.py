@@ -69,3 +69,9 @@ def test_a_pattern_that_trains_nothing_is_refused():
     training = tiny.make(train__trainable="mlp")
     with pytest.raises(ValueError, match=r"train.trainable: pattern 'mlp' selects no parameter(.|\n)*layers/attention"):
         training.abstract()
+
+
+def test_adapters_that_nothing_trains_are_refused():
+    training = tiny.make(train__transforms=("lora",), train__trainable=".*norm.*")
+    with pytest.raises(ValueError, match=r"selects no array of the adapters(.|\n)*attention/k/kernel/a(.|\n)*lora.also"):
+        training.abstract()

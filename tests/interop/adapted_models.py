@@ -92,14 +92,14 @@ START_ROWS = 9
 
 
 def before_it_grew(config: ConfigDict, params: Params) -> tuple[ConfigDict, Params]:
-    """The base of a model whose vocabulary grew."""
+    """The base of a model whose vocabulary grew, itself a run that began with fewer tokens and was trained whole."""
 
     def one(path: Any, node: Any) -> Any:
         node = node.base if adapt.is_adapter(node) else node
         return node[:START_ROWS] if tree.path_name(path) == "head/bias" and config.model.head == "lm" else node
 
     config = without_transforms(config)
-    config.model.vocab_size, config.model.start_rows = START_ROWS, 0
+    config.model.vocab_size, config.model.start_rows = START_ROWS, START_ROWS - 4
     return config, jax.tree.map_with_path(one, params, is_leaf=adapt.is_adapter)
 
 

@@ -145,12 +145,37 @@ def test_an_embedding_apart_from_what_t5_ties_to_it(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"shared.weight are stored, and not all alike.\n  Accepted: with model.name = 't5'"):
         attach(edited(tmp_path, "t5_lora", add, modules_to_save=["shared"]), "t5_lora")
+    # Where it is no module of its own it is put into the base's place, and the others stay tied.
+    shutil.rmtree(tmp_path / "adapter")
+    attached = attach(edited(tmp_path, "t5_lora", add), "t5_lora")
+    np.testing.assert_array_equal(attached.params["embed"]["tokens"], np.ones((32, 12)))
+    assert attached.config.model.tied_head != "off"
+
+
+def test_a_vocabulary_that_grew_in_peft(tmp_path: Path) -> None:
+    """Each module of modules_to_save is there three times."""
+    rng = np.random.default_rng(0)
+    tables = {name: rng.normal(size=(34, 16)).astype(np.float32) for name in ("model.embed_tokens", "lm_head")}
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        for name, table in tables.items():
+            stored = {"": table, "modules_to_save.": table.copy(), "original_module.": np.zeros_like(table)}
+            tensors.update({f"base_model.model.{name}.{part}weight": array for part, array in stored.items()})
+
+    attached = attach(edited(tmp_path, change=change))
+    np.testing.assert_array_equal(attached.params["embed"]["tokens"], tables["model.embed_tokens"])
+    np.testing.assert_array_equal(attached.params["head"]["kernel"], tables["lm_head"])
+    assert attached.config.model.vocab_size == 34
 
 
 @pytest.mark.parametrize(
     ("rows", "head_rows", "words"),
     [
-        (34, 0, r"its embedding has 34 rows, the base's 32; lm_head.weight should have as many, and is not stored.\n  Accepted: adap"),
+        (
+            34,
+            0,
+            r"its embedding has 34 rows, the base's 32; lm_head.weight should have as many, and is not stored.\n  Accepted: adap",
+        ),
         (34, 32, r"of another shape \(1\): lm_head.weight \[32, 16\] instead of \[34, 16\]"),
         (30, 30, r"of another shape \(2\): .*embed_tokens.weight \[30, 16\] instead of \[32, 16\]"),
     ],

@@ -61,7 +61,7 @@ def test_axes_and_trained_names_of_every_family(family: str, kind: str, form: st
 @pytest.mark.parametrize(
     ("pattern", "what"),
     [
-        ("nothing", "selects no parameter"),
+        ("nothing", "lora.targets = 'nothing' selects no parameter"),
         ("embed/.*", "selects embed/positions, embed/tokens, which no transform fits"),
         ("embed/tokens|.*mlp/up/kernel", "selects embed/tokens, which"),
         (".*mlp/.*", "selects layers/mlp/down/bias, layers/mlp/norm/bias, layers/mlp/norm/scale, layers/mlp/up/bias, which"),

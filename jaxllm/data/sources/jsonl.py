@@ -28,7 +28,7 @@ def read(location: str, config: ConfigDict) -> Iterator[Document]:
                 whole = line.text + "".join(rest.text for rest in lines)
                 yield from _array(_parse(whole, location, line.number), location, wanted)
                 return
-            yield fields.document(_parse(line.text, location, line.number), wanted, f"{location}:{line.number}")
+            yield fields.document(_parse(line.text.rstrip("\n"), location, line.number), wanted, f"{location}:{line.number}")
 
 
 def _array(rows: list[Any], location: str, wanted: fields.Fields) -> Iterator[Document]:

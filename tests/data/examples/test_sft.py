@@ -237,6 +237,14 @@ def test_prepare_tells_what_is_trained(tmp_path: Path, source: Path, kind: str, 
         assert ids[: len(sent)] == sent
 
 
+def test_questions_alone_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "never answered"}]}\n' * 3)
+    config = config_of("chatml", 256, data__source=str(path), tokenizer__kind="byte")
+    with pytest.raises(ValueError, match=r"dropped \(3 by no answer at the end\).\n  Accepted: conversations in which an answer"):
+        prepare(config, tmp_path / "data", log=Lines())
+
+
 def test_fields_of_chat_are_part_of_the_recipe(tmp_path: Path, source: Path) -> None:
     prepare(config_of(data__source=str(source)), tmp_path / "data", log=Lines())
     for change in ({"train_on": "all"}, {"template": "plain"}, {"tokenizer__add_tokens": ("<x>",)}):
