@@ -64,7 +64,7 @@ MISTAKES = {
     "no file": (["--config=none.py"], "error: no config at 'none.py'.\n  Accepted: a Python file with get_config()"),
     "misspelt section": (
         ["--config=good.py", "--config.modle.layers=3"],
-        "error: unknown config key 'modle.layers'. Did you mean 'model.layers'?\n  Accepted: checkpoint, data,",
+        "error: unknown config key 'modle.layers'. Did you mean 'model.layers'?\n  Accepted: chat, checkpoint, data,",
     ),
     "misspelt field": (
         ["--config=good.py", "--config.data.min_char", "3"],
@@ -146,7 +146,7 @@ def test_prepare_from_end_to_end(folder: Path) -> None:
     first = run(folder, "-m", "jaxllm.prepare", "--config=good.py", "--show=2")
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("preparing runs/good/data: nothing is there yet\n")
-    assert first.stdout.count("16 predictions, ") == 2
+    assert first.stdout.count(" of 16 tokens trained") == 2
     assert "ment oooo" in first.stdout
     assert re.search(r"document 2, \d+ tokens", first.stdout)
     assert re.search(r"documents +9 +3 *\n", first.stdout)

@@ -147,7 +147,7 @@ def test_transforms_are_made_of_a_config_and_know_their_axes(name, use, double):
     axes = {"down": ("mlp", "embed"), "q": ("embed", "heads", "head_dim"), "o": ("heads", "head_dim", "embed")}[use]
     kernel = transform.apply(jnp.asarray(numbers(shape)), inputs, jax.random.key(0))
     named = transform.axes(axes, inputs)
-    assert (transform.targets, transform.trains) == (settings.quant.targets, ())
+    assert (transform.targets, transform.adapts) == (settings.quant.targets, False)
     assert jax.tree.structure(named, is_leaf=lambda node: type(node) is tuple) == jax.tree.structure(kernel)
     assert named.codes == axes
     scales = named.absmax if name == "nf4" else named.scale
