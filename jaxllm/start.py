@@ -149,7 +149,11 @@ def load(session: Session, say: Callable[[str], None]) -> Params:
     else:
         run = runs.load(found.path)
         stacked = tree.stack_layers(jax.device_get(adapt.merged(run.params)))
-        jax.tree.map_with_path(placing.place, jax.device_get(tree.unstack_like(stacked, placing.template)))
+        # The form of the session's layers; another head may have other parameters beside them.
+        own = run.config.copy_and_resolve_references()
+        own.train.transforms, own.model.layers_as = (), session.config.model.layers_as
+        template = jax.eval_shape(models.build(own).init, jax.random.key(0))
+        jax.tree.map_with_path(placing.place, jax.device_get(tree.unstack_like(stacked, template)))
     params, remarks = placing.finish()
     say(f"begins with {found.path}{remarks}")
     return params
@@ -178,14 +182,14 @@ class _Placing:
         self._unused: list[str] = []
         self._tables = grown.tables(session.config.model.head)
         self._grown = 0
-        self.template = jax.eval_shape(self._dense.init, jax.random.key(0))
+        template = jax.eval_shape(self._dense.init, jax.random.key(0))
         shardings = session.plan.shardings(model.axes, jax.eval_shape(model.init, jax.random.key(0)))
         self._targets: dict[str, _Target] = {}
 
         def target(path: Any, axes: Axes, like: Any, node_axes: Any, where: Any) -> None:
             self._targets[jax.tree_util.keystr(path)] = _Target(axes, like.shape, node_axes, where)
 
-        jax.tree.map_with_path(target, self._dense.axes, self.template, model.axes, shardings, is_leaf=adapt.is_axes)
+        jax.tree.map_with_path(target, self._dense.axes, template, model.axes, shardings, is_leaf=adapt.is_axes)
 
     def place(self, path: Any, host: np.ndarray) -> None:
         """Takes in the dense parameter at this key path."""

@@ -198,6 +198,18 @@ def test_another_head_is_drawn_at_random(sources: dict[str, Path], tmp_path: Pat
     assert isinstance(found["head"]["kernel"], jax.Array)
 
 
+def test_a_classifier_begins_with_a_masked_language_model(tmp_path: Path) -> None:
+    """Of which it has other parameters beside the layers: a pooler."""
+    run = write_run(tmp_path / "bert", model__name="bert", train__objective="masked_lm")
+    for form in ("scan", "unrolled"):
+        fields = {"model__head": "classify", "model__classes": 2, "train__objective": "sequence_classification"}
+        _, params, said = begin(config_of(run, model__layers_as=form, **fields), tmp_path)
+        assert "drawn at random: head/bias, head/kernel, pooler/bias, pooler/kernel; not used: head/" in said
+        equal(
+            tree.stack_layers(jax.device_get(params["layers"])), tree.stack_layers(jax.device_get(runs.load(run).params["layers"]))
+        )
+
+
 def test_frozen_matrices_in_bfloat16(sources: dict[str, Path], tmp_path: Path) -> None:
     """Half the bytes; what is computed is that of the rounded weights, also after a checkpoint."""
     fields = {"train__transforms": ("lora",), "lora__rank": 2, "model__layers_as": "scan"}

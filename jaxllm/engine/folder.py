@@ -78,6 +78,9 @@ def read_record(path: Path) -> Record:
     """What the folder says about itself; DamagedError if that cannot be read."""
     try:
         return from_json(json.loads((path / RECORD).read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        missing = f"its record ({RECORD})" if path.is_dir() else "the folder"
+        raise DamagedError(path, f"{missing} is not there") from error
     except (OSError, ValueError) as error:
         raise DamagedError(path, f"its record ({RECORD}) cannot be read: {summary(error)}") from error
 

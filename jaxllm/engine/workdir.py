@@ -138,7 +138,9 @@ def may_change(key: str) -> bool:
 
 
 def _flag(value: Any) -> str:
-    return shlex.quote(str(value))
+    """The value as a shell takes it; a tuple's quotes stay readable."""
+    text = str(value)
+    return f'"{text}"' if "'" in text and not set(text) & set('"$`\\!') else shlex.quote(text)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -279,10 +279,10 @@ def empty_folder(checkpoints: Checkpoints, step: int) -> None:
         (truncate, "bytes instead of "),
         (delete_data, " is missing"),
         (delete_manifest, "its file state/manifest.ocdbt is missing"),
-        (delete_record, "No such file"),
+        (delete_record, "its record (record.json) is not there"),
         (cut_record, "its record (record.json) cannot be read"),
         (alter_record, "it was altered"),
-        (empty_folder, "No such file"),
+        (empty_folder, "its record (record.json) is not there"),
     ],
     ids=["bit", "other_bit", "truncated", "data", "manifest", "record", "cut_record", "altered_record", "empty"],
 )

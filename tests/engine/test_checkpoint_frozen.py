@@ -253,8 +253,8 @@ def delete_data(folder: Path) -> None:
     [
         (flip_bit, "the digest does not fit frozen/layers/q/kernel/base/codes"),
         (delete_data, " is missing"),
-        (lambda folder: (folder / "record.json").unlink(), "its record (record.json) cannot be read"),
-        (shutil.rmtree, "its record (record.json) cannot be read"),
+        (lambda folder: (folder / "record.json").unlink(), "its record (record.json) is not there"),
+        (shutil.rmtree, "the folder is not there"),
     ],
     ids=["bit", "data", "record", "folder"],
 )

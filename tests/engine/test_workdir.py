@@ -95,6 +95,13 @@ def test_resuming_with_what_may_not(tmp_path: Path, key: str, value: object) -> 
         assert schema.flatten(schema.load(run.config))[key] == value
 
 
+def test_a_tuple_to_set_back_is_readable_in_a_shell(tmp_path: Path) -> None:
+    with open_workdir(tmp_path) as run:
+        run.adopt_config(changed("train.transforms", ("nf4", "lora")), resuming=False)
+        with pytest.raises(ValueError, match="set it back: --config.train.transforms=\"\\('nf4', 'lora'\\)\"$"):
+            run.adopt_config(schema.base(), resuming=True)
+
+
 def test_a_vocabulary_size_filled_in_is_no_change(tmp_path: Path) -> None:
     with open_workdir(tmp_path) as run:
         run.adopt_config(changed("model.vocab_size", 4096), resuming=False)
