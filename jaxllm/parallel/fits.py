@@ -33,13 +33,6 @@ def check(config: ConfigDict, mesh: Mapping[str, int]) -> None:
         )
     if mesh["pipe"] > 1:
         _check_pipeline(config, mesh["pipe"])
-    # The scales of nf4's scales run over all outputs, which tensor cuts: the devices exchange them wherever a kernel is made dense.
-    if mesh["pipe"] > 1 and mesh["tensor"] > 1 and config.quant.double and "nf4" in config.train.transforms:
-        raise ValueError(
-            f"train.transforms = {config.train.transforms!r} with quant.double in a pipeline with parallel.tensor = {mesh['tensor']}: all"
-            " devices exchange scales at once, and stages do different things.\n  Accepted: parallel.tensor = 1; quant.double = False; int8"
-            " or int4.\n  Set parallel.tensor=1, with parallel.fsdp in its place, or quant.double=False."
-        )
 
 
 def notes(config: ConfigDict, mesh: Mapping[str, int]) -> list[str]:

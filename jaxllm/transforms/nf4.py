@@ -109,9 +109,21 @@ class Nf4(quantized.Quantized):
         """absmax in float32."""
         if self.nested is None:
             return self.absmax
-        flat, shape = _by_outputs(self.absmax, self.axis, self.nested.ndim - 1)
-        nested = jnp.repeat(self.nested, SCALES, axis=-1)[..., : flat.shape[-1]]
-        return _by_inputs(jnp.asarray(DYNAMIC)[flat] * nested + self.offset[..., None], shape, self.axis)
+        shares = jnp.take(self.nested, _block(self.absmax.shape[self.nested.ndim - 1 :], self.axis), axis=-1)
+        offset = self.offset.reshape(self.offset.shape + (1,) * (self.absmax.ndim - self.offset.ndim))
+        return jnp.asarray(DYNAMIC)[self.absmax] * shares + offset
+
+
+def _block(shape: tuple[int, ...], axis: int) -> jax.Array:
+    """int32 of this shape: of each scale of a kernel (of one layer), which of the nested scales is its own.
+
+    Counted out rather than laid out: where devices share the scales, each knows that of its own, and nothing travels.
+    """
+    inputs = len(shape) + axis + 1
+    place = jnp.zeros(shape, jnp.int32)
+    for dimension in (*range(inputs, len(shape)), *range(inputs)):  # in the order of bitsandbytes
+        place = place * shape[dimension] + jax.lax.broadcasted_iota(jnp.int32, shape, dimension)
+    return place // SCALES
 
 
 def _by_outputs(x: jax.Array, axis: int, layers: int) -> tuple[jax.Array, tuple[int, ...]]:

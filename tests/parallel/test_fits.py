@@ -53,11 +53,6 @@ PIPE = {"model__layers_as": "scan", "parallel__pipe": 2, "train__microbatches": 
         ),
         (
             "gpt",
-            PIPE | {"parallel__tensor": 2, "train__transforms": ("nf4", "lora")},
-            r"quant.double in a pipeline with parallel.tensor = 2.*\n  Accepted: parallel.tensor = 1; quant.double = False.*\n  Set para",
-        ),
-        (
-            "gpt",
             PIPE | {"parallel__seq": 2},
             r"parallel.context = 'ring' in a pipeline.*\n  Accepted: ulysses.*\n  Set parallel.context=ul",
         ),
