@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
+from jaxllm.consistency import LOADED
 from jaxllm.data import clean, documents, examples, folder, provenance, shards, spool, tokenize
 from jaxllm.data.documents import Document
 from jaxllm.data.examples import labels
@@ -179,12 +180,14 @@ def _build(config: ConfigDict, partial: Path, log: Log) -> None:
     origins = provenance.origins(config)
     counts: dict[str, Any] = {}
     replayed = examples.replayed(config)
+    # What it lacks is said before the text is read.
+    loaded = tokenize.make(config, list) if config.tokenizer.kind in LOADED else None
     split = _split(config, replayed, partial, counts, log)
     setups = {name: replayed if name.startswith("replay") else config for name in split}
     # A vocabulary of characters has to cover all splits, or some held-out text could not be written at all.
     read = [name for name in split if config.tokenizer.kind == "char" or "validation" not in name]
     log(f"tokenizer: {config.tokenizer.kind}")
-    tokenizer = tokenize.make(
+    tokenizer = loaded or tokenize.make(
         config,
         lambda: (text for name in read for document in split[name]() for text in examples.make(setups[name]).texts(document)),
     )

@@ -39,7 +39,7 @@ def make(config: ConfigDict, texts: Callable[[], Iterable[str]]) -> "Tokenizer":
     else:
         tokenizer = extend(made, wanted.tokens, made.template)
     rows = tokenizer.vocab_size - made.vocab_size
-    if rows and config.tokenizer.kind in LOADED:
+    if rows and config.tokenizer.kind in LOADED and not config.train.start:  # which gives them rows, and says so
         logging.warning(
             "%s added to the tokenizer, which now has %d tokens: a model that was made for it without them needs %d more rows in its"
             " embedding.",

@@ -130,7 +130,7 @@ def choose(config: ConfigDict, tokenizer: "Tokenizer") -> ChatTemplate:
     if config.chat.template == OWN:
         if own is None:
             raise ValueError(
-                f"chat.template = '{OWN}', but tokenizer.kind = '{config.tokenizer.kind}' has no chat template.\n  Accepted:"
+                f"chat.template = '{OWN}', but {_which(config)} has no chat template.\n  Accepted:"
                 f" {', '.join(registry.names('chat_template'))}; '{OWN}' for a tokenizer file of a model that was tuned for"
                 " conversations.\n  Set chat.template=chatml, or another of these."
             )
@@ -144,6 +144,13 @@ def choose(config: ConfigDict, tokenizer: "Tokenizer") -> ChatTemplate:
             OWN,
         )
     return ChatTemplate(text, names)
+
+
+def _which(config: ConfigDict) -> str:
+    """The tokenizer of a config, as its user knows it."""
+    if config.train.start:
+        return f"the tokenizer of train.start = '{config.train.start}'"
+    return f"tokenizer.kind = '{config.tokenizer.kind}'"
 
 
 def spell(config: ConfigDict, messages: Sequence[Message]) -> list[str]:
