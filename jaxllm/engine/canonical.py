@@ -73,7 +73,7 @@ def abstract(tree: Any) -> Any:
     """
 
     def leaf(like: Any) -> jax.ShapeDtypeStruct:
-        sharding = getattr(like, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
+        sharding = getattr(like, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
         return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
 
     def stack(layers: list[jax.ShapeDtypeStruct]) -> jax.ShapeDtypeStruct:
