@@ -5,25 +5,38 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from jaxllm.adapters import Adapters
 from jaxllm.decode.talk import Answer, Talk
 
 YOU, MORE = "> ", ". "
 GOES_ON = "\\"
+# In the place of an adapter's name: the base alone.
+NONE = "none"
 HELP = """\
   /undo         takes the last message and its answer back
   /retry        answers the last message again, with another seed
   /system TEXT  sets the message of the system; without TEXT it is taken away
   /reset        forgets all but the message of the system
+  /adapter NAME answers with this one of --adapter from now on, or with "none"; without NAME lists them
   /save FILE    adds the conversation to FILE, as one line of JSON
   /exit         ends, as Ctrl-D does
 A line that ends in \\ goes on in the next one. Ctrl-C stops an answer. A message that begins with / is typed with a space before it."""
 
 
-def converse(talk: Talk, lines: Iterable[str]) -> None:
+@dataclass
+class Choice:
+    """The adapters that a conversation can be answered with, and the one that it is answered with; None is the base alone."""
+
+    adapters: Adapters
+    used: str | None
+
+
+def converse(talk: Talk, lines: Iterable[str], choice: Choice | None = None) -> None:
     """Answers message after message until /exit, the end of the lines or Ctrl-C while one is awaited.
 
     What cannot be done is explained, and the conversation goes on.
@@ -33,7 +46,7 @@ def converse(talk: Talk, lines: Iterable[str]) -> None:
             if message.strip() == "/exit":
                 return
             if message.strip():
-                _attempt(talk, message)
+                _attempt(talk, message, choice)
     except KeyboardInterrupt:
         print()
         if not sys.stdin.isatty():
@@ -53,11 +66,11 @@ def join(lines: Iterable[str]) -> Iterator[str]:
         yield "\n".join(begun)
 
 
-def _attempt(talk: Talk, message: str) -> None:
+def _attempt(talk: Talk, message: str, choice: Choice | None) -> None:
     """Does what a message or a command asks for. An error that says what to change is told instead; so is Ctrl-C at a terminal."""
     try:
         if message.startswith("/"):
-            _obey(talk, message)
+            _obey(talk, message, choice)
         else:
             show(talk.ask(message.strip()))
     except ValueError as error:
@@ -71,7 +84,7 @@ def _attempt(talk: Talk, message: str) -> None:
         _tell("stopped: /retry answers again, /undo takes the message back")
 
 
-def _obey(talk: Talk, typed: str) -> None:
+def _obey(talk: Talk, typed: str, choice: Choice | None) -> None:
     name, *rest = typed.split(None, 1)
     text = "".join(rest).strip()
     commands: dict[str, Callable[[], None]] = {
@@ -79,6 +92,7 @@ def _obey(talk: Talk, typed: str) -> None:
         "/retry": lambda: _retry(talk),
         "/system": lambda: _set_system(talk, text),
         "/reset": lambda: _reset(talk),
+        "/adapter": lambda: _tell(switch(talk, choice, text)),
         "/save": lambda: _tell(save(talk, text)),
         "/help": lambda: _tell(HELP),
     }
@@ -102,6 +116,27 @@ def _set_system(talk: Talk, content: str) -> None:
 def _reset(talk: Talk) -> None:
     talk.reset()
     _tell("the conversation begins anew")
+
+
+def switch(talk: Talk, choice: Choice | None, name: str) -> str:
+    """Has the conversation answered with this adapter from now on, and says so; without a name, which ones there are.
+
+    ValueError for a conversation without adapters, and for one that is not there.
+    """
+    if choice is None:
+        raise ValueError(
+            "/adapter in a conversation without adapters.\n  Accepted: with those that the program was given.\n"
+            "  Begin again with --adapter NAME=PATH, once for each."
+        )
+    names = (*choice.adapters.names(), NONE)
+    if not name:
+        used = choice.used or NONE
+        return "\n".join(f"{'*' if each == used else ' '} {each}" for each in names)
+    if name not in names:
+        raise ValueError(f"there is no adapter '{name}'.\n  Accepted: {', '.join(names)}.\n  Correct the name.")
+    choice.used = None if name == NONE else name
+    talk.use(choice.adapters.use(choice.used))
+    return f"answers with the adapter {name} from now on" if choice.used else "answers with the base alone from now on"
 
 
 def save(talk: Talk, path: str) -> str:

@@ -2,27 +2,29 @@
 
   python -m jaxllm.generate --run DIR --prompt "..." [--prompt "..."] [--max_tokens N] [--temperature T] [--seed N]
   python -m jaxllm.generate --run DIR --prompt "..." --num_beams 4 [--length_penalty A]
-  python -m jaxllm.generate --run DIR --chat [--system TEXT] [--prompt TEXT]
+  python -m jaxllm.generate --run DIR --chat [--system TEXT] [--prompt TEXT] [--adapter NAME=PATH ...]
 
 A decoder continues the prompt; an encoder-decoder (t5, transformer) reads it and writes a text behind an arrow. Places to be filled by a
 model of span corruption are written <extra_id_0>, <extra_id_1>, ... A single prompt is written as it is generated; several are
 generated together, with an empty line between.
 
 --chat talks with a model whose tokenizer has a chat template: every line that is typed, or that comes through a pipe, is a message, and
-/help lists what else can be done. With --prompt one message is answered, and the program ends.
+/help lists what else can be done. With --prompt one message is answered, and the program ends. With --adapter a base is answered with
+adapters of PEFT, the first one until /adapter NAME says another; a text is continued with one by --run ADAPTER --base DIR.
 """
 
 import io
 import signal
 import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from jaxllm import api, command, conversation, runs
+from jaxllm.adapters import Adapters
 from jaxllm.decode import beam, text
 from jaxllm.decode.talk import Talk
 from jaxllm.engine import compilation
@@ -38,6 +40,9 @@ NOT_IN_CHAT = ("prompts_file", "num_beams", "length_penalty", "early_stopping", 
 def define_flags() -> None:
     flags.DEFINE_string("run", "", "run directory of a trained model; or a Hugging Face directory, a GGUF file, an adapter of PEFT")
     flags.DEFINE_string("base", "", "of an adapter: the model that it stands beside; default: the path that the adapter names")
+    flags.DEFINE_multi_string(
+        "adapter", [], "with --chat, NAME=PATH of an adapter of PEFT beside --run; several are switched between by /adapter NAME"
+    )
     flags.DEFINE_integer("step", None, "checkpoint to use; default: the newest")
     flags.DEFINE_bool("chat", False, "a conversation with a model that has a chat template, in the terminal or through a pipe")
     flags.DEFINE_string("system", "", "with --chat, the message of the system; default: what the template says, if anything")
@@ -75,24 +80,28 @@ def main(arguments: list[str]) -> None:
     given = flags.FLAGS
     prepare_stdout()
     check_chat()
-    settings = read_settings()
+    settings, adapters = read_settings(), read_adapters(given.adapter)
     prompts = given.prompt if given.chat else read_prompts(given.prompt, given.prompts_file)
     compilation.use_cache()
     run = runs.load(given.run, given.step, base=given.base, for_decoding=True)
     if given.chat and isinstance(settings, sampling.Settings):
-        talk(run, settings, prompts)
+        talk(run, settings, prompts, adapters)
     else:
         continue_texts(run, settings, prompts)
 
 
-def talk(run: Run, settings: sampling.Settings, prompts: list[str]) -> None:
-    """The answer to the prompt, if there is one, else a conversation."""
+def talk(run: Run, settings: sampling.Settings, prompts: list[str], paths: dict[str, str]) -> None:
+    """The answer to the prompt, if there is one, else a conversation. paths: of the adapters, by name; the first one is used."""
     options = {"system": flags.FLAGS.system, "max_tokens": chosen("max_tokens"), "seed": flags.FLAGS.seed}
-    talker = Talk(run.model, run.params, run.tokenizer, settings, **options)
+    adapters = Adapters(run.params, run.config)
+    for name, path in paths.items():
+        adapters.add(name, path)
+    used = next(iter(paths), None)
+    talker = Talk(run.model, adapters.use(used), run.tokenizer, settings, **options)
     if prompts:
         conversation.show(talker.ask(prompts[0].strip()))
     else:
-        conversation.converse(talker, conversation.typed_lines())
+        conversation.converse(talker, conversation.typed_lines(), conversation.Choice(adapters, used) if paths else None)
 
 
 def continue_texts(run: Run, settings: sampling.Settings | beam.Settings, prompts: list[str]) -> None:
@@ -123,6 +132,11 @@ def check_chat() -> None:
                 "--system without --chat.\n  Accepted: a message of the system stands at the beginning of a conversation.\n"
                 "  Add --chat, or write the text into --prompt."
             )
+        if given.adapter:
+            raise ValueError(
+                "--adapter without --chat.\n  Accepted: a conversation goes from one adapter to another; a text is continued with one.\n"
+                "  Add --chat, or give the path of the adapter as --run and the model beside it as --base."
+            )
         return
     if unused := [f"--{name}" for name in NOT_IN_CHAT if given[name].present]:
         raise ValueError(
@@ -136,6 +150,21 @@ def check_chat() -> None:
             f"{what} with --chat.\n  Accepted: --prompt with one message; none, and messages are typed or come through a pipe, one a"
             " line.\n  Leave out --prompt, or give one message."
         )
+
+
+def read_adapters(given: Sequence[str]) -> dict[str, str]:
+    """Name -> path of texts NAME=PATH; ValueError for other texts, and a name that cannot be told from another."""
+    found: dict[str, str] = {}
+    for each in given:
+        name, _, path = (part.strip() for part in each.partition("="))
+        if not name or not path or name in (*found, conversation.NONE):
+            what = "has a name that is taken" if path and name else "does not name an adapter and its path"
+            raise ValueError(
+                f"--adapter {each} {what}.\n  Accepted: NAME=PATH, as --adapter poet=runs/poet_peft, with a name of its own;"
+                f" '{conversation.NONE}' is the base alone.\n  Correct it."
+            )
+        found[name] = path
+    return found
 
 
 def read_settings() -> sampling.Settings | beam.Settings:

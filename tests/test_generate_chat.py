@@ -9,15 +9,19 @@ import subprocess
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import tiny_gguf
 
 import jaxllm
-from jaxllm import api, conversation, runs
+from jaxllm import api, conversation, models, runs
 from jaxllm.decode.talk import Answer, Talk
+from jaxllm.interop import peft, peft_params
 from jaxllm.ops.sampling import Settings
+from jaxllm.transforms import adapt, tree
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "jaxllm.generate", "--chat"]
@@ -40,6 +44,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def talk(model: Path) -> Talk:
     run = runs.load(model, for_decoding=True)
     return Talk(run.model, run.params, run.tokenizer, Settings(temperature=0), system="", max_tokens=6, seed=3)
+
+
+@pytest.fixture(scope="module")
+def adapters(model: Path) -> dict[str, Path]:
+    """Two adapters of the model, with which it says other things."""
+    run = runs.load(model)
+    config = run.config.copy_and_resolve_references()
+    config.train.transforms = ("lora",)
+    config.lora.update({"rank": 2, "alpha": 4.0, "targets": ".*(k|v|down)/kernel"})
+    adapted = models.build(config)
+    begun = adapt.Adaptation(run.model.axes, adapted.config.transforms).params(run.params, jax.random.key(0))
+    moved, rng = adapt.adapters(adapted.axes), np.random.default_rng(0)
+
+    def move(path: Any, array: jax.Array) -> jax.Array:
+        return array + rng.normal(0, 0.5, array.shape).astype("float32") if tree.path_name(path) in moved else array
+
+    found = {name: model.parent / name for name in ("poet", "clerk")}
+    for path in found.values():
+        params = jax.tree.map_with_path(move, begun)
+        peft.write(path, peft_params.export(params, adapted.config, base=str(model)))
+    return found
 
 
 def chat(*flags: str, typed: str = "") -> "subprocess.CompletedProcess[str]":
@@ -81,6 +106,41 @@ def test_a_conversation_through_a_pipe(model: Path, tmp_path: Path) -> None:
     assert "Traceback" not in told
 
 
+def test_a_conversation_with_one_adapter_after_another(model: Path, adapters: dict[str, Path]) -> None:
+    """Each answers as when it is opened by itself, to all that was said before; the base does, too."""
+    flags = [f"--adapter={name}={path}" for name, path in adapters.items()]
+    typed = "hello\n/adapter clerk\n/retry\nworld\n/adapter none\n/retry\n/adapter\n/adapter nobody\n/adapter poet\n/reset\nhello\n"
+    done = chat("--run", str(model), *flags, "--temperature=0", "--max_tokens=5", typed=typed)
+    assert done.returncode == 0, done.stderr
+    base, poet, clerk = (jaxllm.load(path) for path in (model, *adapters.values()))
+    options = {"max_new_tokens": 5, "temperature": 0}
+    poets, clerks = (jaxllm.chat(*talker, "hello", **options) for talker in (poet, clerk))
+    exchange = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": clerks},
+        {"role": "user", "content": "world"},
+    ]
+    answers = [poets, clerks, *(jaxllm.chat(*talker, exchange, **options) for talker in (clerk, base)), poets]
+    assert [line.rstrip() for line in done.stdout.split("\n")] == [*answers, ""]
+    assert len(set(answers)) == 4
+    for words in (
+        "answers with the adapter clerk from now on\n",
+        "answers with the base alone from now on\n",
+        "\n  poet\n  clerk\n* none\n",
+        "there is no adapter 'nobody'.\n  Accepted: poet, clerk, none.\n  Correct the name.",
+    ):
+        assert words in done.stderr
+
+
+def test_an_adapter_drops_what_another_has_read(talk: Talk, model: Path, adapters: dict[str, Path]) -> None:
+    """In a conversation that goes on: the keys and values of the exchange before are its own."""
+    several = conversation.Adapters(runs.load(model, for_decoding=True).params, runs.load(model).config)
+    several.add("clerk", adapters["clerk"])
+    conversation.converse(talk, ["hello", "/adapter clerk", "world"], conversation.Choice(several, None))
+    expected = jaxllm.chat(*jaxllm.load(adapters["clerk"]), talk.messages[:-1], 6, temperature=0)
+    assert talk.messages[-1]["content"] == expected
+
+
 def test_lines_that_go_on() -> None:
     lines = ["one\n", "two \\\r\n", " three\\\n", "\n", "/system a\\\n", "b\n", "never ended\\"]
     assert list(conversation.join(lines)) == ["one", "two \n three\n", "/system a\nb", "never ended"]
@@ -102,7 +162,7 @@ def test_commands_change_the_conversation(talk: Talk, tmp_path: Path, capsys: py
     (tmp_path / "saved.jsonl").write_text("{}", encoding="utf-8")
     file = f"/save {tmp_path / 'saved.jsonl'}"
     conversation.converse(
-        talk, [file, "/save", "/system é", file, "/retry", "hello", "/retry", f"/save {tmp_path}", "/system", file]
+        talk, [file, "/save", "/system é", file, "/retry", "hello", "/retry", f"/save {tmp_path}", "/system", "/adapter", file]
     )
     first, second, third = (tmp_path / "saved.jsonl").read_text("utf-8").splitlines()
     assert (first, second) == ("{}", '{"messages": [{"role": "system", "content": "é"}]}')
@@ -118,6 +178,7 @@ def test_commands_change_the_conversation(talk: Talk, tmp_path: Path, capsys: py
         "a temperature of 0 draws nothing",
         f"'{tmp_path}': Is a directory.\n  Accepted: a path that this user can write to",
         "there is no message of the system",
+        "/adapter in a conversation without adapters.\n  Accepted: with those that the program was given.\n  Begin again with",
     ):
         assert words in told
     silent: Generator[str] = (piece for piece in ())
@@ -194,6 +255,13 @@ def test_at_a_terminal_marks_ask_for_messages_and_ctrl_d_ends(model: Path) -> No
     [
         (("--num_beams=2", "--stream"), "--num_beams, --stream with --chat.\n  Accepted: an answer is drawn"),
         (("--prompt=a", "--prompt=b"), "2 prompts with --chat.\n  Accepted: --prompt with one message"),
+        (
+            ("--nochat", "--adapter=a=b", "--prompt=b"),
+            "--adapter without --chat.\n  Accepted: a conversation goes from one adapter",
+        ),
+        (("--adapter=poet",), "--adapter poet does not name an adapter and its path.\n  Accepted: NAME=PATH"),
+        (("--adapter=a=b", "--adapter=a=c"), "--adapter a=c has a name that is taken.\n  Accepted: NAME=PATH"),
+        (("--adapter=none=b",), "--adapter none=b has a name that is taken.\n  Accepted: NAME=PATH"),
         (("--nochat", "--system=a", "--prompt=b"), "--system without --chat.\n  Accepted: a message of the system stands"),
     ],
 )

@@ -53,6 +53,10 @@ class Talk:
             encoding.encode(self._tokenizer, [*system, {"role": "user", "content": "a question"}])
         self.messages = [*system, *self._exchanges()]
 
+    def use(self, params: Params) -> None:
+        """Answers with these parameters from now on, the same model's. What the others made of the conversation is read again."""
+        self._params, self._kept = params, Kept()
+
     def reset(self) -> None:
         """Forgets everything but the system's message."""
         self.messages = self._system()

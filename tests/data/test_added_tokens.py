@@ -54,6 +54,18 @@ def test_they_are_above_all_others_and_move_none(both: tuple[Any, Any], tmp_path
     assert tokenize.extend(again, TOKENS, again.template) is again
 
 
+@pytest.mark.parametrize("start", ["", "a-model"])
+def test_rows_that_a_model_lacks_are_told_unless_it_gets_them(start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training that begins with the model adds them, and says so itself."""
+    said: list[str] = []
+    monkeypatch.setattr(tokenize.logging, "warning", lambda words, *values: said.append(words % values))
+    config = config_of("json", tmp_path, add_tokens=TOKENS)
+    config.train.start = start
+    grown = tokenize.make(config, list)
+    words = f"{', '.join(TOKENS)} added to the tokenizer, which now has {grown.vocab_size} tokens: "
+    assert [line.startswith(words) and "needs 2 more rows" in line for line in said] == [True] * (not start)
+
+
 def test_a_text_never_spells_them(both: tuple[Any, Any]) -> None:
     plain, more = both
     text = "the <x> was </y>"

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from jaxllm.config import to_json
 from jaxllm.data import folder
 from jaxllm.data.prepare import prepare
+from jaxllm.data.tokenizers.byte import ByteTokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,6 +49,23 @@ def test_bad_input_is_named_and_loses_nothing(config: ConfigDict, tmp_path: Path
     assert prepare(config, tmp_path / "data", log=lines).record == before.record
     assert lines == []
     assert not (tmp_path / "data" / folder.PARTIAL).exists()
+
+
+@pytest.mark.parametrize("owner", ["start", "path"])
+def test_a_chat_template_that_is_missing_is_told_before_the_text_is_read(config: ConfigDict, tmp_path: Path, owner: str) -> None:
+    """By the name of the field that the user set."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    for path in (run / "tokenizer", other):
+        ByteTokenizer().save(str(path))
+    config.train.objective, config.train.start, config.chat.template = "sft", str(run), "tokenizer"
+    config.tokenizer.update({"kind": "file", "path": str(run / "tokenizer" if owner == "start" else other)})
+    words = f"the tokenizer of train.start = '{run}'" if owner == "start" else f"tokenizer.path = '{other}'"
+    lines = Lines()
+    with pytest.raises(
+        ValueError, match=re.escape(f"chat.template = 'tokenizer', but {words} has no chat template.\n  Accepted: ")
+    ):
+        prepare(config, tmp_path / "data", log=lines)
+    assert lines == [f"preparing {tmp_path / 'data'}: nothing is there yet"]
 
 
 def test_equal_documents_cannot_be_split(config: ConfigDict, tmp_path: Path) -> None:

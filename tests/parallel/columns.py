@@ -49,8 +49,11 @@ def overrides(family: str, column: str) -> dict[str, Any]:
     return given
 
 
-# Adapters of a size that moves what the kernels do by about as much as they are.
-ADAPTERS = {kind: {"train__transforms": (kind,), "lora__rank": 4, "lora__alpha": 4.0} for kind in ("lora", "dora")}
+# Adapters of a size that moves what the kernels do by about as much as they are. nf4 needs 64 inputs or more.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    kind: {"train__transforms": tuple(kind.split()), "lora__rank": 4, "lora__alpha": 4.0} for kind in ("lora", "dora", "nf4 lora")
+}
+ADAPTERS["nf4 lora"] |= {"model__width": 64, "model__mlp_width": 128}
 
 
 @cache
@@ -59,7 +62,7 @@ def _one_device(family: str, adapter: str) -> Any:
 
 
 def deviations(family: str, column: str, adapter: str = "") -> dict[str, float]:
-    """Of a cell: `combinations.deviations` of the loss and of each array of gradients. adapter: lora, dora or none."""
+    """Of a cell: `combinations.deviations` of the loss and of each array of gradients. adapter: of ADAPTERS, or none."""
     given = overrides(family, column) | ADAPTERS.get(adapter, {})
     found = combinations.run(combinations.config_of(family, **given), combinations.batch_of(family))
     return combinations.deviations(found, _one_device(family, adapter))

@@ -87,6 +87,8 @@ def parameters(model: Any, seed: int = 0) -> Any:
     rng = np.random.default_rng(seed)
 
     def draw(path: Any, like: Any) -> np.ndarray:
+        if like.dtype == np.uint8:  # codes of quantized kernels
+            return rng.integers(0, 256, like.shape, np.uint8)
         middle = 1.0 if tree.path_name(path).endswith("scale") else 0.0
         return rng.normal(middle, 0.1, like.shape).astype(np.float32)
 

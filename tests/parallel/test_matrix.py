@@ -23,6 +23,7 @@ ADAPTED = (
     ("lora", "llama", "ZeRO-2 x CP ring x SP: fsdp 2, seq 2, tensor 2"),
     ("dora", "t5", "PP ZB-H1 x DP x CP Ulysses: pipe 2, data 2, seq 2"),
     ("lora", "bert", "PP 1F1B x ZeRO-3 x TP: pipe 2, fsdp 2, tensor 2"),
+    ("nf4 lora", "llama", "PP 1F1B x ZeRO-3 x TP: pipe 2, fsdp 2, tensor 2"),
 )
 
 

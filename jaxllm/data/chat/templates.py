@@ -7,6 +7,7 @@ token, so that the beginning of an answer does not become one token with what st
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import logging
@@ -147,10 +148,11 @@ def choose(config: ConfigDict, tokenizer: "Tokenizer") -> ChatTemplate:
 
 
 def _which(config: ConfigDict) -> str:
-    """The tokenizer of a config, as its user knows it."""
-    if config.train.start:
-        return f"the tokenizer of train.start = '{config.train.start}'"
-    return f"tokenizer.kind = '{config.tokenizer.kind}'"
+    """A tokenizer that was not made here, as its user knows it."""
+    path, start = config.tokenizer.path, config.train.start
+    if start and Path(path).is_relative_to(Path(start).expanduser().absolute()):
+        return f"the tokenizer of train.start = '{start}'"
+    return f"tokenizer.path = '{path}'"
 
 
 def spell(config: ConfigDict, messages: Sequence[Message]) -> list[str]:
