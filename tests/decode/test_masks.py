@@ -66,7 +66,7 @@ def test_texts_are_completed_by_the_likeliest() -> None:
 
 def test_special_tokens_are_named() -> None:
     assert marks.spell(TOKENIZER, 97) == "a"
-    assert marks.spell(TOKENIZER, TOKENIZER.eos_id) == "<257>"
+    assert marks.spell(TOKENIZER, TOKENIZER.eos_id) == "</s>"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import pytest
 import tiny_gguf
 
+from jaxllm.data.chat import encoding
+from jaxllm.data.documents import Message
 from jaxllm.decode import chat
 from jaxllm.decode.talk import Talk
 from jaxllm.interop import gguf_file, gguf_tokenizer
@@ -62,16 +64,16 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], int]]:
 
 
 def test_the_model_reads_the_conversation_as_it_is_encoded(sent: list[tuple[list[int], int]]) -> None:
-    """Each prompt is `chat.encode` of the messages, and begins with the one before, the answer as it was written, and its end."""
+    """Each prompt is `encoding.encode` of the messages, and begins with the one before, the answer as it was written, and its end."""
     talker, seen, prompts = tokenizer(), [], []
-    messages: list[chat.Message] = [{"role": "system", "content": "be brief"}]
+    messages: list[Message] = [{"role": "system", "content": "be brief"}]
     for question, answer in SCRIPT.items():
         messages.append({"role": "user", "content": question})
-        prompts.append(chat.encode(talker, messages))
+        prompts.append(encoding.encode(talker, messages))
         assert prompts[-1][: len(seen)] == seen, "the model has seen something else"
         seen = [*prompts[-1], *talker.encode(answer), END]
         messages.append({"role": "assistant", "content": answer})
-    assert chat.encode(talker, messages, add_generation_prompt=False)[: len(seen)] == seen
+    assert encoding.encode(talker, messages, add_generation_prompt=False)[: len(seen)] == seen
     script_N = jnp.array([*seen, 0])
 
     def decode(params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
@@ -108,7 +110,7 @@ def test_a_long_answer_leaves_room_for_what_was_said() -> None:
     conversation.messages = [{"role": "user", "content": "x" * 40}, {"role": "assistant", "content": "y" * 20}]
     for count, dropped in ((20, 0), (80, 2)):
         question = "z" * count
-        prompt = chat.encode(tokenizer(), [*conversation.messages, {"role": "user", "content": question}])
+        prompt = encoding.encode(tokenizer(), [*conversation.messages, {"role": "user", "content": question}])
         assert (conversation.ask(question).dropped, len(prompt) > 128) == (dropped, dropped > 0)
 
 

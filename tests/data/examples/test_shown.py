@@ -77,7 +77,7 @@ def test_bytes_without_their_others_are_what_the_row_has() -> None:
 
 def test_special_tokens_have_names() -> None:
     with_all = ByteTokenizer(Added(mask=True, sentinels=2))
-    assert tokenize.names(with_all, range(with_all.vocab_size)) == {256: "<s>", 257: "</s>", 258: "<pad>", 259: "[MASK]"}
+    assert tokenize.names(with_all, range(with_all.vocab_size)) == {256: "<s>", 257: "</s>", 258: "<pad>", 259: "<mask>"}
     assert tokenize.names(Specials(), [0, 1]) == {}
 
 
@@ -85,4 +85,4 @@ def test_special_tokens_have_names() -> None:
 def test_both_sides_of_a_pair_end_visibly(objective: str) -> None:
     side = np.array([0, 1, SENTINELS[0], EOS, 40])
     arrays = {"inputs": side, "targets": side, "input_segments": side != 40, "segments": side != 40}
-    assert [piece.text for part in made(objective, "t5").show(arrays, Specials(), ()) for piece in part.pieces] == ["ab</s>"] * 2
+    assert [piece.text for part in made(objective, "t5").show(arrays, Specials(), ()) for piece in part.pieces] == ["ab<eos>"] * 2
