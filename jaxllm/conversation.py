@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from rich.console import Console
 
 from jaxllm.adapters import Adapters
 from jaxllm.decode.talk import Answer, Talk
+from jaxllm.types import Tokenizer
 
 YOU, MORE = "> ", ". "
 GOES_ON = "\\"
@@ -30,9 +31,10 @@ A line that ends in \\ goes on in the next one. Ctrl-C stops an answer. A messag
 
 @dataclass
 class Choice:
-    """The adapters that a conversation can be answered with, and the one that it is answered with; None is the base alone."""
+    """The adapters that a conversation can be answered with, each with its tokenizer, and the one in use; None is the base alone."""
 
     adapters: Adapters
+    tokenizers: Mapping[str | None, Tokenizer]
     used: str | None
 
 
@@ -134,8 +136,9 @@ def switch(talk: Talk, choice: Choice | None, name: str) -> str:
         return "\n".join(f"{'*' if each == used else ' '} {each}" for each in names)
     if name not in names:
         raise ValueError(f"there is no adapter '{name}'.\n  Accepted: {', '.join(names)}.\n  Correct the name.")
-    choice.used = None if name == NONE else name
-    talk.use(choice.adapters.use(choice.used))
+    wanted = None if name == NONE else name
+    talk.use(choice.adapters.use(wanted), choice.tokenizers[wanted])
+    choice.used = wanted
     return f"answers with the adapter {name} from now on" if choice.used else "answers with the base alone from now on"
 
 

@@ -18,8 +18,10 @@ import tiny_gguf
 
 import jaxllm
 from jaxllm import api, conversation, models, runs
+from jaxllm.data import tokenize
+from jaxllm.data.tokenizers.chat_template import ChatTemplate
 from jaxllm.decode.talk import Answer, Talk
-from jaxllm.interop import peft, peft_params
+from jaxllm.interop import directory, peft, peft_params
 from jaxllm.ops.sampling import Settings
 from jaxllm.transforms import adapt, tree
 
@@ -48,7 +50,7 @@ def talk(model: Path) -> Talk:
 
 @pytest.fixture(scope="module")
 def adapters(model: Path) -> dict[str, Path]:
-    """Two adapters of the model, with which it says other things."""
+    """Two adapters of the model, with which it says other things; beside the second one a tokenizer with another template."""
     run = runs.load(model)
     config = run.config.copy_and_resolve_references()
     config.train.transforms = ("lora",)
@@ -64,6 +66,9 @@ def adapters(model: Path) -> dict[str, Path]:
     for path in found.values():
         params = jax.tree.map_with_path(move, begun)
         peft.write(path, peft_params.export(params, adapted.config, base=str(model)))
+    template = ChatTemplate(tiny_gguf.TEMPLATE.replace("assistant", "clerk"), {})
+    for name, data in directory.tokenizer_alone(tokenize.extend(run.tokenizer, (), template), run.model.config).files.items():
+        (found["clerk"] / name).write_bytes(data)
     return found
 
 
@@ -134,9 +139,11 @@ def test_a_conversation_with_one_adapter_after_another(model: Path, adapters: di
 
 def test_an_adapter_drops_what_another_has_read(talk: Talk, model: Path, adapters: dict[str, Path]) -> None:
     """In a conversation that goes on: the keys and values of the exchange before are its own."""
-    several = conversation.Adapters(runs.load(model, for_decoding=True).params, runs.load(model).config)
+    run = runs.load(model, for_decoding=True)
+    several = conversation.Adapters(run.params, run.config)
     several.add("clerk", adapters["clerk"])
-    conversation.converse(talk, ["hello", "/adapter clerk", "world"], conversation.Choice(several, None))
+    choice = conversation.Choice(several, {None: run.tokenizer, "clerk": runs.load(adapters["clerk"]).tokenizer}, None)
+    conversation.converse(talk, ["hello", "/adapter clerk", "world"], choice)
     expected = jaxllm.chat(*jaxllm.load(adapters["clerk"]), talk.messages[:-1], 6, temperature=0)
     assert talk.messages[-1]["content"] == expected
 
