@@ -66,9 +66,11 @@ def adapted(
     begun = adapt.Adaptation(dense_model.axes, model.config.transforms).params(base, jax.random.key(0))
     trained, rng = adapt.adapters(model.axes), np.random.default_rng(1)
 
+    # Small: with large factors attention is so sharp that rounding is seen. Those of PiSSA are large before anything is added.
+    size = 0.05 if kind == "pissa" else 0.2
+
     def draw(path: Any, array: jax.Array) -> jax.Array:
-        # Small: with large factors attention is so sharp that rounding is seen.
-        noise = 0.2 * rng.normal(size=array.shape) if tree.path_name(path) in trained else 0.0
+        noise = size * rng.normal(size=array.shape) if tree.path_name(path) in trained else 0.0
         return jnp.asarray(array + noise, "float32")
 
     return config, model, jax.tree.map_with_path(draw, begun), base
