@@ -27,6 +27,7 @@ from rich.table import Column, Table
 
 from jaxllm import command, models, runs, series, start
 from jaxllm import config as schema
+from jaxllm.consistency import ADAPTERS
 from jaxllm.data import tokenize
 from jaxllm.engine import state
 from jaxllm.engine.workdir import Workdir, check_space, sync_directory
@@ -35,7 +36,6 @@ from jaxllm.interop import peft, peft_attach, peft_average, peft_params, peft_to
 from jaxllm.transforms import adapt, grown, tree
 from jaxllm.types import Params
 
-KINDS = ("lora", "dora")
 ACTIONS = ("list", "train", "export", "average")
 ITEM_BYTES = 4
 
@@ -156,7 +156,7 @@ def _row(path: Path) -> Row | None:
     if not workdir.config.is_file() or runs.is_foreign(path):
         return None
     config = schema.load(workdir.config)
-    kinds = [name for name in config.train.transforms if name in KINDS]
+    kinds = [name for name in config.train.transforms if name in ADAPTERS]
     return _row_of_run(workdir, config, kinds[0]) if kinds else None
 
 
