@@ -99,7 +99,7 @@ def _make_init(model: Model, optimizer: optax.GradientTransformation, config: An
 def _begin(optimizer: optax.GradientTransformation, config: Any, axes: Any, whole: Params) -> TrainState:
     selects = trains(config, axes)
     params, frozen = tree.split_by(narrowed(whole, axes, config, selects), selects)
-    check_floats(params)
+    check_floats(params, config)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,
@@ -153,15 +153,26 @@ def trainable(config: Any, axes: Any) -> set[str]:
     return found
 
 
-def check_floats(params: Params) -> None:
+def check_floats(params: Params, config: Any) -> None:
     """ValueError for a trainable array of whole numbers."""
-    codes = [name for name, leaf in tree.named_leaves(params) if not jnp.issubdtype(leaf.dtype, jnp.floating)]
-    if codes:
+    found = (name for name, leaf in tree.named_leaves(params) if not jnp.issubdtype(leaf.dtype, jnp.floating))
+    codes = list(dict.fromkeys(found))
+    if not codes:
+        return
+    pattern, transforms = config.train.trainable, config.train.transforms
+    named = ", ".join([*codes[:4], *(["..."] if len(codes) > 4 else [])])
+    if pattern == "auto":
         raise ValueError(
-            f"train.trainable selects {', '.join(dict.fromkeys(codes[:4]))}, which train.transforms quantized: codes have no gradient.\n"
-            "  Accepted: an adapter beside them, as train.transforms = ('nf4', 'lora'); a pattern that leaves them out.\n"
-            "  Change train.transforms or train.trainable."
+            f"train.transforms = {transforms!r} without an adapter: nothing is trained. train.trainable = 'auto' would train the"
+            f" kernels, but as codes ({named}) they have no gradient.\n"
+            f"  Accepted: {(*transforms, 'lora')!r}, which trains an adapter beside each of them; a train.trainable that selects"
+            " other parameters alone, such as '.*norm/.*'.\n  Add 'lora' (or 'dora') to train.transforms, or set train.trainable."
         )
+    raise ValueError(
+        f"train.trainable = '{pattern}' selects {named}, which train.transforms = {transforms!r} quantized: codes have no gradient.\n"
+        "  Accepted: an adapter beside them, as train.transforms = ('nf4', 'lora'); a pattern that leaves them out.\n"
+        "  Change train.transforms or train.trainable."
+    )
 
 
 def narrowed(params: Params, axes: Any, config: Any, selects: Selects, under: KeyPath = ()) -> Params:
