@@ -126,7 +126,7 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
         _report(workdir, say)
         return 0
     session = build_session(config, mesh_plan)
-    for note in session.notes():
+    for note in session.notes() + prepared.notes(config):
         say(f"warning: {note}")
     compilation.distrust_cache(mesh_plan.mesh.devices.flat[0].platform, mesh_plan.mesh.size)
     if processes.is_first():

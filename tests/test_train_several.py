@@ -163,6 +163,8 @@ def test_each_run_is_the_one_that_it_is_alone(place: Path, alone: Path, tmp_path
     ]
     assert (counted.read, counted.compiled, counted.restored) == (1, 2, 1)
     assert len(counted.places) == 4 and counted.places[2] == counted.places[3]
+    code, output = run(place, tmp_path, "squares", steps=13)
+    assert code == 0 and "this run is at step 14, beyond train.steps = 13. Raise train.steps to go on." in output
     longer = tmp_path / "longer"
     shutil.copytree(alone / "winds", longer)
     assert run_alone(config_of(place, "winds", longer, steps=14), longer)[0] == 0
