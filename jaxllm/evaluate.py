@@ -36,6 +36,7 @@ from jaxllm.data.examples import labels
 from jaxllm.data.examples.contract import MakeBatch
 from jaxllm.engine import compilation
 from jaxllm.evals import baseline, exact, perplexity, recall
+from jaxllm.interop import peft
 from jaxllm.runs import Run
 from jaxllm.types import Batch
 
@@ -90,7 +91,7 @@ def main(arguments: list[str]) -> None:
 def evaluate_split(run: Run, split: str, max_seqs: int = MOST_SEQS) -> dict[str, Any]:
     """The result on the run's own prepared rows; ValueError if they are gone or not those that the run was trained on, and for a split
     that it has not."""
-    if run.imported is not None:
+    if not _is_own(run):
         raise ValueError(
             f"'{run.workdir.path}' holds a model without the data that it was trained on.\n  Accepted: a text to evaluate it on.\n"
             "  Add --data FILE."
@@ -133,6 +134,11 @@ def evaluate_source(run: Run, source: str, max_seqs: int = MOST_SEQS) -> dict[st
         return _measure(run, rows, _train_rows(run), source, max_seqs)
 
 
+def _is_own(run: Run) -> bool:
+    """Whether it is a run of this package, not a model of another tool, nor an adapter in a directory of PEFT."""
+    return run.imported is None and not peft.is_one(run.workdir.path)
+
+
 def _fingerprint(run: Run, split: str) -> str:
     """Hash of the rows that the run was trained on."""
     return str(json.loads(run.workdir.provenance.read_text(encoding="utf-8"))["splits"][split]["fingerprint"])
@@ -141,7 +147,7 @@ def _fingerprint(run: Run, split: str) -> str:
 def _train_rows(run: Run) -> shards.Shards | None:
     """The rows that the run was trained on; None if they are no longer there, which other text does not need."""
     directory = prepare.place(run.config, run.workdir.path) / "train"
-    if run.imported is not None or not directory.is_dir():
+    if not _is_own(run) or not directory.is_dir():
         return None
     rows = shards.Shards(directory)
     return rows if rows.fingerprint == _fingerprint(run, "train") else None
@@ -217,9 +223,9 @@ def _beside(run: Run, sweep: Callable[[], Iterator[Batch]], max_seqs: int) -> di
 def append(run: Run, row: dict[str, Any]) -> None:
     """Adds the result as a line of the run's evaluations.jsonl; a run that cannot be written to keeps as it is, with a log line.
 
-    Nothing is written to a model of another tool.
+    Nothing is written to a model of another tool, nor to a directory of PEFT.
     """
-    if run.imported is not None:
+    if not _is_own(run):
         return
     path = run.workdir.path / "evaluations.jsonl"
     try:
