@@ -340,6 +340,9 @@ def test_what_the_storage_library_reports_is_passed_on_in_short(checkpoints: Che
         monkeypatch.setattr("orbax.checkpoint.v1.load_checkpointables", fail(outside))
         with pytest.raises(RuntimeError, match="incompatible handler"):
             checkpoints.restore(like)
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: (_ for _ in ()).throw(PermissionError(13, "Permission denied", path)))
+    with pytest.raises(PermissionError):
+        checkpoints.restore(like)
 
 
 def test_what_comes_of_the_wish_and_not_of_the_files_is_not_called_damage(
