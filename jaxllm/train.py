@@ -221,8 +221,7 @@ def _next_command(config: ConfigDict, workdir: Workdir) -> str:
     if config.train.objective == "sft":
         return f"python -m jaxllm.generate --chat {run}"
     prompt = config.sample.prompts[0] if config.sample.prompts else ""
-    command = "chat" if config.train.objective == "sft" else "generate"
-    return f"python -m jaxllm.{command} {run} --prompt {shlex.quote(prompt)}"
+    return f"python -m jaxllm.generate {run} --prompt {shlex.quote(prompt)}"
 
 
 def _bytes_to_come(session: Session, checkpoints: Checkpoints) -> int:

@@ -19,7 +19,7 @@ from jaxllm.optim import build, schedules
 from jaxllm.parallel import fits, forms, layout
 from jaxllm.parallel.plan import Plan, shard_bytes
 from jaxllm.parallel.region import Region
-from jaxllm.transforms import adapt, tree
+from jaxllm.transforms import adapt, grown, tree
 from jaxllm.transforms.lora import Lora
 from jaxllm.types import Model, Params
 
@@ -74,7 +74,7 @@ class Session:
 
     def notes(self) -> list[str]:
         """What fits, but is wasteful or of no effect, one line each."""
-        return [*fits.notes(self.config, self.plan.mesh.shape), *_idle_ranks(self)]
+        return [*fits.notes(self.config, self.plan.mesh.shape), *_idle_ranks(self), *_idle_tokens(self)]
 
     @property
     def eval_seqs(self) -> int:
@@ -136,6 +136,22 @@ def _idle_ranks(session: Session) -> list[str]:
         return []
     kernels = ", ".join(f"{name} ({side})" for name, side in sides.items())
     return [f"lora.rank = {rank} is more than the smaller side of {kernels}: a product of A and B has no higher rank than that"]
+
+
+def _idle_tokens(session: Session) -> list[str]:
+    """A line about new tokens whose rows in the embedding or the head are not trained."""
+    model, trained, frozen = (
+        session.config.model,
+        *(set(tree.names(part)) for part in (session.abstract.params, session.abstract.frozen)),
+    )
+    tables = ((table, {table, f"{table}/rows"}) for table in grown.tables(model.head))
+    idle = [table for table, rows in tables if rows & frozen and not rows & trained]
+    if not 0 < model.start_rows < model.vocab_size or not idle:
+        return []
+    tokens = model.vocab_size - model.start_rows
+    return [
+        f"{tokens} new tokens stay the mean of the others in {', '.join(idle)}: train.trainable or train.frozen_layers freezes them"
+    ]
 
 
 def bytes_by_category(session: Session) -> Mapping[str, int]:

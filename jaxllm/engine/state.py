@@ -125,11 +125,17 @@ def trains(config: Any, axes: Any) -> Selects:
         frozen = first and (depth.is_below(name) or (layer is not None and layer < first))
         return name in names and not frozen
 
-    if not any(selects(path) for path, _ in jax.tree.leaves_with_path(axes, is_leaf=adapt.is_axes)):
-        raise ValueError(
-            f"train.frozen_layers = {first} freezes all that train.trainable = '{config.train.trainable}' selects.\n"
-            "  Accepted: fewer frozen layers, or a pattern that also selects what stands behind them.\n  Change one of them."
-        )
+    left = {tree.path_name(path) for path, _ in jax.tree.leaves_with_path(axes, is_leaf=adapt.is_axes) if selects(path)}
+    beside = names - adapt.adapters(axes) if config.lora.also else set()
+    for field, pattern, wanted in (
+        ("train.trainable", config.train.trainable, names),
+        ("lora.also", config.lora.also, beside),
+    ):
+        if wanted and not left & wanted:
+            raise ValueError(
+                f"train.frozen_layers = {first} freezes all that {field} = '{pattern}' selects.\n"
+                "  Accepted: fewer frozen layers, or a pattern that also selects what stands behind them.\n  Change one of them."
+            )
     return selects
 
 

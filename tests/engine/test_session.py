@@ -60,6 +60,26 @@ def test_a_full_training_is_said_in_short() -> None:
     assert session_of().describe() == f"llama, {dense():,} trainable parameters"
 
 
+@pytest.mark.parametrize(
+    ("fields", "tables"),
+    [
+        ({}, ""),
+        ({"train__transforms": ("lora",)}, ""),
+        ({"train__trainable": "embed/tokens|head/kernel"}, ""),
+        ({"train__trainable": ".*mlp/.*"}, "embed/tokens, head/kernel"),
+        ({"train__frozen_layers": 1}, "embed/tokens"),
+        ({"train__frozen_layers": 1, "train__transforms": ("lora",), "lora__targets": ".*layers/.*/v/kernel"}, "embed/tokens"),
+        ({"train__trainable": ".*mlp/.*", "model__tied_head": "on"}, "embed/tokens"),
+    ],
+)
+def test_new_tokens_that_are_not_trained_are_said(fields: dict[str, Any], tables: str) -> None:
+    for start_rows in (0, tiny.VOCAB - 2, tiny.VOCAB):
+        session = session_of(**fields, model__start_rows=start_rows, model__layers=2)
+        found = [note for note in session.notes() if "new tokens" in note]
+        line = f"2 new tokens stay the mean of the others in {tables}: train.trainable or train.frozen_layers freezes them"
+        assert found == ([line] if tables and start_rows == tiny.VOCAB - 2 else [])
+
+
 @pytest.mark.parametrize("layers_as", ["unrolled", "scan"])
 @pytest.mark.parametrize(
     ("rank", "targets", "kernels"),
