@@ -34,6 +34,7 @@ from jaxllm.engine.workdir import Workdir, check_space, sync_directory
 from jaxllm.interop import directory as hf
 from jaxllm.interop import peft, peft_attach, peft_average, peft_params, peft_tokenizer
 from jaxllm.transforms import adapt, grown, tree
+from jaxllm.transforms.quantized import Quantized
 from jaxllm.types import Params
 
 ACTIONS = ("list", "train", "export", "average")
@@ -190,7 +191,8 @@ def show(rows: Sequence[Row], console: Console) -> None:
 def export(directory: str, target: Path, step: int | None = None, base: str = "") -> str:
     """Writes the adapter of a run as PEFT does, and returns what there is to say about it.
 
-    ValueError for a run without an adapter, one whose kernels were trained themselves, and one begun by PiSSA without its base.
+    ValueError for a run without an adapter, one whose kernels were trained themselves, and one begun by PiSSA without its base, or
+    whose kernels were then quantized.
     """
     run = runs.load(directory, step)
     config, axes = run.config, run.model.axes
@@ -205,6 +207,13 @@ def export(directory: str, target: Path, step: int | None = None, base: str = ""
         raise ValueError(
             f"'{directory}' trained {', '.join(kernels[:4])}, which have adapters beside them.\n"
             "  Accepted: runs that leave the kernels as they were, as train.trainable = 'auto' does.\n"
+            "  Write the merged weights (python -m jaxllm.convert)."
+        )
+    if rounded := _rounded(run.params) if config.lora.init == "pissa" else []:
+        raise ValueError(
+            f"'{directory}' began with PiSSA, and quantized what that left of {', '.join(rounded[:4])}: what the model lost by it is no"
+            " product of two thin matrices, which a file of PEFT could hold.\n"
+            "  Accepted: runs of PiSSA whose train.transforms quantize no kernel that has an adapter.\n"
             "  Write the merged weights (python -m jaxllm.convert)."
         )
     base = base or config.train.start
@@ -225,6 +234,12 @@ def _growth(config: ConfigDict, axes: Params) -> list[str]:
         f"the vocabulary grew from {before} to {rows}: in PEFT call base.resize_token_embeddings({rows}) before"
         " PeftModel.from_pretrained"
     ]
+
+
+def _rounded(params: Params) -> list[str]:
+    """Path names of quantized kernels that have an adapter beside them."""
+    nodes = tree.named_leaves(params, is_leaf=adapt.is_adapter)
+    return list(dict.fromkeys(name for name, node in nodes if adapt.is_adapter(node) and isinstance(node.base, Quantized)))
 
 
 def _original(base: str, directory: str) -> Params:

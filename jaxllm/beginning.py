@@ -22,6 +22,11 @@ Say = Callable[[str], None]
 class Beginning:
     """Of one run."""
 
+    @property
+    def has_compiled(self) -> bool:
+        """Whether `compile` gives a step that is there already."""
+        return False
+
     def create(self, session: Session, say: Say) -> TrainState:
         """The state before the first step: with the weights of the model that the config begins with, else with random ones."""
         return session.create(start.load(session, say) if session.config.train.start else None)
@@ -56,17 +61,25 @@ class SharedBeginning(Beginning):
         self._first: TrainState | None = None
         self._frozen: Params | None = None
         self._compiled: Compiled | None = None
+        # What was said of the first state when it was read.
+        self._remark = ""
+
+    @property
+    def has_compiled(self) -> bool:
+        return self._compiled is not None
 
     def create(self, session: Session, say: Say) -> TrainState:
         if self._first is None:
-            self._read(session, say)
+            self._read(session)
+            say(self._remark)
         else:
-            say("begins as the run before, beside the frozen parameters that are in memory")
+            say(f"{self._remark} (in memory already)")
         return dataclasses.replace(jax.tree.map(jnp.copy, self._first), frozen=self._frozen)
 
     def restore(self, session: Session, checkpoints: Checkpoints, step: int, say: Say) -> TrainState:
         if self._frozen is None and self._begins:
-            self._read(session, say)
+            self._read(session)
+            say(f"reads {session.config.train.start}, with which a later run begins; this one goes on beside its frozen parameters")
         if self._frozen is None:
             return super().restore(session, checkpoints, step, say)
         restored: Any = checkpoints.restore(_without_frozen(session.abstract), step, frozen=self._frozen).tree
@@ -80,8 +93,10 @@ class SharedBeginning(Beginning):
     def end(self, state: TrainState, interrupts: Interrupts) -> None:
         self._frozen, self.stopped = state.frozen, interrupts.settle()
 
-    def _read(self, session: Session, say: Say) -> None:
-        state = super().create(session, say)
+    def _read(self, session: Session) -> None:
+        said: list[str] = []
+        state = super().create(session, said.append)
+        self._remark = " ".join(said)
         self._first, self._frozen = _without_frozen(state), state.frozen
 
 

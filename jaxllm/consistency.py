@@ -141,6 +141,11 @@ def _check_data(config: ConfigDict) -> None:
             f"chat.template = 'tokenizer' with tokenizer.kind = '{config.tokenizer.kind}', which is made here and has no chat template.\n"
             "  Accepted: alpaca, chatml, llama3 or plain; tokenizer for a tokenizer.path that has one.\n  Set chat.template=chatml."
         )
+    if blank := [token for token in config.tokenizer.add_tokens if not token.strip()]:
+        raise ValueError(
+            f"tokenizer.add_tokens = {config.tokenizer.add_tokens!r} has {blank[0]!r}, which no prompt could show.\n"
+            "  Accepted: names such as '<|note|>'.\n  Take it out."
+        )
     if not config.data.source:
         raise ValueError(
             "data.source is empty.\n  Accepted: python_docs, a file, a folder, a glob or another source.\n  Set data.source."

@@ -1,17 +1,15 @@
 """What a training run would be, from the config alone: nothing is compiled, allocated or written, and no device is needed."""
 
 from pathlib import Path
-from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 from rich.console import Console, Group
 from rich.table import Table
 
 from jaxllm import config as schema
 from jaxllm.data import folder, tokenize
-from jaxllm.engine.session import UNKNOWN_CLASSES, Session, build_session, bytes_by_category, count
-from jaxllm.parallel import activations, fits, forms, layout, pipeline, plan, report, traffic
+from jaxllm.engine.session import UNKNOWN_CLASSES, Session, build_session, bytes_by_category, bytes_of, count
+from jaxllm.parallel import activations, forms, layout, pipeline, plan, report, traffic
 from jaxllm.pipeline.simulate import simulate
 from jaxllm.transforms import tree
 
@@ -29,7 +27,7 @@ def show(config: ConfigDict, data: Path, console: Console) -> None:
     session = build_session(config, plan.make_abstract(config))
     console.print(schema.to_json(config), end="", markup=False)
     console.print(_facts(session, vocabulary))
-    for note in fits.notes(config, session.plan.mesh.shape):
+    for note in session.notes():
         console.print(f"warning: {note}", markup=False)
     console.print(sharding(session))
 
@@ -54,7 +52,7 @@ def _facts(session: Session, vocabulary: str) -> Table:
     table = Table("run", "", show_header=False, title="What would run", title_justify="left")
     rows = {
         "architecture": config.model.name,
-        "parameters": f"{forms.weights(tree.combine(session.abstract.params, session.abstract.frozen)):,}",
+        "parameters": f"{session.weights:,}",
         "trainable": _trainable(session),
         "vocabulary": f"{config.model.vocab_size:,}" + (f" ({vocabulary})" if vocabulary else ""),
         "mesh": mesh,
@@ -71,8 +69,8 @@ def _facts(session: Session, vocabulary: str) -> Table:
 
 
 def _trainable(session: Session) -> str:
-    trained, dense = count(session.abstract.params), forms.weights(tree.combine(session.abstract.params, session.abstract.frozen))
-    return f"{trained:,}" + (f" ({trained / dense:.3%})" if trained < dense else "")
+    trained, weights = count(session.abstract.params), session.weights
+    return f"{trained:,}" + (f" ({trained / weights:.3%})" if trained < weights else "")
 
 
 def _pipeline(session: Session) -> str:
@@ -91,17 +89,13 @@ def sharding(session: Session) -> Group:
     tables = [report.parameters(layout.entries(made, axes, everything), made.mesh.shape)]
     if count(abstract.frozen):
         tables.append(report.forms(forms.of(everything, tree.names(abstract.params))))
-    state_bytes = _bytes(abstract.opt_state)
+    state_bytes = bytes_of(abstract.opt_state)
     uncut = {"parameters": layout.uncut(made, everything), "optimizer": layout.uncut(made, abstract.opt_state)}
-    textbook = layout.textbook(made, count(abstract.params), state_bytes, _bytes(abstract.frozen))
+    textbook = layout.textbook(made, count(abstract.params), state_bytes, bytes_of(abstract.frozen))
     tables.append(report.memory(bytes_by_category(session), textbook, uncut))
     if made.mesh.size > 1:
         tables.append(report.traffic(*moved(session)))
     return report.group(*tables)
-
-
-def _bytes(abstract: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
 
 
 def moved(session: Session, adds_first: bool = True) -> tuple[list[traffic.Row], str]:

@@ -1,15 +1,17 @@
 """Measures how well a trained model predicts: loss, perplexity, accuracy, and what its objective has besides.
 
-  python -m jaxllm.evaluate --run DIR [--step N] [--data SOURCE | --split train|validation] [--max_seqs N] [--json]
+  python -m jaxllm.evaluate --run DIR [--step N] [--data SOURCE | --split NAME] [--max_seqs N] [--json]
                             [--text_field NAME] [--target_field NAME] [--pair_field NAME]
 
-Without --data: the run's own validation rows. SOURCE is anything that data.source may be; it is cleaned and encoded as the
-run's own data was. Beside loss and accuracy stands the unigram baseline: every target guessed by its frequency in the run's training
-data. There are also bits per byte (causal_lm), the share of exact sequences (seq2seq) and the recall of each class (classification).
-Every result is added to DIR/evaluations.jsonl. DIR may also be a directory of transformers, or a GGUF file: then --data is needed,
-and nothing is written.
+Without --data: the run's own validation rows, or those of another split: train, and with data.replay_source replay and
+replay_validation, which are evaluated as the run did it: beside conversations as plain text. SOURCE is anything that data.source may be; it
+is cleaned and encoded as the run's own data was. Beside loss and accuracy stands the unigram baseline: every target guessed by its
+frequency in the run's training data. There are also bits per byte (causal_lm), the share of exact sequences (seq2seq) and the recall of
+each class (classification). Every result is added to DIR/evaluations.jsonl. DIR may also be a directory of transformers, or a GGUF file:
+then --data is needed, and nothing is written.
 """
 
+import dataclasses
 import json
 import math
 import tempfile
@@ -28,16 +30,17 @@ from rich.text import Text
 
 from jaxllm import command, runs
 from jaxllm import config as schema
-from jaxllm.data import clean, documents, examples, loader, prepare, shards
+from jaxllm.data import clean, documents, examples, folder, loader, prepare, shards
 from jaxllm.data.documents import Document
 from jaxllm.data.examples import labels
 from jaxllm.data.examples.contract import MakeBatch
 from jaxllm.engine import compilation
 from jaxllm.evals import baseline, exact, perplexity, recall
+from jaxllm.interop import peft
 from jaxllm.runs import Run
 from jaxllm.types import Batch
 
-SPLITS = ("validation", "train")
+VALIDATION = "validation"
 FIELDS = ("text_field", "target_field", "pair_field")
 # In a batch at most, as the rows that a whole mesh was trained on at once may be too many for the one device here.
 MOST_TOKENS = 16_384
@@ -54,7 +57,7 @@ def define_flags() -> None:
     flags.DEFINE_string("data", "", "text to evaluate on: a file, a folder, a glob, or hf:OWNER/NAME?config=C&split=S")
     for name in FIELDS:
         flags.DEFINE_string(name, None, f"of --data: {schema.SCHEMA[f'data.{name}'].meaning}; default: as the run was trained")
-    flags.DEFINE_enum("split", None, SPLITS, "rows of the run's own data; default: validation")
+    flags.DEFINE_string("split", None, f"rows of the run's own data: {', '.join(folder.SPLITS)}; default: {VALIDATION}")
     flags.DEFINE_integer(
         "max_seqs", MOST_SEQS, "seq2seq: so many outputs are compared with their targets; 0 means all", lower_bound=0
     )
@@ -77,7 +80,7 @@ def main(arguments: list[str]) -> None:
     run = runs.load(given.run, given.step, base=given.base)
     run.config.data.update({name: given[name].value for name in FIELDS if given[name].present})
     options = {"max_seqs": given.max_seqs}
-    row = evaluate_source(run, given.data, **options) if given.data else evaluate_split(run, given.split or SPLITS[0], **options)
+    row = evaluate_source(run, given.data, **options) if given.data else evaluate_split(run, given.split or VALIDATION, **options)
     append(run, row)
     if given.json:
         print(json.dumps(row))
@@ -86,8 +89,9 @@ def main(arguments: list[str]) -> None:
 
 
 def evaluate_split(run: Run, split: str, max_seqs: int = MOST_SEQS) -> dict[str, Any]:
-    """The result on the run's own prepared rows; ValueError if they are gone or not those that the run was trained on."""
-    if run.imported is not None:
+    """The result on the run's own prepared rows; ValueError if they are gone or not those that the run was trained on, and for a split
+    that it has not."""
+    if not _is_own(run):
         raise ValueError(
             f"'{run.workdir.path}' holds a model without the data that it was trained on.\n  Accepted: a text to evaluate it on.\n"
             "  Add --data FILE."
@@ -99,7 +103,13 @@ def evaluate_split(run: Run, split: str, max_seqs: int = MOST_SEQS) -> dict[str,
             " trained with.\n  Put it back, prepare it again with the run's config.json, or evaluate a text with --data."
         )
     prepared = prepare.load(run.config, directory)
-    rows = {"validation": prepared.validation, "train": prepared.train}[split]
+    if split not in prepared.splits:
+        replay = "replay" in split and not run.config.data.replay_source
+        raise ValueError(
+            f"'{run.workdir.path}' has no split '{split}'{', as data.replay_source was empty' if replay else ''}.\n"
+            f"  Accepted: {', '.join(prepared.splits)}.\n  Give one of these as --split."
+        )
+    rows, replayed = prepared.splits[split], split.startswith("replay")
     trained_on = _fingerprint(run, split)
     if rows.fingerprint != trained_on:
         raise ValueError(
@@ -107,8 +117,12 @@ def evaluate_split(run: Run, split: str, max_seqs: int = MOST_SEQS) -> dict[str,
             f"  Accepted: {trained_on[:16]}, as it says in {run.workdir.provenance}.\n  Put the source back as it was and prepare it"
             " again with the run's config.json, or evaluate a text with --data."
         )
-    source = run.config.data.source if split == "train" else run.config.data.validation_source or run.config.data.source
-    return _measure(run, rows, prepared.train, f"{source} ({split} rows)", max_seqs)
+    data = run.config.data
+    if replayed:
+        run = dataclasses.replace(run, config=examples.replayed(run.config))
+    source = data.replay_source if replayed else (split == VALIDATION and data.validation_source) or data.source
+    train = prepared.replay if replayed else prepared.train
+    return _measure(run, rows, train, f"{source} ({split.replace('_', ' ')} rows)", max_seqs)
 
 
 def evaluate_source(run: Run, source: str, max_seqs: int = MOST_SEQS) -> dict[str, Any]:
@@ -120,6 +134,11 @@ def evaluate_source(run: Run, source: str, max_seqs: int = MOST_SEQS) -> dict[st
         return _measure(run, rows, _train_rows(run), source, max_seqs)
 
 
+def _is_own(run: Run) -> bool:
+    """Whether it is a run of this package, not a model of another tool, nor an adapter in a directory of PEFT."""
+    return run.imported is None and not peft.is_one(run.workdir.path)
+
+
 def _fingerprint(run: Run, split: str) -> str:
     """Hash of the rows that the run was trained on."""
     return str(json.loads(run.workdir.provenance.read_text(encoding="utf-8"))["splits"][split]["fingerprint"])
@@ -128,7 +147,7 @@ def _fingerprint(run: Run, split: str) -> str:
 def _train_rows(run: Run) -> shards.Shards | None:
     """The rows that the run was trained on; None if they are no longer there, which other text does not need."""
     directory = prepare.place(run.config, run.workdir.path) / "train"
-    if run.imported is not None or not directory.is_dir():
+    if not _is_own(run) or not directory.is_dir():
         return None
     rows = shards.Shards(directory)
     return rows if rows.fingerprint == _fingerprint(run, "train") else None
@@ -204,9 +223,9 @@ def _beside(run: Run, sweep: Callable[[], Iterator[Batch]], max_seqs: int) -> di
 def append(run: Run, row: dict[str, Any]) -> None:
     """Adds the result as a line of the run's evaluations.jsonl; a run that cannot be written to keeps as it is, with a log line.
 
-    Nothing is written to a model of another tool.
+    Nothing is written to a model of another tool, nor to a directory of PEFT.
     """
-    if run.imported is not None:
+    if not _is_own(run):
         return
     path = run.workdir.path / "evaluations.jsonl"
     try:

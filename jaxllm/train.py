@@ -33,14 +33,14 @@ from jaxllm.engine.environment import Record
 from jaxllm.engine.loop import Hook, Monitor, train
 from jaxllm.engine.progress import Progress
 from jaxllm.engine.record import DamagedError
-from jaxllm.engine.session import Session, build_session, check, count
+from jaxllm.engine.session import Session, build_session, bytes_of, check
 from jaxllm.engine.signals import Interrupts
 from jaxllm.engine.state import TrainState, eval_params
 from jaxllm.engine.step import Compiled
 from jaxllm.engine.trackers import jsonl
 from jaxllm.engine.watchdog import Watchdog
 from jaxllm.engine.workdir import Workdir, check_space, open_workdir, write_json
-from jaxllm.parallel import distributed, fits, plan, processes
+from jaxllm.parallel import distributed, plan, processes
 from jaxllm.report import runs
 from jaxllm.report.summary import describe_change
 from jaxllm.report.training import write_report
@@ -120,13 +120,15 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
     config, mesh_plan, prepared, checkpoints, newest = get_ready(config, workdir, say)
     begin = newest or 0
     if begin >= config.train.steps:
-        say(f"this run is at step {begin} of {config.train.steps} already. Raise train.steps to go on. Writing its report again.")
+        beyond = f"this run is at step {begin}, beyond train.steps = {config.train.steps}"
+        where = f"this run is at step {begin} of {begin} already" if begin == config.train.steps else beyond
+        say(f"{where}. Raise train.steps to go on. Writing its report again.")
         _report(workdir, say)
         return 0
-    for note in fits.notes(config, mesh_plan.mesh.shape):
+    session = build_session(config, mesh_plan)
+    for note in session.notes() + prepared.notes(config):
         say(f"warning: {note}")
     compilation.distrust_cache(mesh_plan.mesh.devices.flat[0].platform, mesh_plan.mesh.size)
-    session = build_session(config, mesh_plan)
     if processes.is_first():
         shutil.copytree(prepared.directory / "tokenizer", workdir.tokenizer, dirs_exist_ok=True)
         write_json(workdir.provenance, prepared.record)
@@ -135,11 +137,12 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
     watchdog.beside("restoring or creating the state", 0)
     state = beginning.create(session, say) if newest is None else beginning.restore(session, checkpoints, newest, say)
     sampler = samples.make(config, prepared.tokenizer, say)
-    what = "starting" if newest is None else f"resuming at step {begin}"
-    say(f"{what}: {config.model.name}, {count(session.abstract.params):,} trainable parameters")
+    say(f"{'starting' if newest is None else f'resuming at step {begin}'}: {session.describe()}")
     if prepared.replay is not None:
         say(mixture.describe(config, prepared.train, prepared.replay))
-    say(f"{session.positions_a_step:,} tokens a step, {config.train.steps:,} steps; compiling ...")
+    steps = f"{f'{config.train.steps - begin:,} of ' if begin else ''}{config.train.steps:,} steps"
+    step_is = "as compiled before" if beginning.has_compiled else "compiling ..."
+    say(f"{session.positions_a_step:,} tokens a step, {steps}; {step_is}")
     watchdog.beside("compiling", begin)
     compiled = beginning.compile(session)
     watchdog.collectives = hang.list_collectives(compiled.executable.as_text(), mesh_plan.mesh) if mesh_plan.mesh.size > 1 else []
@@ -218,8 +221,7 @@ def _next_command(config: ConfigDict, workdir: Workdir) -> str:
     if config.train.objective == "sft":
         return f"python -m jaxllm.generate --chat {run}"
     prompt = config.sample.prompts[0] if config.sample.prompts else ""
-    command = "chat" if config.train.objective == "sft" else "generate"
-    return f"python -m jaxllm.{command} {run} --prompt {shlex.quote(prompt)}"
+    return f"python -m jaxllm.generate {run} --prompt {shlex.quote(prompt)}"
 
 
 def _bytes_to_come(session: Session, checkpoints: Checkpoints) -> int:
@@ -227,13 +229,9 @@ def _bytes_to_come(session: Session, checkpoints: Checkpoints) -> int:
     written once."""
     keep = session.config.checkpoint
     missing = keep.keep_last + keep.keep_best + 1 - len(checkpoints.steps())
-    frozen_bytes = _bytes(session.abstract.frozen)
-    step_bytes = _bytes(session.abstract) - frozen_bytes
+    frozen_bytes = bytes_of(session.abstract.frozen)
+    step_bytes = bytes_of(session.abstract) - frozen_bytes
     return max(missing, 1) * step_bytes + (0 if checkpoints.has_frozen() else frozen_bytes)
-
-
-def _bytes(shapes: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
 def _rows(checkpoints: Checkpoints, newest: int | None, workdir: Workdir) -> str | None:

@@ -242,6 +242,21 @@ def test_misuse(flags: tuple[str, ...], words: str) -> None:
     assert done.returncode == 2 and words in done.stderr, done.stderr
 
 
+def test_pissa_whose_rest_was_quantized_is_refused_before_its_base_is_asked_for(tmp_path: Path) -> None:
+    fields = {"model__name": "llama", "train__transforms": ("lora", "int8"), "lora__init": "pissa", "lora__rank": 2}
+    run = write_run(tmp_path / "run", train__start="gone", **fields)
+    words = r"quantized what that left of layers/attention/k/kernel, .*\n  Accepted: runs of PiSSA.*\n  Write the merged"
+    for base in ("", str(tmp_path / "nowhere")):
+        with pytest.raises(ValueError, match=words):
+            adapters.export(str(run), tmp_path / "out", base=base)
+    # Where other kernels are quantized than those with adapters, it is the base that is missing.
+    run = write_run(
+        tmp_path / "apart", train__start="gone", **fields, lora__targets=".*mlp/.*/kernel", quant__targets=".*attention/.*/kernel"
+    )
+    with pytest.raises(ValueError, match="its base 'gone' is not here"):
+        adapters.export(str(run), tmp_path / "out")
+
+
 def test_what_is_not_exported(folder: Path) -> None:
     target = folder / "x"
     for name, words in (("first", r"'.*first' trained no adapter"), ("base", r"'.*base' is no run"), ("lora_peft", "is no run")):

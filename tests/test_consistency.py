@@ -65,6 +65,10 @@ def test_each_objective_takes_its_models_and_head(objective: str) -> None:
         ),
         ({"lora__also": "embed/.*"}, r"lora.also = 'embed/.\*' has no effect with train.transforms = \(\), which has no adapter"),
         ({"lora__also": "x", "train__transforms": ("lora",), "train__trainable": ".*/b"}, "no effect with train.trainable"),
+        (
+            {"tokenizer__add_tokens": ("<|note|>", " ")},
+            r"tokenizer.add_tokens = .* has ' ', which no prompt could show.\n  Accepted: ",
+        ),
         ({"train__transforms": ("lora", "dora")}, "has 2 adapters, lora and dora"),
         ({"train__transforms": ("nf4", "lora", "int8")}, "has 2 frozen forms, nf4 and int8"),
     ],

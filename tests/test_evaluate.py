@@ -14,7 +14,7 @@ import pytest
 from random_run import write_run
 from rich.console import Console
 
-from jaxllm import evaluate, runs
+from jaxllm import adapters, evaluate, runs
 from jaxllm.data import examples
 from jaxllm.data.prepare import load, prepare
 from jaxllm.data.tokenize import fingerprint
@@ -170,3 +170,15 @@ def test_a_model_of_another_tool_needs_a_text(run: Path) -> None:
     opened: Any = dataclasses.replace(runs.load(run), imported=object())
     with pytest.raises(ValueError, match=r"without the data that it was trained on[\s\S]*Add --data FILE"):
         evaluate.evaluate_split(opened, "validation")
+
+
+def test_an_adapter_of_peft_has_no_data_and_gets_no_file(run: Path, tmp_path: Path) -> None:
+    fields = {"model__name": "llama", "train__transforms": ("lora",), "lora__rank": 2}
+    adapters.export(str(write_run(tmp_path / "adapted", **fields)), tmp_path / "peft")
+    opened = runs.load(tmp_path / "peft", base=write_run(tmp_path / "base", model__name="llama"))
+    before = sorted(path.name for path in (tmp_path / "peft").iterdir())
+    with pytest.raises(ValueError, match="peft' holds a model without the data that it was trained on.\n  Accepted: a text"):
+        evaluate.evaluate_split(opened, "train")
+    row = evaluate.evaluate_source(opened, str(run / "text.jsonl"))
+    evaluate.append(opened, row)
+    assert "baseline_loss" not in row and sorted(path.name for path in (tmp_path / "peft").iterdir()) == before

@@ -123,6 +123,11 @@ def test_an_array_that_cannot_move_is_named(beginning: Path, tmp_path: Path) -> 
         run(make_config(beginning, train__trainable=".*/a"), tmp_path)
 
 
+def test_a_rate_that_destroys_the_model_is_named(beginning: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="(?s)step 2 .* did not change .*and at the learning rate: "):
+        run(make_config(beginning, optimizer__learning_rate=1e6), tmp_path)
+
+
 def steps_of(count: int, **overrides: Any) -> tuple[list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]:
     """(trained arrays by name before and after each step, metrics of each step)"""
     given = {"train__transforms": ("lora",), "lora__rank": RANK, "lora__lr_ratio": 16.0, **PLAIN, **overrides}

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from jaxllm import train
+from jaxllm import evaluate, runs, train
 from jaxllm.config import base
 from jaxllm.engine.workdir import open_workdir
 
@@ -82,11 +82,39 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(config: ConfigDict, fi
         assert rows(tmp_path, kind) == rows(finished[0], kind)
 
 
+@pytest.mark.parametrize("objective", ["causal_lm", "sft"])
+def test_evaluate_finds_the_same_on_the_rows_of_replay(
+    config: ConfigDict, finished: tuple[Path, str], tmp_path: Path, objective: str
+) -> None:
+    """Beside conversations they are plain text."""
+    workdir = finished[0]
+    if objective == "sft":
+        talks = [{"prompt": f"{n}?", "completion": f"{n * n}."} for n in range(40)]
+        (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talks))
+        config, workdir = config.copy_and_resolve_references(), tmp_path / "talker"
+        config.data.source, config.train.objective, config.chat.template = str(tmp_path / "talks.jsonl"), "sft", "plain"
+        config.train.steps = 2
+        run(config, workdir)
+    opened, last = runs.load(workdir), rows(workdir, "eval")[-1]
+    found = evaluate.evaluate_split(opened, "replay_validation")
+    for name in ("loss", "accuracy", "bits_per_byte"):
+        assert found[name] == pytest.approx(last[f"replay_{name}"], rel=1e-5)
+    assert found["objective"] == "causal_lm" and found["data"].endswith("general.txt (replay validation rows)")
+    trained = evaluate.evaluate_split(opened, "replay")
+    assert trained["bytes"] > 10 * found["bytes"] and trained["data"].endswith("general.txt (replay rows)")
+    # Of the frequencies in the rows of replay.
+    assert found["baseline_loss"] == pytest.approx(trained["baseline_loss"], rel=0.1)
+    with pytest.raises(ValueError, match="has no split 'test'.\n  Accepted: train, validation, replay, replay_validation.\n  "):
+        evaluate.evaluate_split(opened, "test")
+
+
 def test_a_source_that_is_only_measured_changes_nothing(config: ConfigDict, tmp_path: Path) -> None:
     """With the source itself as replay source the same rows are held out of both."""
     config = config.copy_and_resolve_references()
     config.data.update({"replay_source": "", "replay_frac": 0.0})
     run(config, tmp_path / "plain")
+    with pytest.raises(ValueError, match="no split 'replay', as data.replay_source was empty.\n  Accepted: train, validation.\n  "):
+        evaluate.evaluate_split(runs.load(tmp_path / "plain"), "replay")
     config.data.replay_source = config.data.source
     assert "only the loss on it is measured" in run(config, tmp_path / "measured")
     assert rows(tmp_path / "plain", "train") == rows(tmp_path / "measured", "train")

@@ -84,6 +84,11 @@ def run(place: Path, workdir: Path, *names: str, **train: Any) -> tuple[int, str
     return code, output.getvalue()
 
 
+def told(output: str, *beginnings: str) -> list[str]:
+    """The lines that begin in one of these ways."""
+    return [line for line in output.splitlines() if line.startswith(beginnings)]
+
+
 @pytest.fixture(scope="module")
 def alone(place: Path) -> Path:
     """The same runs, each by itself."""
@@ -139,16 +144,27 @@ class Counted:
 def test_each_run_is_the_one_that_it_is_alone(place: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Counted(monkeypatch)
     code, output = run(place, tmp_path, *TEXTS)
-    assert code == 0 and output.count("begins with ") == 1
+    assert code == 0 and told(output, "begins ") == [
+        f"begins with {place / 'base'}",
+        f"begins with {place / 'base'} (in memory already)",
+    ]
+    assert told(output, "256 tokens a step") == [
+        f"256 tokens a step, 12 steps; {how}" for how in ("compiling ...", "as compiled before")
+    ]
     for name in TEXTS:
         assert_same(alone / name, tmp_path / name)
     assert (counted.read, counted.compiled, counted.restored) == (1, 1, 0)
     assert len(counted.places) == 2 and counted.places[0] == counted.places[1]
     # With more steps all go on: from checkpoints, of which the first one gives the frozen tree.
     code, output = run(place, tmp_path, *TEXTS, steps=14)
-    assert code == 0 and output.count("resuming at step 12") == 2
+    assert code == 0 and output.count("resuming at step 12") == 2 and "begins with " not in output
+    assert told(output, "256 tokens a step") == [
+        f"256 tokens a step, 2 of 14 steps; {how}" for how in ("compiling ...", "as compiled before")
+    ]
     assert (counted.read, counted.compiled, counted.restored) == (1, 2, 1)
     assert len(counted.places) == 4 and counted.places[2] == counted.places[3]
+    code, output = run(place, tmp_path, "squares", steps=13)
+    assert code == 0 and "this run is at step 14, beyond train.steps = 13. Raise train.steps to go on." in output
     longer = tmp_path / "longer"
     shutil.copytree(alone / "winds", longer)
     assert run_alone(config_of(place, "winds", longer, steps=14), longer)[0] == 0
@@ -173,7 +189,9 @@ def test_ctrl_c_ends_the_series_and_the_same_command_goes_on(place: Path, alone:
     process = subprocess.run(series, cwd=ROOT, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     # One goes on and one begins, and the base is read once for both.
-    assert "resuming at step" in process.stdout and process.stdout.count("begins with ") == 1
+    reads = f"reads {place / 'base'}, with which a later run begins; this one goes on beside its frozen parameters"
+    assert told(process.stdout, "reads ", "begins ") == [reads, f"begins with {place / 'base'} (in memory already)"]
+    assert len(told(process.stdout, "resuming at step")) == 1
     assert frozen.stat().st_mtime_ns == written
     for name in TEXTS:
         assert_same(alone / name, tmp_path / name)

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 RECORD = "data.json"
 PARTIAL = ".partial"
@@ -80,20 +80,41 @@ def explained(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(directory: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Makes the directory and holds it for this process; waits for another one that does so.
+    """Makes the directory and holds it for this process; waits for another one that does so. After an error a directory that is new and
+    got nothing is gone again.
 
     The system frees the lock of a killed process.
     """
+    new = [path for path in (directory, *directory.parents) if not path.exists()]
+    with _lock(directory, log):
+        try:
+            yield
+        except BaseException:
+            if new and [path.name for path in directory.iterdir()] == [LOCK]:
+                (directory / LOCK).unlink()
+                with contextlib.suppress(OSError):  # another process uses it, too
+                    for path in new:
+                        path.rmdir()
+            raise
+
+
+def _lock(directory: Path, log: Callable[[str], None]) -> IO[str]:
+    """The lock file, open and locked."""
     import fcntl
 
-    _make(directory)
-    with open(directory / LOCK, "w") as file:
+    while True:
+        _make(directory)
+        file = (directory / LOCK).open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             log(f"waiting for another process that prepares {directory}")
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(directory / LOCK)):
+                return file
+        # That process failed, and removed the file that was waited for.
+        file.close()
 
 
 def replace(directory: Path) -> None:

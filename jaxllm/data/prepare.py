@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import ConfigDict
 
 from jaxllm.consistency import LOADED
-from jaxllm.data import clean, documents, examples, folder, provenance, shards, spool, tokenize
+from jaxllm.data import clean, documents, examples, folder, mixture, provenance, shards, spool, tokenize
 from jaxllm.data.documents import Document
 from jaxllm.data.examples import labels
 from jaxllm.data.examples.contract import MakeBatch
@@ -56,6 +56,13 @@ class Prepared:
     def labels(self) -> tuple[str, ...]:
         """Names of the classes, by number; empty if the objective has none."""
         return tuple(self.record.get("labels", ()))
+
+    def notes(self, config: ConfigDict) -> list[str]:
+        """What can be trained on and is hardly meant, one line each."""
+        own_seqs, rows = config.train.batch_seqs - mixture.replay_seqs(config), len(self.train)
+        if own_seqs <= rows:
+            return []
+        return [f"a batch has {own_seqs} rows of data.source, which is {rows} rows in all: some of them are in it more than once"]
 
     def make_batch(self, config: ConfigDict) -> MakeBatch:
         """What makes batches of these rows for the objective."""

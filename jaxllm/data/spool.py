@@ -64,7 +64,7 @@ def _by_documents(spool: Spool, validation_frac: float) -> dict[str, Documents]:
         raise ValueError(
             f"data.split_by = 'documents', but the source holds {spool.count:,} documents with one and the same text: none can be"
             " held out for validation.\n  Accepted: two different documents or more.\n"
-            "  Set data.split_by=characters to hold out the end of the text, or set data.validation_source."
+            "  Give another document, or set data.validation_source; of plain text data.split_by=characters can hold out the end."
         )
     bound = min(max(int(validation_frac * KEYS), spool.lowest + 1), spool.highest)
     return {

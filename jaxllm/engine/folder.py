@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from jaxllm.engine import canonical
@@ -23,6 +24,8 @@ STATE = "state"
 RECORD = "record.json"
 # Endings of folders that are not, or no longer, committed.
 SAVING, DELETING = ".saving", ".deleting"
+# In what the storage library says about errors that are none of the files.
+OUTSIDE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
 
 
 def begin(path: Path, arrays: Mapping[str, jax.Array]) -> Any:
@@ -81,19 +84,21 @@ def read_record(path: Path) -> Record:
     except FileNotFoundError as error:
         missing = f"its record ({RECORD})" if path.is_dir() else "the folder"
         raise DamagedError(path, f"{missing} is not there") from error
-    except (OSError, ValueError) as error:
+    except (IsADirectoryError, ValueError) as error:
         raise DamagedError(path, f"its record ({RECORD}) cannot be read: {summary(error)}") from error
 
 
 def read(path: Path, record: Record, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """The arrays `wanted`, all of which the record has as they are wanted; DamagedError if they are not what was written."""
+    """The arrays `wanted`, all of which the record has as they are wanted; DamagedError if they are not what was written.
+
+    An error that comes of what is wanted (where the arrays are to lie, too little memory for all of them) stays what it is.
+    """
     _check_files(record, path)
     try:
-        with _context():
-            arrays = canonical.named(ocp.load_checkpointables(path, {STATE: canonical.nested(wanted)})[STATE])
+        arrays = _load(path, wanted)
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" in summary(error):
-            raise  # Too little memory is no damage.
+        if _is_outside(error) or _can_be_read(path, record):
+            raise
         raise DamagedError(path, summary(error)) from error
     sums = digests(arrays)
     altered = [name for name in wanted if sums[name] != record.leaves[name].digest]
@@ -103,10 +108,42 @@ def read(path: Path, record: Record, wanted: Mapping[str, jax.ShapeDtypeStruct])
     return arrays
 
 
-def summary(error: BaseException) -> str:
-    """The first cause of an error on one line."""
+def _load(path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    with _context():
+        return canonical.named(ocp.load_checkpointables(path, {STATE: canonical.nested(wanted)})[STATE])
+
+
+def _is_outside(error: BaseException) -> bool:
+    """Whether an error tells of the machine and not of the files: memory, permissions, a package that is not there."""
+    first = _cause(error)
+    return isinstance(first, MemoryError | ImportError | PermissionError) or any(code in str(first) for code in OUTSIDE)
+
+
+def _can_be_read(path: Path, record: Record) -> bool:
+    """Whether each array of the record can be read by itself, onto the first device, and is what was written."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    for name, leaf in record.leaves.items():
+        try:
+            sums = digests(_load(path, {name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype), sharding=device)}))
+        except Exception as error:
+            if _is_outside(error):
+                raise
+            return False
+        if sums[name] != leaf.digest:
+            return False
+    return True
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first cause of an error."""
     while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def summary(error: BaseException) -> str:
+    """The first cause of an error on one line."""
+    error = _cause(error)
     # Tensorstore appends a page of its settings.
     text = " ".join(str(error).partition(" [tensorstore_spec")[0].split())
     return f"{type(error).__name__}: {text[:600]}"

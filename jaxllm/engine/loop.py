@@ -88,7 +88,12 @@ class Monitor:
             raise TrainingError(
                 f"step {update} of those that count did not change {len(still)} trainable parameters: {', '.join(dict.fromkeys(still))}.\n"
                 "  Accepted: every trainable parameter gets a gradient and a learning rate.\n"
-                "  Exclude them with train.trainable, or look at optimizer.groups and the mask of the loss."
+                "  Exclude them with train.trainable, or look at optimizer.groups and the mask of the loss"
+                + (
+                    ", and at the learning rate: what is left of a model after too large an update has no gradient."
+                    if update > 1
+                    else "."
+                )
             )
 
 

@@ -1,5 +1,6 @@
 """What a config turns into before the first step: plan, model, optimizer, the step, and what they will cost."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,11 @@ from jaxllm.data import examples
 from jaxllm.engine import gradients, state, step
 from jaxllm.models import remat
 from jaxllm.optim import build, schedules
-from jaxllm.parallel import layout
+from jaxllm.parallel import fits, forms, layout
 from jaxllm.parallel.plan import Plan, shard_bytes
 from jaxllm.parallel.region import Region
-from jaxllm.transforms import adapt
+from jaxllm.transforms import adapt, grown, tree
+from jaxllm.transforms.lora import Lora
 from jaxllm.types import Model, Params
 
 # Stands for a number of classes that only the data will tell.
@@ -54,6 +56,25 @@ class Session:
         names = adapt.adapters(self.model.axes)
         late = {name: 2 for name in names if name.endswith("/a") and self.config.lora.init == "zero"}
         return late | {name: 0 for name in names if name.endswith("/rows")}
+
+    @property
+    def weights(self) -> int:
+        """Numbers of all parameters, frozen ones too, those of quantized kernels counted as if they were dense."""
+        return forms.weights(tree.combine(self.abstract.params, self.abstract.frozen))
+
+    def describe(self) -> str:
+        """What is trained: how many parameters and, where some are not, their share and what the optimizer holds for them."""
+        trained = count(self.abstract.params)
+        if trained == self.weights:
+            return f"{self.config.model.name}, {trained:,} trainable parameters"
+        return (
+            f"{self.config.model.name}, {trained:,} of {self.weights:,} parameters are trained ({trained / self.weights:.3%}),"
+            f" the optimizer holds {bytes_of(self.abstract.opt_state):,} bytes for them"
+        )
+
+    def notes(self) -> list[str]:
+        """What fits, but is wasteful or of no effect, one line each."""
+        return [*fits.notes(self.config, self.plan.mesh.shape), *_idle_ranks(self), *_idle_tokens(self)]
 
     @property
     def eval_seqs(self) -> int:
@@ -93,6 +114,44 @@ def check(config: ConfigDict, plan: Plan) -> None:
 def count(tree: Any) -> int:
     """Numbers in the arrays of a tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of the arrays of a tree, once each, however devices share them."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _idle_ranks(session: Session) -> list[str]:
+    """A line about the adapters whose rank is more than their kernels can use."""
+    rank, sides = session.config.lora.rank, dict[str, int]()
+    everything = tree.combine(session.abstract.params, session.abstract.frozen)
+    for path, node in jax.tree.leaves_with_path(everything, is_leaf=adapt.is_adapter):
+        if isinstance(node, Lora):
+            # a [i..., R] and b [R, o...] of one layer, or of all with an axis in front.
+            lead = int(tree.is_stacked(path))
+            smaller = min(math.prod(node.a.shape[lead:-1]), math.prod(node.b.shape[lead + 1 :]))
+            if smaller < rank:
+                sides[tree.path_name(path)] = smaller
+    if not sides:
+        return []
+    kernels = ", ".join(f"{name} ({side})" for name, side in sides.items())
+    return [f"lora.rank = {rank} is more than the smaller side of {kernels}: a product of A and B has no higher rank than that"]
+
+
+def _idle_tokens(session: Session) -> list[str]:
+    """A line about new tokens whose rows in the embedding or the head are not trained."""
+    model, trained, frozen = (
+        session.config.model,
+        *(set(tree.names(part)) for part in (session.abstract.params, session.abstract.frozen)),
+    )
+    tables = ((table, {table, f"{table}/rows"}) for table in grown.tables(model.head))
+    idle = [table for table, rows in tables if rows & frozen and not rows & trained]
+    if not 0 < model.start_rows < model.vocab_size or not idle:
+        return []
+    tokens = model.vocab_size - model.start_rows
+    return [
+        f"{tokens} new tokens stay the mean of the others in {', '.join(idle)}: train.trainable or train.frozen_layers freezes them"
+    ]
 
 
 def bytes_by_category(session: Session) -> Mapping[str, int]:

@@ -99,7 +99,7 @@ def _make_init(model: Model, optimizer: optax.GradientTransformation, config: An
 def _begin(optimizer: optax.GradientTransformation, config: Any, axes: Any, whole: Params) -> TrainState:
     selects = trains(config, axes)
     params, frozen = tree.split_by(narrowed(whole, axes, config, selects), selects)
-    check_floats(params)
+    check_floats(params, config)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,
@@ -125,11 +125,17 @@ def trains(config: Any, axes: Any) -> Selects:
         frozen = first and (depth.is_below(name) or (layer is not None and layer < first))
         return name in names and not frozen
 
-    if not any(selects(path) for path, _ in jax.tree.leaves_with_path(axes, is_leaf=adapt.is_axes)):
-        raise ValueError(
-            f"train.frozen_layers = {first} freezes all that train.trainable = '{config.train.trainable}' selects.\n"
-            "  Accepted: fewer frozen layers, or a pattern that also selects what stands behind them.\n  Change one of them."
-        )
+    left = {tree.path_name(path) for path, _ in jax.tree.leaves_with_path(axes, is_leaf=adapt.is_axes) if selects(path)}
+    beside = names - adapt.adapters(axes) if config.lora.also else set()
+    for field, pattern, wanted in (
+        ("train.trainable", config.train.trainable, names),
+        ("lora.also", config.lora.also, beside),
+    ):
+        if wanted and not left & wanted:
+            raise ValueError(
+                f"train.frozen_layers = {first} freezes all that {field} = '{pattern}' selects.\n"
+                "  Accepted: fewer frozen layers, or a pattern that also selects what stands behind them.\n  Change one of them."
+            )
     return selects
 
 
@@ -153,15 +159,26 @@ def trainable(config: Any, axes: Any) -> set[str]:
     return found
 
 
-def check_floats(params: Params) -> None:
+def check_floats(params: Params, config: Any) -> None:
     """ValueError for a trainable array of whole numbers."""
-    codes = [name for name, leaf in tree.named_leaves(params) if not jnp.issubdtype(leaf.dtype, jnp.floating)]
-    if codes:
+    found = (name for name, leaf in tree.named_leaves(params) if not jnp.issubdtype(leaf.dtype, jnp.floating))
+    codes = list(dict.fromkeys(found))
+    if not codes:
+        return
+    pattern, transforms = config.train.trainable, config.train.transforms
+    named = ", ".join([*codes[:4], *(["..."] if len(codes) > 4 else [])])
+    if pattern == "auto":
         raise ValueError(
-            f"train.trainable selects {', '.join(dict.fromkeys(codes[:4]))}, which train.transforms quantized: codes have no gradient.\n"
-            "  Accepted: an adapter beside them, as train.transforms = ('nf4', 'lora'); a pattern that leaves them out.\n"
-            "  Change train.transforms or train.trainable."
+            f"train.transforms = {transforms!r} without an adapter: nothing is trained. train.trainable = 'auto' would train the"
+            f" kernels, but as codes ({named}) they have no gradient.\n"
+            f"  Accepted: {(*transforms, 'lora')!r}, which trains an adapter beside each of them; a train.trainable that selects"
+            " other parameters alone, such as '.*norm/.*'.\n  Add 'lora' (or 'dora') to train.transforms, or set train.trainable."
         )
+    raise ValueError(
+        f"train.trainable = '{pattern}' selects {named}, which train.transforms = {transforms!r} quantized: codes have no gradient.\n"
+        "  Accepted: an adapter beside them, as train.transforms = ('nf4', 'lora'); a pattern that leaves them out.\n"
+        "  Change train.transforms or train.trainable."
+    )
 
 
 def narrowed(params: Params, axes: Any, config: Any, selects: Selects, under: KeyPath = ()) -> Params:

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import socket
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -14,6 +15,7 @@ from typing import IO, Any
 from ml_collections import ConfigDict
 
 from jaxllm import config as schema
+from jaxllm.data.folder import LOCK
 
 # Fields that a resumed run may change: they alter neither the model, the data nor the recipe. A number in the end: how long it
 # runs, what is written when, and how the same sums are computed.
@@ -54,11 +56,15 @@ class Workdir:
         self.hosts = self.path / "hosts"
         self.lock = self.path / "lock"
         self._held: IO[str] | None = None
+        # Directories that were not there before, this one first.
+        self._made: list[Path] = []
 
     def __enter__(self) -> "Workdir":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            self._discard()
         self.close()
 
     def close(self) -> None:
@@ -67,11 +73,22 @@ class Workdir:
             self._held.close()
             self._held = None
 
+    def _discard(self) -> None:
+        """Removes what `acquire` made, if nothing came to be in it but what every run begins with."""
+        begun = (self.config, self.lock, self.data / LOCK)
+        files = [path for path in self.path.rglob("*") if path.is_file() and path not in begun and self.hosts not in path.parents]
+        if self._made and not files:
+            shutil.rmtree(self.path, ignore_errors=True)
+            with suppress(OSError):  # another one uses it, too
+                for parent in self._made[1:]:
+                    parent.rmdir()
+
     def acquire(self) -> None:
         """Makes the directory and locks it; ValueError that names the owner if another run holds it.
 
         The lock belongs to the open file, so the system gives it back however this process ends.
         """
+        missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = self.lock.open("a+", encoding="utf-8")
@@ -95,7 +112,7 @@ class Workdir:
         file.flush()
         # On a network file system other hosts see it only then.
         os.fsync(file.fileno())
-        self._held = file
+        self._held, self._made = file, missing
 
     def adopt_config(self, config: ConfigDict, *, resuming: bool) -> None:
         """Writes config.json, if this process holds the lock. If `resuming`, ValueError first if it changes what the checkpoints were

@@ -30,8 +30,8 @@ def taken(original: np.ndarray, base: np.ndarray, rank: int, scale: float, name:
         raise ValueError(
             f"{name}: the base that is given and the frozen kernel of the run differ in more than the rank {rank} that PiSSA took out"
             f" ({left:.1e} of the kernel are left over).\n"
-            "  Accepted: the model that the run began with (train.start), and a run that froze its kernels without quantizing them.\n"
-            "  Give that model as --base; of a quantized one write merged weights (python -m jaxllm.convert)."
+            "  Accepted: the model that the run began with (train.start), with the weights that it had then.\n"
+            "  Give that model as --base."
         )
     return a0.astype(np.float32), b0.astype(np.float32)
 

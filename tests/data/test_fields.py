@@ -51,6 +51,8 @@ def test_what_is_read(objective: str, data: dict[str, str], expected: Document) 
 @pytest.mark.parametrize(
     ("row", "objective", "data", "words"),
     [
+        ({"messages": []}, "causal_lm", {}, "f:1 is a conversation, and plain text is read here.*Set train.objective=sft"),
+        ({"messages": "x"}, "causal_lm", {}, "f:1 has no field 'text'"),
         (ROW, "seq2seq", {"target_field": "n"}, "f:1: field 'n' holds a number, not text.*Set data.target_field"),
         (ROW, "seq2seq", {"target_field": "t"}, "f:1 has no field 't'.*Set data.target_field to the field that holds the target"),
         (ROW, "sequence_classification", {"target_field": "none"}, "holds null, not a label"),

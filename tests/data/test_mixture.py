@@ -172,6 +172,15 @@ def test_the_source_is_part_of_the_recipe_and_the_share_is_not(replayed: ConfigD
     assert not (tmp_path / "data" / "replay").exists()
 
 
+def test_a_batch_that_is_more_than_all_rows_is_told(replayed: ConfigDict, tmp_path: Path) -> None:
+    prepared = prepare(replayed, tmp_path, log=lambda line: None)
+    replayed.data.replay_frac, rows = 0.5, len(prepared.train)
+    for own_seqs, more in ((rows, False), (rows + 1, True)):
+        replayed.train.batch_seqs = 2 * own_seqs
+        expected = f"a batch has {own_seqs} rows of data.source, which is {rows} rows in all: some of them are in it more than once"
+        assert prepared.notes(replayed) == ([expected] if more else [])
+
+
 def test_the_share_of_tokens_is_told(replayed: ConfigDict, tmp_path: Path) -> None:
     prepared = prepare(replayed, tmp_path / "data", log=Lines())
     replayed.data.replay_frac, replayed.train.batch_seqs = 0.25, 8

@@ -51,6 +51,35 @@ def test_bad_input_is_named_and_loses_nothing(config: ConfigDict, tmp_path: Path
     assert not (tmp_path / "data" / folder.PARTIAL).exists()
 
 
+def test_what_fails_at_first_leaves_nothing(config: ConfigDict, tmp_path: Path) -> None:
+    config.data.source = str(tmp_path / "missing.txt")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="there is no"):
+        prepare(config, tmp_path / "runs" / "new" / "data", log=Lines())
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "runs" / "new").mkdir(parents=True)
+    (tmp_path / "runs" / "note").write_text("")
+    with pytest.raises(ValueError, match="there is no"):
+        prepare(config, tmp_path / "runs" / "new" / "data", log=Lines())
+    assert [path.name for path in (tmp_path / "runs").iterdir() if path.name != "note"] == ["new"]
+    assert not any((tmp_path / "runs" / "new").iterdir())
+
+
+def test_who_waits_for_one_that_fails_makes_the_directory_anew(config: ConfigDict, tmp_path: Path) -> None:
+    waits, made = threading.Event(), []
+
+    def second() -> None:
+        made.append(prepare(config, tmp_path / "new" / "data", log=lambda line: waits.set() if "waiting" in line else None))
+
+    thread = threading.Thread(target=second)
+    with pytest.raises(ValueError, match="at first"), folder.locked(tmp_path / "new" / "data", lambda line: None):
+        thread.start()
+        assert waits.wait(20)
+        raise ValueError("at first")
+    thread.join(60)
+    assert len(made[0].train) > 0 and (tmp_path / "new" / "data" / folder.LOCK).exists()
+
+
 @pytest.mark.parametrize("owner", ["start", "path"])
 def test_a_chat_template_that_is_missing_is_told_before_the_text_is_read(config: ConfigDict, tmp_path: Path, owner: str) -> None:
     """By the name of the field that the user set."""

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
 
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.record import CheckpointError, DamagedError
@@ -266,6 +267,12 @@ def alter_record(checkpoints: Checkpoints, step: int) -> None:
     path.write_text(path.read_text().replace('"loss": 2.5', '"loss": 1.5'))
 
 
+def alter_metadata(checkpoints: Checkpoints, step: int) -> None:
+    """What the storage library says of the arrays: its size stays, and it is no JSON any more."""
+    path = checkpoints.directory / str(step) / "state" / "_METADATA"
+    path.write_bytes(b"[" + path.read_bytes()[1:])
+
+
 def empty_folder(checkpoints: Checkpoints, step: int) -> None:
     shutil.rmtree(checkpoints.directory / str(step))
     (checkpoints.directory / str(step)).mkdir()
@@ -282,9 +289,10 @@ def empty_folder(checkpoints: Checkpoints, step: int) -> None:
         (delete_record, "its record (record.json) is not there"),
         (cut_record, "its record (record.json) cannot be read"),
         (alter_record, "it was altered"),
+        (alter_metadata, "JSONDecodeError"),
         (empty_folder, "its record (record.json) is not there"),
     ],
-    ids=["bit", "other_bit", "truncated", "data", "manifest", "record", "cut_record", "altered_record", "empty"],
+    ids=["bit", "other_bit", "truncated", "data", "manifest", "record", "cut_record", "altered_record", "metadata", "empty"],
 )
 def test_damage_is_an_error_that_names_the_way_out(
     checkpoints: Checkpoints, damage: Callable[[Checkpoints, int], None], named: str
@@ -327,10 +335,38 @@ def test_what_the_storage_library_reports_is_passed_on_in_short(checkpoints: Che
     )
     with pytest.raises(DamagedError, match=r"1 is damaged: ValueError: DATA_LOSS: bad crc\. Nothing was loaded"):
         checkpoints.restore(like)
-    # Too little memory is no damage.
-    monkeypatch.setattr("orbax.checkpoint.v1.load_checkpointables", fail(ValueError("RESOURCE_EXHAUSTED: 80 GiB")))
-    with pytest.raises(RuntimeError, match="incompatible handler"):
+    # Too little memory is no damage, nor is what may not be read, or needs a package.
+    for outside in (ValueError("RESOURCE_EXHAUSTED: 80 GiB"), ValueError("PERMISSION_DENIED: x"), ModuleNotFoundError("no zstd")):
+        monkeypatch.setattr("orbax.checkpoint.v1.load_checkpointables", fail(outside))
+        with pytest.raises(RuntimeError, match="incompatible handler"):
+            checkpoints.restore(like)
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: (_ for _ in ()).throw(PermissionError(13, "Permission denied", path)))
+    with pytest.raises(PermissionError):
         checkpoints.restore(like)
+
+
+def test_what_comes_of_the_wish_and_not_of_the_files_is_not_called_damage(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a sharding that does not divide an array: each array can be read, and all that are wanted cannot."""
+    state = place(make_state(), 1)
+    checkpoints.save(1, state)
+    checkpoints.wait()
+    load = ocp.load_checkpointables
+
+    def refuse(path: Path, wanted: Any) -> Any:
+        if len(jax.tree.leaves(wanted)) > 1:
+            raise ValueError("axis 0 is partitioned 8 times")
+        return load(path, wanted)
+
+    monkeypatch.setattr("orbax.checkpoint.v1.load_checkpointables", refuse)
+    with pytest.raises(ValueError, match="partitioned 8 times") as caught:
+        checkpoints.restore(template(state))
+    assert not isinstance(caught.value, CheckpointError)
+    # With the same wish what is damaged is called so.
+    damage_codes(checkpoints, 1)
+    with pytest.raises(DamagedError, match=r"1 is damaged: ValueError: axis 0 is partitioned 8 times"):
+        checkpoints.restore(template(state))
 
 
 def test_a_checkpoint_that_its_run_deletes_meanwhile_is_not_called_damaged(

@@ -104,6 +104,10 @@ def test_the_backward_pass_ends_above_them(remat):
         ({"model__layers_as": "scan"}, r"train.frozen_layers = 1 with model.layers_as = 'scan'(.|\n)*unrolled"),
         ({"train__frozen_layers": 2}, r"train.frozen_layers = 2, but model.layers = 1.\n  Accepted: 0 to 1"),
         ({"train__trainable": "embed/.*"}, r"train.frozen_layers = 1 freezes all that train.trainable = 'embed/\.\*' selects"),
+        (
+            {"train__transforms": ("lora",), "lora__also": "embed/.*", "model__layers": 2},
+            r"train.frozen_layers = 1 freezes all that lora.also = 'embed/\.\*' selects",
+        ),
     ],
 )
 def test_what_cannot_be_frozen_is_refused(changes, message):

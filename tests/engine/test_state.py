@@ -75,3 +75,29 @@ def test_adapters_that_nothing_trains_are_refused():
     training = tiny.make(train__transforms=("lora",), train__trainable=".*norm.*")
     with pytest.raises(ValueError, match=r"selects no array of the adapters(.|\n)*attention/k/kernel/a(.|\n)*lora.also"):
         training.abstract()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"train__transforms": ("int8",)},
+            r"train.transforms = \('int8',\) without an adapter: nothing is trained\. .*\n  Accepted: \('int8', 'lora'\),"
+            r".*train\.trainable.*\n  Add 'lora'",
+        ),
+        (
+            {"train__transforms": ("int8",), "train__trainable": ".*mlp/up/.*"},
+            r"trainable = '.*' selects layers/mlp/up/kernel/codes, which train.transforms = \('int8',\) quantized: .*\n  Accepted: .*\n  ",
+        ),
+    ],
+)
+def test_codes_are_not_trained(fields, words):
+    with pytest.raises(ValueError, match=words):
+        tiny.make(**fields, quant__group=16).abstract()
+
+
+def test_beside_frozen_codes_something_else_may_be_trained():
+    below = tiny.make(train__transforms=("int8",), train__frozen_layers=1).abstract()
+    norms = tiny.make(train__transforms=("int8",), train__trainable=".*norm/.*").abstract()
+    assert set(tree.names(below.params)) == {"norm/scale", "head/kernel"}
+    assert set(tree.names(norms.params)) == {"norm/scale", "layers/attention/norm/scale", "layers/mlp/norm/scale"}

@@ -130,3 +130,31 @@ def test_too_little_space_is_told_before_training(tmp_path: Path) -> None:
     check_space(tmp_path / "not" / "there", 1)
     with pytest.raises(ValueError, match=r"(?s)free, and the checkpoints of this run need 1048576.00 GiB.*Make room"):
         check_space(tmp_path / "not" / "there", 2**50)
+
+
+def fail_in(path: Path, *files: str) -> None:
+    """An error in a run that has its config, a heartbeat, the lock of its data, and these files."""
+    with pytest.raises(ValueError, match="no such data"), open_workdir(path) as run:
+        run.adopt_config(schema.base(), resuming=False)
+        for name in ("hosts/0.json", "data/lock", *files):
+            (path / name).parent.mkdir(exist_ok=True)
+            (path / name).write_text("x")
+        raise ValueError("no such data")
+
+
+def test_a_run_that_fails_before_it_has_anything_leaves_nothing(tmp_path: Path) -> None:
+    fail_in(tmp_path / "series" / "run")
+    assert not any(tmp_path.iterdir())
+    # What another one made stays, and what has taken time.
+    (tmp_path / "series").mkdir()
+    fail_in(tmp_path / "series" / "run")
+    assert (tmp_path / "series").is_dir() and not any((tmp_path / "series").iterdir())
+    for kept in ("data/data.json", "metrics.jsonl"):
+        fail_in(tmp_path / kept.replace("/", "_"), kept)
+        assert (tmp_path / kept.replace("/", "_") / kept).exists()
+    (tmp_path / "there").mkdir()
+    fail_in(tmp_path / "there")
+    assert (tmp_path / "there" / "config.json").exists()
+    with open_workdir(tmp_path / "again"):
+        pass
+    assert (tmp_path / "again").is_dir()

@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from jaxllm.types import Tokenizer
 
 SHOWN_CHARS = 600
+# Why a conversation is left out of which the row has no answer, and the share of all that is said to need how long a row.
+TOO_LONG, MOST_FRAC = "no trained token within a row (data.row_tokens)", 0.95
 
 
 def make(config: ConfigDict) -> Examples:
     """Rows of conversations."""
-    width, train_on = row_tokens(config), config.chat.train_on
+    width, train_on, context_tokens = row_tokens(config), config.chat.train_on, config.model.context_tokens
 
     def columns(vocab_size: int) -> dict[str, Column]:
         ids, segments = Column(width, smallest_dtype(vocab_size - 1)), Column(width, smallest_dtype(width))
@@ -40,7 +42,8 @@ def make(config: ConfigDict) -> Examples:
 
     def rows(documents: Iterable[Document], tokenizer: "Tokenizer", labels: tuple[str, ...], totals: Totals) -> Iterator[Block]:
         del labels
-        sides = ((side,) for side in _conversations(documents, tokenizer, train_on, width, totals))
+        lengths = _Lengths(width, context_tokens)
+        sides = ((side,) for side in _conversations(documents, tokenizer, train_on, lengths, totals))
         for block in fill.fill(sides, (width,), ("segments",), 0):
             padding = block["segments"] == 0
             yield block | {name: np.where(padding, tokenizer.pad_id, block[name]) for name in ("tokens", "targets")}
@@ -64,20 +67,40 @@ def make(config: ConfigDict) -> Examples:
     )
 
 
+class _Lengths:
+    """What rows of `width` tokens would have to hold for conversations to stay whole."""
+
+    def __init__(self, width: int, context_tokens: int):
+        self.width = width
+        self._context_tokens = context_tokens
+        self._needed: list[int] = []
+
+    def add(self, ids: int) -> None:
+        """Counts a conversation of so many ids, of which a row has all but the last one."""
+        self._needed.append(ids - 1)
+
+    def __str__(self) -> str:
+        most = int(np.quantile(self._needed, MOST_FRAC, method="inverted_cdf"))
+        limit = ", as many as model.context_tokens allows" if self.width == self._context_tokens else ""
+        return (
+            f"to be whole, the longest conversation needs rows of {max(self._needed):,} tokens, and {MOST_FRAC:.0%} of them need"
+            f" {most:,} or fewer; data.row_tokens is {self.width:,}{limit}"
+        )
+
+
 def _conversations(
-    documents: Iterable[Document], tokenizer: "Tokenizer", train_on: str, width: int, totals: Totals
+    documents: Iterable[Document], tokenizer: "Tokenizer", train_on: str, lengths: _Lengths, totals: Totals
 ) -> Iterator[fill.Side]:
-    encode = answers.make(tokenizer, train_on)
+    encode, width = answers.make(tokenizer, train_on), lengths.width
     joined = 0
     refused: tuple[Document, str] | None = None
     for document in documents:
         try:
             found = encode(document.messages)
+            lengths.add(len(found.ids))
             weights = found.trained[1 : width + 1]
             if not weights.any():
-                raise answers.Refused(
-                    "no trained token within a row (data.row_tokens)" if found.trained.any() else "no trained token"
-                )
+                raise answers.Refused(TOO_LONG if found.trained.any() else "no trained token")
         except answers.Refused as error:
             totals.dropped[str(error)] = totals.dropped.get(str(error), 0) + 1
             refused = refused or (document, str(error))
@@ -92,9 +115,13 @@ def _conversations(
         yield {"tokens": ids[:-1], "targets": ids[1:], "weights": weights.astype(np.int32)}
     count = totals.documents + sum(totals.dropped.values())
     if refused is not None and sum(totals.dropped.values()) * 2 > count:
-        raise ValueError(_mostly_refused(tokenizer, totals, count, *refused))
+        raise ValueError(_mostly_refused(tokenizer, totals, count, lengths, *refused))
     if train_on != "all" and totals.documents and totals.weighted_tokens == totals.tokens - totals.documents:
         raise ValueError(_all_trained(train_on, totals))
+    if totals.cut or TOO_LONG in totals.dropped:
+        logging.warning(
+            "%d of %d conversations are longer than a row: %s", totals.cut + totals.dropped.get(TOO_LONG, 0), count, lengths
+        )
     if joined:
         logging.warning(
             "in %d of %d conversations an answer begins inside of a token: in a chat, which sends the first half of that token, the"
@@ -104,12 +131,21 @@ def _conversations(
         )
 
 
-def _mostly_refused(tokenizer: "Tokenizer", totals: Totals, count: int, document: Document, reason: str) -> str:
+def _mostly_refused(tokenizer: "Tokenizer", totals: Totals, count: int, lengths: _Lengths, document: Document, reason: str) -> str:
     reasons = "\n".join(f"    {number:,} x {name}" for name, number in totals.dropped.items())
-    return (
+    if TOO_LONG in totals.dropped:
+        reasons += f"\n    {lengths}"
+    said = (
         f"{sum(totals.dropped.values()):,} of {count:,} conversations cannot be used:\n{reasons}\n"
         f"  The first one, {document.origin}, for the reason '{reason}':\n{_example(tokenizer, document.messages)}\n"
-        "  Accepted: conversations that the chat template writes the same way as they grow, with a token that ends each answer, an"
+    )
+    if set(totals.dropped) == {TOO_LONG}:
+        return (
+            f"{said}  Accepted: conversations of which an answer begins within data.row_tokens.\n"
+            "  Raise data.row_tokens, up to model.context_tokens, or shorten what stands before the answers."
+        )
+    return (
+        f"{said}  Accepted: conversations that the chat template writes the same way as they grow, with a token that ends each answer, an"
         " answer of which begins within data.row_tokens.\n"
         "  Set another chat.template (a named one marks its answers), raise data.row_tokens, or correct the data."
     )

@@ -10,6 +10,9 @@ from jaxllm.data.documents import Document
 from jaxllm.data.sources import conversations
 from jaxllm.data.sources.values import kind, valid
 
+# Fields with the messages of a conversation.
+CONVERSATIONS = ("messages", "conversations")
+
 
 class Fields(NamedTuple):
     """The names of the fields; target is empty if none is read, and so is pair. `reads` is that of `examples.contract.Examples`.
@@ -88,6 +91,12 @@ def _value(row: Any, field: str, origin: str, setting: str) -> Any:
         raise ValueError(
             f"{origin} is {kind(row)}, not an object.\n  Accepted: objects with the text in a field.\n"
             f'  Write the row as {{"{field}": "..."}}.'
+        )
+    if field not in row and any(isinstance(row.get(name), list) for name in CONVERSATIONS):
+        raise ValueError(
+            f"{origin} is a conversation, and plain text is read here, from the field '{field}'.\n"
+            "  Accepted: text (also as data.replay_source); conversations as data.source of train.objective = 'sft'.\n"
+            f"  Set train.objective=sft to train on conversations, or {setting}, or give another source."
         )
     if field not in row:
         raise ValueError(

@@ -43,7 +43,7 @@ def read(directory: str | Path) -> Saved:
     try:
         values = json.loads(record.read_bytes())
         return Saved(values, {name: Path(directory, name).read_bytes() for name in values["files"]})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError) as error:
         raise ValueError(damaged(directory, error)) from error
 
 

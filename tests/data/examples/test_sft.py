@@ -188,6 +188,37 @@ def test_a_set_of_which_most_cannot_be_used_is_refused_with_an_example() -> None
     assert "\n  Accepted: " in str(caught.value) and "\n  Set another chat.template" in str(caught.value)
 
 
+def asking(chars: int) -> Document:
+    """A conversation that needs a row of chars + 12 tokens, of which 10 + chars stand before the answer."""
+    document = talk(("q" * chars, "y"))
+    assert len(by_hand(document)[0]) - 1 == chars + len(by_hand(talk(("", "y")))[0]) - 1
+    return document
+
+
+@pytest.mark.parametrize(("context", "limit"), [(512, ""), (96, ", as many as model.context_tokens allows")])
+def test_rows_that_are_too_short_are_an_error_that_says_what_is_needed(context: int, limit: str) -> None:
+    around = len(by_hand(talk(("", "y")))[0]) - 1
+    documents = [asking(chars) for chars in range(100, 119)] + [asking(300)]
+    with pytest.raises(ValueError, match="20 of 20 conversations cannot be used:\n    20 x no trained token within") as caught:
+        packed(config_of(model__context_tokens=context), documents)
+    # 19 of 20 are 95 %.
+    needed = f"needs rows of {300 + around} tokens, and 95% of them need {118 + around} or fewer; data.row_tokens is 96{limit}\n"
+    text = str(caught.value)
+    assert needed in text and "\n  Accepted: " in text and "\n  Raise data.row_tokens" in text and "template" not in text
+
+
+def test_conversations_that_are_cut_are_a_warning_that_says_what_is_needed(caplog: pytest.LogCaptureFixture) -> None:
+    around = len(by_hand(talk(("", "y")))[0]) - 1
+    documents = [*(asking(chars) for chars in range(1, 20)), asking(200), talk(("a", "y" * 90))]
+    _, totals, _ = packed(config_of(), documents)
+    assert (totals.cut, sum(totals.dropped.values())) == (1, 1)
+    needed = f"needs rows of {200 + around} tokens, and 95% of them need {90 + around} or fewer; data.row_tokens is 96"
+    assert f"2 of 21 conversations are longer than a row: to be whole, the longest conversation {needed}" in caplog.text
+    caplog.clear()
+    packed(config_of(), documents[:19])
+    assert not caplog.text
+
+
 def test_a_set_that_is_trained_whole_is_refused() -> None:
     program = "{% for m in messages if m.role == 'assistant' %}{{ m.content + '</s>' }}{% endfor %}"
     tokenizer = ByteTokenizer(template=ChatTemplate(program, {}))
