@@ -186,6 +186,9 @@ def test_a_set_of_which_most_cannot_be_used_is_refused_with_an_example() -> None
         caught.value
     )
     assert "\n  Accepted: " in str(caught.value) and "\n  Set another chat.template" in str(caught.value)
+    with pytest.raises(ValueError, match=r"1 of 1 conversations") as caught:
+        packed(config_of(), [talk(("x" * 1000, "y"))])
+    assert "x ...\n  Accepted: " in str(caught.value) and len(str(caught.value)) < 1200, "of a long one its beginning"
 
 
 def test_a_set_that_is_trained_whole_is_refused() -> None:
@@ -252,3 +255,19 @@ def test_fields_of_chat_are_part_of_the_recipe(tmp_path: Path, source: Path) -> 
         prepared = prepare(config_of(data__source=str(source), **change), tmp_path / "data", log=lines)
         assert next(iter(change)).replace("tokenizer__", "") in lines[0]
         assert ("<x>" in prepared.tokenizer.special_tokens) == ("tokenizer__add_tokens" in change)
+
+
+def test_what_is_read_of_a_row_is_part_of_the_recipe(tmp_path: Path) -> None:
+    """The format, and the field of the answers."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{n}?", "target": f"{n}.", "other": f"{n}!"}) + "\n" for n in range(40)))
+    for change, says in (
+        ({}, ""),
+        ({"chat__format": "prompt"}, "chat.format"),
+        ({"data__target_field": "other"}, "data.target_field"),
+    ):
+        lines = Lines()
+        prepared = prepare(config_of(data__source=str(path), **change), tmp_path / "data", log=lines)
+        assert says in lines[0]
+        answers = prepared.tokenizer.decode(np.unique(prepared.train.rows(np.arange(len(prepared.train)))["targets"]).tolist())
+        assert ("!" in answers) == ("other" in change.values())
