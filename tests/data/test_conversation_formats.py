@@ -32,6 +32,8 @@ ROWS: list[tuple[str, dict[str, Any], list[dict[str, str]]]] = [
     ("prompt", {"prompt": "q", "completion": "a"}, [Q, A]),
     ("prompt", {"prompt": [SYSTEM, Q], "completion": [A]}, [SYSTEM, Q, A]),
     ("prompt", {"text": "q", "target": "a"}, [Q, A]),
+    # What a row also has under the names of data.text_field and data.target_field is not asked.
+    ("messages", {"messages": [Q, A], "text": "the whole", "target": 3}, [Q, A]),
 ]  # fmt: skip
 
 
