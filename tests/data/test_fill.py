@@ -130,7 +130,7 @@ def test_the_first_rows_are_like_the_others() -> None:
 @pytest.mark.parametrize(
     "window",
     [{"EXAMPLES": 10, "ROWS": 2}, {"TOKENS": 60, "ROWS": 2}, {"EXAMPLES": 1, "TOKENS": 1, "ROWS": 5}],
-    ids=lambda window: ", ".join(window),
+    ids=", ".join,
 )
 def test_examples_are_read_as_rows_are_asked_for(window: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """So many examples, or so many tokens of all sides; but at least what fills so many rows."""

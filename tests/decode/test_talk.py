@@ -42,6 +42,17 @@ def talk(seed: int = 0, template: str = tiny_gguf.TEMPLATE, system: str = "", ma
     return Talk(model(decode), {}, tokenizer(template), Settings(**settings), system=system, max_tokens=max_tokens, seed=seed)
 
 
+def scripted(ids: Sequence[int], system: str = "") -> Talk:
+    """With a model that knows the whole conversation beforehand."""
+    script_N = jnp.array(ids)
+
+    def decode(params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        at = cache["lengths"] + lengths_B
+        return jax.nn.one_hot(script_N[at], len(tiny_gguf.TOKENS)), cache | {"lengths": at}
+
+    return Talk(model(decode), {}, tokenizer(), Settings(temperature=0), system=system, max_tokens=40, seed=0)
+
+
 def model(decode: Any) -> Model:
     unused: Any = None
     return Model(
@@ -74,16 +85,19 @@ def test_the_model_reads_the_conversation_as_it_is_encoded(sent: list[tuple[list
         seen = [*prompts[-1], *talker.encode(answer), END]
         messages.append({"role": "assistant", "content": answer})
     assert encoding.encode(talker, messages, add_generation_prompt=False)[: len(seen)] == seen
-    script_N = jnp.array([*seen, 0])
-
-    def decode(params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        at = cache["lengths"] + lengths_B
-        return jax.nn.one_hot(script_N[at], len(tiny_gguf.TOKENS)), cache | {"lengths": at}
-
-    conversation = Talk(model(decode), {}, talker, Settings(temperature=0), system="be brief", max_tokens=40, seed=0)
+    conversation = scripted([*seen, 0], system="be brief")
     assert ["".join(conversation.ask(question).pieces) for question in SCRIPT] == list(SCRIPT.values())
     assert conversation.messages == messages
     assert sent == [(prompt, 0) for prompt in prompts]
+
+
+def test_an_answer_is_kept_without_the_space_around_it() -> None:
+    """Templates that trim and those that do not then write the same of it."""
+    talker = tokenizer()
+    prompt = encoding.encode(talker, [{"role": "user", "content": "hello"}])
+    conversation = scripted([*prompt, *talker.encode("\n hello world \n"), END])
+    assert "".join(conversation.ask("hello").pieces) == "hello world \n"
+    assert conversation.messages[1] == {"role": "assistant", "content": "hello world"}
 
 
 def test_retry_and_undo(sent: list[tuple[list[int], int]]) -> None:
@@ -97,21 +111,35 @@ def test_retry_and_undo(sent: list[tuple[list[int], int]]) -> None:
     list(conversation.ask("world").pieces)
     assert [seed for _, seed in sent] == [2**32 - 1, 0, 1, 2, 2**32 - 1]
     assert sent[0][0] == sent[3][0]
-    assert (conversation.undo(), conversation.undo(), conversation.messages) == ("world", "hello", [])
+    # Tries are counted anew for each message, also for the one that is the last again.
+    for _ in range(2):
+        list(conversation.retry().pieces)
+    assert conversation.undo() == "world"
+    list(conversation.retry().pieces)
+    assert [seed for _, seed in sent[5:]] == [0, 1, 0]
+    assert (conversation.undo(), conversation.messages) == ("hello", [])
     for call in (conversation.undo, conversation.retry):
         with pytest.raises(ValueError, match=r"nothing has been asked yet.\n  Accepted"):
             call()
     assert "".join(conversation.ask("hello").pieces) == answers[0], "the seed of the first try"
 
 
-def test_a_long_answer_leaves_room_for_what_was_said() -> None:
-    """Answers may be longer than the context, of which then half is for the messages; an answer has what is left."""
+def test_a_long_answer_leaves_room_for_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers may be longer than the context, of which then half is for the messages; an answer has all that is left."""
+    stream, left = chat.stream, []
+
+    def spy(*given: Any, **options: Any) -> Any:
+        left.append(options["max_new_tokens"] + len(given[3]))
+        return stream(*given, **options)
+
+    monkeypatch.setattr(chat, "stream", spy)
     conversation = talk(temperature=1.0, max_tokens=1000)
     conversation.messages = [{"role": "user", "content": "x" * 40}, {"role": "assistant", "content": "y" * 20}]
     for count, dropped in ((20, 0), (80, 2)):
         question = "z" * count
         prompt = encoding.encode(tokenizer(), [*conversation.messages, {"role": "user", "content": question}])
         assert (conversation.ask(question).dropped, len(prompt) > 128) == (dropped, dropped > 0)
+    assert left == [256, 256]
 
 
 def test_the_message_of_the_system() -> None:
