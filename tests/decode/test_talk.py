@@ -1,19 +1,19 @@
 """A conversation turn after turn: what the model is given of it, what is taken back, answered again, forgotten and refused."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 import tiny_gguf
+from talker import tokenizer
 
 from jaxllm.data.chat import encoding
 from jaxllm.data.documents import Message
 from jaxllm.decode import chat
+from jaxllm.decode.kept import Kept
 from jaxllm.decode.talk import Talk
-from jaxllm.interop import gguf_file, gguf_tokenizer
 from jaxllm.ops.sampling import Settings
 from jaxllm.types import Model
 
@@ -24,13 +24,6 @@ NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system 
 
 class Context:
     context_tokens, head, keys_stay = 256, "lm", True
-
-
-def tokenizer(template: str = tiny_gguf.TEMPLATE) -> Any:
-    values = tiny_gguf.tokenizer_values(chat_template=template)
-    found = gguf_tokenizer.read(gguf_file.File(Path("tiny.gguf"), values, {}))
-    assert found is not None
-    return found.tokenizer
 
 
 def talk(seed: int = 0, template: str = tiny_gguf.TEMPLATE, system: str = "", max_tokens: int = 3, **settings: float) -> Talk:
@@ -74,9 +67,18 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], int]]:
     return out
 
 
-def test_the_model_reads_the_conversation_as_it_is_encoded(sent: list[tuple[list[int], int]]) -> None:
+def test_the_model_reads_the_conversation_as_it_is_encoded(
+    sent: list[tuple[list[int], int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each prompt is `encoding.encode` of the messages, and begins with the one before, the answer as it was written, and its end."""
-    talker, seen, prompts = tokenizer(), [], []
+    talker, seen, prompts, read_before, take = tokenizer(), [], [], [], Kept.take
+
+    def spy(self: Kept, *given: Any) -> Any:
+        before, count = take(self, *given)
+        read_before.append(count)
+        return before, count
+
+    monkeypatch.setattr(Kept, "take", spy)
     messages: list[Message] = [{"role": "system", "content": "be brief"}]
     for question, answer in SCRIPT.items():
         messages.append({"role": "user", "content": question})
@@ -89,6 +91,9 @@ def test_the_model_reads_the_conversation_as_it_is_encoded(sent: list[tuple[list
     assert ["".join(conversation.ask(question).pieces) for question in SCRIPT] == list(SCRIPT.values())
     assert conversation.messages == messages
     assert sent == [(prompt, 0) for prompt in prompts]
+    # Of each prompt only what is new is read: all but the one before and its answer, without the token that ended it.
+    before = [0, *(len(prompt) + len(talker.encode(answer)) for prompt, answer in zip(prompts, SCRIPT.values(), strict=True))]
+    assert read_before == before[:-1]
 
 
 def test_an_answer_is_kept_without_the_space_around_it() -> None:
@@ -140,6 +145,14 @@ def test_a_long_answer_leaves_room_for_what_was_said(monkeypatch: pytest.MonkeyP
         prompt = encoding.encode(tokenizer(), [*conversation.messages, {"role": "user", "content": question}])
         assert (conversation.ask(question).dropped, len(prompt) > 128) == (dropped, dropped > 0)
     assert left == [256, 256]
+
+
+def test_a_tokenizer_without_a_template_is_not_used(sent: list[tuple[list[int], int]]) -> None:
+    conversation = talk(temperature=1.0)
+    with pytest.raises(ValueError, match="has no chat template"):
+        conversation.use({}, tokenizer(None))
+    list(conversation.ask("hello").pieces)
+    assert sent[0][0] == encoding.encode(tokenizer(), conversation.messages[:1])
 
 
 def test_the_message_of_the_system() -> None:
