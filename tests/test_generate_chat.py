@@ -153,6 +153,14 @@ def test_lines_that_go_on() -> None:
     assert list(conversation.join(lines)) == ["one", "two \n three\n", "/system a\nb", "never ended"]
 
 
+@pytest.mark.parametrize("typed", ["/exit", "/exit \t", "/exit now"])
+def test_the_end_is_a_command_like_the_others(talk: Talk, typed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A space before it makes it a message."""
+    conversation.converse(talk, [" /exit", "/exiting", typed, "never"])
+    assert [message["content"] for message in talk.messages[::2]] == ["/exit"]
+    assert capsys.readouterr().err.count("there is no command") == 1
+
+
 def test_what_does_not_fit_is_left_out_or_refused(talk: Talk, capsys: pytest.CaptureFixture[str]) -> None:
     """The context holds 64 tokens; an exchange takes about 20 and more."""
     conversation.converse(talk, ["hello 1", "hello 2", "hello 3", "hello 4", "x" * 70, " /hello 5"])
