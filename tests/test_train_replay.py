@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from jaxllm import runs, train
 from jaxllm.config import base
 from jaxllm.data import examples
 from jaxllm.data.prepare import load
+from jaxllm.engine.watchdog import Watchdog
 from jaxllm.engine.workdir import open_workdir
 from jaxllm.evals import baseline, perplexity
 
@@ -101,8 +103,17 @@ def test_each_loss_is_that_of_its_own_held_out_rows(finished: tuple[Path, str]) 
     assert_measured(finished[0])
 
 
-def test_text_is_replayed_beside_conversations(config: ConfigDict, tmp_path: Path) -> None:
-    """What was learned of text is measured as text, with its bits per byte, whatever the answers are measured by."""
+def test_text_is_replayed_beside_conversations(config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was learned of text is measured as text, with its bits per byte, whatever the answers are measured by. Each batch of an
+    evaluation is a sign of life."""
+    signs, each = [], Watchdog.each
+
+    def spy(self: Watchdog, batches: Any) -> Any:
+        for batch in each(self, batches):
+            signs.append(batch)
+            yield batch
+
+    monkeypatch.setattr(Watchdog, "each", spy)
     exchanges = (json.dumps({"prompt": f"{n}?", "completion": f"It is {n}."}) for n in range(200))
     (tmp_path / "talk.jsonl").write_text("\n".join(exchanges))
     config = config.copy_and_resolve_references()
@@ -110,6 +121,7 @@ def test_text_is_replayed_beside_conversations(config: ConfigDict, tmp_path: Pat
     config.data.source, config.chat.template = str(tmp_path / "talk.jsonl"), "plain"
     run(config, tmp_path / "run")
     assert_measured(tmp_path / "run")
+    assert len(signs) == 2 * len(rows(tmp_path / "run", "eval")) == 4
 
 
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened(config: ConfigDict, finished: tuple[Path, str], tmp_path: Path) -> None:

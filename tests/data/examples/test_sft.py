@@ -151,7 +151,8 @@ def test_the_loss_of_packed_conversations_is_that_of_each_alone() -> None:
     """trl#805, torchtune#892: neighbours in a row neither see nor shift each other, and the last tokens count as the first ones do."""
     documents = [talk(("a", "b"), ("c?", "déf")), talk(("more", "x")), talk(("?", "yes, no"))]
     config = config_of("plain", 48)
-    config.model.update({"layers": 1, "width": 16, "heads": 2, "context_tokens": 48, "vocab_size": 259})
+    # A table of positions, where they matter by themselves: rotary ones only by their differences.
+    config.model.update({"name": "gpt", "layers": 1, "width": 16, "heads": 2, "context_tokens": 48, "vocab_size": 259})
     model = models.build(config)
     objective, params = tokens.make(model, config), model.init(jax.random.key(0))
     together, _, _ = packed(config, documents)
