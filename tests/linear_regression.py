@@ -49,7 +49,9 @@ def make(dtype=jnp.float32, objective=squared_error, **overrides):
     model = Model("regression", None, axes, init, *[None] * 7)
     optimizer = build.make(config, axes)
     region = Region(plan, axes, ())
-    step = steps.make(gradients.make(objective, model, config, region), optimizer, lambda n: jnp.float32(LR) * (n + 1), config, region)
+    step = steps.make(
+        gradients.make(objective, model, config, region), optimizer, lambda n: jnp.float32(LR) * (n + 1), config, region
+    )
     abstract = states.abstract(model, optimizer, config, plan)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=plan.batch_sharding()), batch())
     executable = steps.compile(step, abstract, like)
