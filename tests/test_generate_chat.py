@@ -104,7 +104,7 @@ def test_a_conversation_through_a_pipe(model: Path, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "world \n12"}, {"role": "assistant", "content": last}]
     assert [json.loads(line) for line in saved.read_text("utf-8").split("\n")[:-1]] == [{"messages": messages}]
     told = done.stderr
-    assert "the conversation begins anew" in told
+    assert "the conversation begins anew" in told and f"saved in {saved}: 2 messages" in told
     assert "contains '<|end|>', which would end the message" in told
     assert "there is no command /what. There are\n  /undo" in told
     assert "taken back: world \n12\nnothing has been asked yet." in told
@@ -114,7 +114,7 @@ def test_a_conversation_through_a_pipe(model: Path, tmp_path: Path) -> None:
 def test_a_conversation_with_one_adapter_after_another(model: Path, adapters: dict[str, Path]) -> None:
     """Each answers as when it is opened by itself, to all that was said before; the base does, too."""
     flags = [f"--adapter={name}={path}" for name, path in adapters.items()]
-    typed = "hello\n/adapter clerk\n/retry\nworld\n/adapter none\n/retry\n/adapter\n/adapter nobody\n/adapter poet\n/reset\nhello\n"
+    typed = "hello\n/adapter clerk\n/adapter\n/retry\nworld\n/adapter none\n/retry\n/adapter\n/adapter nobody\n/adapter poet\n/reset\nhello\n"
     done = chat("--run", str(model), *flags, "--temperature=0", "--max_tokens=5", typed=typed)
     assert done.returncode == 0, done.stderr
     base, poet, clerk = (jaxllm.load(path) for path in (model, *adapters.values()))
@@ -131,6 +131,7 @@ def test_a_conversation_with_one_adapter_after_another(model: Path, adapters: di
     for words in (
         "answers with the adapter clerk from now on\n",
         "answers with the base alone from now on\n",
+        "\n  poet\n* clerk\n  none\n",
         "\n  poet\n  clerk\n* none\n",
         "there is no adapter 'nobody'.\n  Accepted: poet, clerk, none.\n  Correct the name.",
     ):
@@ -197,6 +198,7 @@ def test_commands_change_the_conversation(talk: Talk, tmp_path: Path, capsys: py
     assert out == 2 * out[: len(out) // 2], "greedy, so the same answer twice"
     for words in (
         "nothing has been said yet.",
+        f"added to {tmp_path / 'saved.jsonl'}: 1 messages",
         "/save without a file.\n  Accepted: /save FILE",
         "the message of the system is set",
         "nothing has been asked yet.",
