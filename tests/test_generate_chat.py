@@ -114,7 +114,8 @@ def test_a_conversation_through_a_pipe(model: Path, tmp_path: Path) -> None:
 def test_a_conversation_with_one_adapter_after_another(model: Path, adapters: dict[str, Path]) -> None:
     """Each answers as when it is opened by itself, to all that was said before; the base does, too."""
     flags = [f"--adapter={name}={path}" for name, path in adapters.items()]
-    typed = "hello\n/adapter clerk\n/adapter\n/retry\nworld\n/adapter none\n/retry\n/adapter\n/adapter nobody\n/adapter poet\n/reset\nhello\n"
+    typed = "hello\n/adapter clerk\n/adapter\n/retry\nworld\n/adapter none\n/retry\n/adapter\n/adapter nobody\n"
+    typed += "/adapter poet\n/reset\nhello\n"
     done = chat("--run", str(model), *flags, "--temperature=0", "--max_tokens=5", typed=typed)
     assert done.returncode == 0, done.stderr
     base, poet, clerk = (jaxllm.load(path) for path in (model, *adapters.values()))
