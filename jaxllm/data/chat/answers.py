@@ -60,7 +60,8 @@ def make(tokenizer: Tokenizer, train_on: str) -> Callable[[Sequence[Message]], E
         except Refused:
             raise
         except ValueError as error:
-            raise Refused(f"the chat template refuses it ({error.__cause__ or error})".partition("\n")[0]) from error
+            why = str(error.__cause__ or error).partition("\n")[0]
+            raise Refused(f"the chat template refuses it ({why})") from error
         located = talker.locate(text)
         if tokenizer.bos_id is not None and located.ids[:2] == [tokenizer.bos_id] * 2:
             raise Refused("two bos tokens at the beginning")

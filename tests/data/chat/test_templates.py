@@ -117,6 +117,7 @@ TAGGED = "{{% for m in messages %}}{}{{% endfor %}}".format
             "an answer that the chat template does not mark",
         ),
         ("{{ '<s><s>' }}" + CHAT, "two bos tokens at the beginning"),
+        ("{{ raise_exception('one line\nand more') }}", r"^the chat template refuses it \(one line\)$"),
         ("{{ raise_exception('only ' + 'two') if messages | length > 2 }}" + CHAT, r"the chat template refuses it \(only two\)"),
     ],
 )  # fmt: skip
