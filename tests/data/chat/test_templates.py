@@ -80,7 +80,7 @@ def test_training_ids_begin_with_those_of_the_prompt(name: str) -> None:
         sent = encoding.encode(made, TALK[:number])
         assert found.ids[: len(sent)].tolist() == sent
         assert found.trained[len(sent)] and not found.trained[len(sent) - 1]
-    assert found.joined == 0
+    assert not found.resplit
 
 
 def test_what_is_trained_on() -> None:
@@ -204,11 +204,11 @@ def test_an_answer_that_begins_inside_of_a_token_is_noticed(monkeypatch: pytest.
     made = tokenizer(program)
     talk = [TALK[0], {"role": "assistant", "content": "cat"}]
     found = answers.make(made, "assistant")(talk)
-    assert found.joined == 1
+    assert found.resplit
     assert made.tokenizer.decode(found.ids[found.trained], skip_special_tokens=False) == " cat</s>"
     assert encoding.encode(made, talk[:1])[-1] != found.ids[found.trained][0]
     other = [TALK[0], {"role": "assistant", "content": "Cat"}]
-    assert answers.make(made, "assistant")(other).joined == 0
+    assert not answers.make(made, "assistant")(other).resplit
     said: list[str] = []
     monkeypatch.setattr(sft.logging, "warning", lambda words, *values: said.append(words % values))
     config = schema.base()
@@ -217,7 +217,22 @@ def test_an_answer_that_begins_inside_of_a_token_is_noticed(monkeypatch: pytest.
         documents = (Document("", "here", messages=tuple(messages)) for messages in conversations)
         list(sft.make(config).pack(documents, made, (), Totals()))
         assert len(said) == warnings
-    assert said[0].startswith("in 1 of 3 conversations an answer begins inside of a token")
+    assert said[0].startswith("in 1 of 3 conversations what stands before an answer is split into other tokens by itself")
+
+
+def test_a_prompt_that_is_split_otherwise_is_noticed() -> None:
+    """No token is of both, yet all are others: GPT-2's rules take the last of several newlines apart from them before a word alone."""
+    definition = json.loads(DEFINITION)
+    definition["model"]["vocab"]["\u010a\u010a"] = 1 + max(IDS.values())
+    definition["model"]["merges"].append(["\u010a", "\u010a"])
+    for name, resplit in (("llama3", True), ("chatml", False)):
+        template = ChatTemplate(PROGRAMS[name], GOLDEN["names"])
+        made = HuggingFaceTokenizer(
+            json.dumps(definition).encode(), bos_id=IDS["<s>"], eos_id=IDS["</s>"], pad_id=0, template=template
+        )
+        for train_on in ("assistant", "last", "all"):
+            found, sent = answers.make(made, train_on)(TALK[:2]), encoding.encode(made, TALK[:1])
+            assert found.resplit == resplit == (found.ids[: len(sent)].tolist() != sent)
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe", "unigram"])
