@@ -172,10 +172,10 @@ UNUSABLE = {
 
 
 def test_what_cannot_be_used_is_left_out_by_its_reason() -> None:
-    good = [talk((f"ask {number}", "say")) for number in range(3)]
-    batch, totals, _ = packed(config_of(), [*UNUSABLE.values(), *good])
-    assert totals.dropped == dict.fromkeys(UNUSABLE, 1)
-    assert totals.documents == 3
+    good = [talk((f"ask {number}", "say")) for number in range(6)]
+    batch, totals, _ = packed(config_of(), [*UNUSABLE.values(), *good, *UNUSABLE.values()])
+    assert totals.dropped == dict.fromkeys(UNUSABLE, 2)
+    assert totals.documents == 6
     assert not (batch["targets"][batch["weights"] > 0] == START).any()
 
 
@@ -190,6 +190,19 @@ def test_a_set_of_which_most_cannot_be_used_is_refused_with_an_example() -> None
     with pytest.raises(ValueError, match=r"1 of 1 conversations") as caught:
         packed(config_of(), [talk(("x" * 1000, "y"))])
     assert "x ...\n  Accepted: " in str(caught.value) and len(str(caught.value)) < 1200, "of a long one its beginning"
+
+
+def test_what_is_stored_holds_every_id_and_every_segment() -> None:
+    """A row may hold more conversations than a byte can count; an id beyond the vocabulary would be another one."""
+    documents = [talk(("a", "b"))] * 300
+    batch, _, tokenizer = packed(config_of("plain", 1300), documents)
+    columns = examples.make(config_of("plain", 1300)).columns(tokenizer.vocab_size)
+    assert batch["segments"].max() == 300
+    for name, column in columns.items():
+        np.testing.assert_array_equal(batch[name].astype(column.dtype), batch[name], err_msg=name)
+    tokenizer.vocab_size = 257
+    with pytest.raises(ValueError, match=r"gave ids from 10 to 257.\n  Accepted: 0 to 256"):
+        packed(config_of("plain", 16), documents[:1], tokenizer)
 
 
 def test_a_set_that_is_trained_whole_is_refused() -> None:
