@@ -193,7 +193,7 @@ def test_a_set_of_which_most_cannot_be_used_is_refused_with_an_example() -> None
 
 
 def test_what_is_stored_holds_every_id_and_every_segment() -> None:
-    """A row may hold more conversations than a byte can count; an id beyond the vocabulary would be another one."""
+    """Hundreds of conversations in a row, too; an id beyond the vocabulary, which could become another one, is refused."""
     documents = [talk(("a", "b"))] * 300
     batch, _, tokenizer = packed(config_of("plain", 1300), documents)
     columns = examples.make(config_of("plain", 1300)).columns(tokenizer.vocab_size)
