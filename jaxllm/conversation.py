@@ -45,7 +45,7 @@ def converse(talk: Talk, lines: Iterable[str], choice: Choice | None = None) -> 
     """
     try:
         for message in join(lines):
-            if message.strip() == "/exit":
+            if message.startswith("/") and message.split()[0] == "/exit":
                 return
             if message.strip():
                 _attempt(talk, message, choice)

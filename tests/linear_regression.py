@@ -36,7 +36,8 @@ def squared_error(params, batch, rng):
 
 
 def make(dtype=jnp.float32, objective=squared_error, **overrides):
-    """(config, compiled step, fresh state, place) of the regression; `dead` is a parameter that nothing depends on."""
+    """(compiled step, fresh state, place) of the regression; `dead` is a parameter that nothing depends on. The learning rate of the
+    first step is LR, of the second one 2 LR, ..."""
     config = tiny.config_of({"optimizer.weight_decay": 0.0, "optimizer.groups": ()} | overrides)
     plan = plans.make(config, jax.devices()[:1])
     shapes = {"kernel": (WIDTH,), "bias": (1,), "dead": (2,)}
@@ -48,7 +49,9 @@ def make(dtype=jnp.float32, objective=squared_error, **overrides):
     model = Model("regression", None, axes, init, *[None] * 7)
     optimizer = build.make(config, axes)
     region = Region(plan, axes, ())
-    step = steps.make(gradients.make(objective, model, config, region), optimizer, lambda n: jnp.float32(LR), config, region)
+    step = steps.make(
+        gradients.make(objective, model, config, region), optimizer, lambda n: jnp.float32(LR) * (n + 1), config, region
+    )
     abstract = states.abstract(model, optimizer, config, plan)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=plan.batch_sharding()), batch())
     executable = steps.compile(step, abstract, like)

@@ -160,3 +160,9 @@ def test_prepare_from_end_to_end(folder: Path) -> None:
     assert second.returncode == 0, second.stderr
     assert "preparing" not in second.stdout
     assert second.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+
+    config.data.replay_source = "texts.jsonl"
+    (folder / "runs" / "good" / "config.json").write_text(to_json(config))
+    third = run(folder, "-m", "jaxllm.prepare", "--config=runs/good/config.json")
+    assert re.search(r" train +validation +replay +replay validation\b", third.stdout), third.stderr
+    assert third.stdout.splitlines()[-1].startswith("replay: no row of a batch (data.replay_frac = 0)")

@@ -104,7 +104,7 @@ def test_a_conversation_through_a_pipe(model: Path, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "world \n12"}, {"role": "assistant", "content": last}]
     assert [json.loads(line) for line in saved.read_text("utf-8").split("\n")[:-1]] == [{"messages": messages}]
     told = done.stderr
-    assert "the conversation begins anew" in told
+    assert "the conversation begins anew" in told and f"saved in {saved}: 2 messages" in told
     assert "contains '<|end|>', which would end the message" in told
     assert "there is no command /what. There are\n  /undo" in told
     assert "taken back: world \n12\nnothing has been asked yet." in told
@@ -114,7 +114,8 @@ def test_a_conversation_through_a_pipe(model: Path, tmp_path: Path) -> None:
 def test_a_conversation_with_one_adapter_after_another(model: Path, adapters: dict[str, Path]) -> None:
     """Each answers as when it is opened by itself, to all that was said before; the base does, too."""
     flags = [f"--adapter={name}={path}" for name, path in adapters.items()]
-    typed = "hello\n/adapter clerk\n/retry\nworld\n/adapter none\n/retry\n/adapter\n/adapter nobody\n/adapter poet\n/reset\nhello\n"
+    typed = "hello\n/adapter clerk\n/adapter\n/retry\nworld\n/adapter none\n/retry\n/adapter\n/adapter nobody\n"
+    typed += "/adapter poet\n/reset\nhello\n"
     done = chat("--run", str(model), *flags, "--temperature=0", "--max_tokens=5", typed=typed)
     assert done.returncode == 0, done.stderr
     base, poet, clerk = (jaxllm.load(path) for path in (model, *adapters.values()))
@@ -131,6 +132,7 @@ def test_a_conversation_with_one_adapter_after_another(model: Path, adapters: di
     for words in (
         "answers with the adapter clerk from now on\n",
         "answers with the base alone from now on\n",
+        "\n  poet\n* clerk\n  none\n",
         "\n  poet\n  clerk\n* none\n",
         "there is no adapter 'nobody'.\n  Accepted: poet, clerk, none.\n  Correct the name.",
     ):
@@ -153,6 +155,24 @@ def test_lines_that_go_on() -> None:
     assert list(conversation.join(lines)) == ["one", "two \n three\n", "/system a\nb", "never ended"]
 
 
+def test_an_error_that_explains_nothing_is_a_fault_of_the_program(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(content: str) -> Answer:
+        raise ValueError(content)
+
+    monkeypatch.setattr(talk, "ask", ask)
+    conversation.converse(talk, ["told.\\", "  Accepted: more."])
+    with pytest.raises(ValueError, match=r"^not told$"):
+        conversation.converse(talk, ["not told", "never"])
+
+
+@pytest.mark.parametrize("typed", ["/exit", "/exit \t", "/exit now"])
+def test_the_end_is_a_command_like_the_others(talk: Talk, typed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A space before it makes it a message."""
+    conversation.converse(talk, [" /exit", "/exiting", typed, "never"])
+    assert [message["content"] for message in talk.messages[::2]] == ["/exit"]
+    assert capsys.readouterr().err.count("there is no command") == 1
+
+
 def test_what_does_not_fit_is_left_out_or_refused(talk: Talk, capsys: pytest.CaptureFixture[str]) -> None:
     """The context holds 64 tokens; an exchange takes about 20 and more."""
     conversation.converse(talk, ["hello 1", "hello 2", "hello 3", "hello 4", "x" * 70, " /hello 5"])
@@ -169,16 +189,17 @@ def test_commands_change_the_conversation(talk: Talk, tmp_path: Path, capsys: py
     (tmp_path / "saved.jsonl").write_text("{}", encoding="utf-8")
     file = f"/save {tmp_path / 'saved.jsonl'}"
     conversation.converse(
-        talk, [file, "/save", "/system é", file, "/retry", "hello", "/retry", f"/save {tmp_path}", "/system", "/adapter", file]
+        talk, [file, "/save", "/system é  du", file, "/retry", "hello", "/retry", f"/save {tmp_path}", "/system", "/adapter", file]
     )
     first, second, third = (tmp_path / "saved.jsonl").read_text("utf-8").splitlines()
-    assert (first, second) == ("{}", '{"messages": [{"role": "system", "content": "é"}]}')
+    assert (first, second) == ("{}", '{"messages": [{"role": "system", "content": "é  du"}]}')
     assert json.loads(third)["messages"] == talk.messages
     assert [message["role"] for message in talk.messages] == ["user", "assistant"]
     out, told = capsys.readouterr()
-    assert len(set(out.splitlines())) == 1, "greedy, so the same answer twice"
+    assert out == 2 * out[: len(out) // 2], "greedy, so the same answer twice"
     for words in (
         "nothing has been said yet.",
+        f"added to {tmp_path / 'saved.jsonl'}: 1 messages",
         "/save without a file.\n  Accepted: /save FILE",
         "the message of the system is set",
         "nothing has been asked yet.",

@@ -2,13 +2,18 @@
 
 import io
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from jaxllm import config as schema
+from jaxllm.data import order
 from jaxllm.data.examples.contract import Piece
 from jaxllm.data.prepare import prepare
 from jaxllm.prepare import remarks, show_rows, spelled, table
@@ -65,6 +70,8 @@ def test_rows_are_shown(tmp_path: Path, objective: str) -> None:
     console.print(remarks(prepared))
     shown = out.getvalue()
     assert "positions filled" in shown
+    assert (re.search(r"^ *trained tokens  ", shown, re.MULTILINE) is not None) == (objective == "sft")
+    assert "cut to a row" not in shown and not re.search(r"^ *dropped  ", shown, re.MULTILINE)
     assert ("bytes a token" in shown) == (objective in ("causal_lm", "prefix_lm"))
     assert ("may be predicted" in shown) == (objective == "masked_lm")
     assert ("2 classes: even, odd" in shown) == (objective == "sequence_classification")
@@ -84,3 +91,59 @@ def test_what_is_trained_is_seen_anywhere(options: dict[str, Any], expected: str
     with console.capture() as out:
         console.print(spelled([Piece("user: ", False), Piece("h\u00e9<eos>", True), Piece(" next")], console))
     assert out.get() == expected + "\n"
+
+
+def conversations(folder: Path) -> ConfigDict:
+    """Of exchanges, two of which are cut at the end of a row and three left out."""
+    answers = [f"answer {number}" for number in range(40)] + ["a longer answer, " * 4] * 2 + ["</s>"] * 3
+    rows = [json.dumps({"text": f"say {number} words", "target": answer}) for number, answer in enumerate(answers)]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    config = schema.base()
+    config.train.objective, config.model.context_tokens = "sft", 48
+    config.tokenizer.kind, config.chat.template = "byte", "plain"
+    config.data.update({"source": str(folder / "rows.jsonl"), "validation_frac": 0.3})
+    return config
+
+
+def printed(print_on: Callable[[Console], None]) -> str:
+    console = Console(file=(out := io.StringIO()), width=300, highlight=False)
+    print_on(console)
+    return out.getvalue()
+
+
+def test_the_first_rows_are_those_of_the_first_batch(tmp_path: Path) -> None:
+    config = conversations(tmp_path)
+    prepared = prepare(config, tmp_path / "data", log=lambda line: None)
+    chosen = order.batch_rows(len(prepared.train), config.train.batch_seqs, config.seed, 0)[:3]
+    batch = prepared.train.rows(chosen)
+    shown = printed(lambda console: show_rows(console, config, prepared, 3))
+    asked = re.findall(r"say \d+ words", shown)
+    assert asked == re.findall(r"say \d+ words", prepared.tokenizer.decode(batch["tokens"].ravel().tolist()))
+    trained, real = int(batch["weights"].sum()), int((batch["segments"] > 0).sum())
+    assert 0 < trained < real < batch["segments"].size
+    assert f"rows shown: {trained:,} of {real:,} tokens trained ({trained / real:.1%})" in shown
+
+
+def test_the_table_counts_what_became_of_conversations(tmp_path: Path) -> None:
+    config = conversations(tmp_path)
+    prepared = prepare(config, tmp_path / "data", log=lambda line: None)
+    lines = printed(lambda console: console.print(table(prepared))).splitlines()
+    found = {cells[0]: cells[1:] for line in lines if len(cells := re.split(r" {2,}", line.strip())) == 3}
+    for place, split in enumerate(prepared.splits.values()):
+        rows = split.rows(np.arange(len(split)))
+        trained, real, documents = int(rows["weights"].sum()), int((rows["segments"] > 0).sum()), int(rows["segments"].max(1).sum())
+        # The last token of a conversation is a target alone.
+        expected = {
+            "documents": f"{documents:,}",
+            "tokens": f"{real + documents:,}",
+            "rows of 48 tokens": f"{len(split):,}",
+            "positions filled": f"{real / rows['segments'].size:.2%}",
+            "weighted predictions": f"{trained / rows['segments'].size:.2%}",
+            "trained tokens": f"{trained / (real + documents):.2%}",
+        }
+        assert {name: found[name][place] for name in expected} == expected
+    assert [sum(map(int, found[name])) for name in ("documents", "cut to a row", "dropped")] == [42, 2, 3]
+    assert "text" not in found and "bytes a token" not in found
+    for name, split in prepared.splits.items():
+        counts = ", ".join(f"{number} by {reason}" for reason, number in split.dropped.items())
+        assert (f"{name}: dropped {counts}" in remarks(prepared)) == bool(counts)

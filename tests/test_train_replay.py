@@ -3,16 +3,23 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from rich.console import Console
 
 from jaxllm import evaluate, runs, train
 from jaxllm.config import base
+from jaxllm.data import examples
+from jaxllm.data.prepare import load
+from jaxllm.engine.watchdog import Watchdog
 from jaxllm.engine.workdir import open_workdir
+from jaxllm.evals import baseline, perplexity
 
 WINDS = ("north", "east", "south", "west")
+MOST_SEQS = 5
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +35,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ConfigDict:
     config.optimizer.learning_rate = 1e-2
     config.schedule.update({"name": "constant", "warmup_steps": 0})
     config.eval.every_steps, config.checkpoint.every_steps, config.sample.tokens = 6, 6, 0
+    config.eval.max_seqs = MOST_SEQS
     return config
 
 
@@ -66,6 +74,54 @@ def test_the_loss_on_replay_is_measured_before_during_and_after(finished: tuple[
     assert f"on replay_source {evals[1]['replay_loss']:.4f} (forgetting {evals[1]['forgetting']:+.4f})" in output
     assert "replay: 4 of the 16 rows of a batch, 25" in output
     assert change.replace("->", "-&gt;") in (workdir / "report.html").read_text()
+
+
+def assert_measured(workdir: Path) -> None:
+    """The last evaluation is what the saved model gets on evenly spaced rows of either held-out split, on one device."""
+    opened = runs.load(workdir)
+    held = load(opened.config, workdir / "data")
+    last = rows(workdir, "eval")[-1]
+    assert last["step"] == opened.step
+    # Beside conversations, text is replayed.
+    for kind, split, objective in (
+        ("", held.validation, opened.config.train.objective),
+        ("replay_", held.replay_validation, "causal_lm"),
+    ):
+        config = opened.config.copy_and_resolve_references()
+        config.train.objective = objective
+        assert len(split) > MOST_SEQS
+        chosen = np.arange(MOST_SEQS) * len(split) // MOST_SEQS
+        batch = examples.make(config).batch(held.tokenizer)(split.rows(chosen), chosen, 0, 0)
+        expected = perplexity.make_eval(opened.model, config)(opened.params, [batch], split.bytes_per_token)
+        names = ("loss", "perplexity", "accuracy", *["bits_per_byte"] * (objective == "causal_lm"))
+        assert [last[kind + name] for name in names] == pytest.approx([expected[name] for name in names], rel=2e-5)
+    guess = baseline.measure(held.train, held.validation, held.make_batch(opened.config), opened.config.model.vocab_size, MOST_SEQS)
+    assert (last["baseline_loss"], last["baseline_accuracy"]) == pytest.approx(guess)
+
+
+def test_each_loss_is_that_of_its_own_held_out_rows(finished: tuple[Path, str]) -> None:
+    assert_measured(finished[0])
+
+
+def test_text_is_replayed_beside_conversations(config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was learned of text is measured as text, with its bits per byte, whatever the answers are measured by. Each batch of an
+    evaluation is a sign of life."""
+    signs, each = [], Watchdog.each
+
+    def spy(self: Watchdog, batches: Any) -> Any:
+        for batch in each(self, batches):
+            signs.append(batch)
+            yield batch
+
+    monkeypatch.setattr(Watchdog, "each", spy)
+    exchanges = (json.dumps({"prompt": f"{n}?", "completion": f"It is {n}."}) for n in range(200))
+    (tmp_path / "talk.jsonl").write_text("\n".join(exchanges))
+    config = config.copy_and_resolve_references()
+    config.train.update({"objective": "sft", "steps": 2})
+    config.data.source, config.chat.template = str(tmp_path / "talk.jsonl"), "plain"
+    run(config, tmp_path / "run")
+    assert_measured(tmp_path / "run")
+    assert len(signs) == 2 * len(rows(tmp_path / "run", "eval")) == 4
 
 
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened(config: ConfigDict, finished: tuple[Path, str], tmp_path: Path) -> None:

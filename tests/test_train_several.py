@@ -169,6 +169,12 @@ def test_each_run_is_the_one_that_it_is_alone(place: Path, alone: Path, tmp_path
     shutil.copytree(alone / "winds", longer)
     assert run_alone(config_of(place, "winds", longer, steps=14), longer)[0] == 0
     assert_same(longer, tmp_path / "winds")
+    # Where one goes on and another begins, what is read for that one serves both.
+    shutil.copytree(alone / "squares", tmp_path / "mixed" / "squares")
+    restored = counted.restored
+    assert run(place, tmp_path / "mixed", *TEXTS, steps=14)[0] == 0
+    assert (counted.read, counted.restored) == (2, restored) and counted.places[4] == counted.places[5]
+    assert_same(tmp_path / "squares", tmp_path / "mixed" / "squares")
 
 
 def test_ctrl_c_ends_the_series_and_the_same_command_goes_on(place: Path, alone: Path, tmp_path: Path) -> None:

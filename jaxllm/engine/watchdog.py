@@ -249,22 +249,19 @@ class Watchdog:
         """Tells what is known and ends the process. What may block has a thread of its own."""
         began, self._status = time.monotonic(), heartbeat.HUNG
         text = self._diagnosis(phase)
-        acts = [threading.Thread(target=act, args=(phase, text), daemon=True) for act in (self._print, self._keep)]
-        for act in acts:
+        # Not through sys.stderr: the thread that hangs may hold its lock.
+        printing = threading.Thread(target=os.write, args=(STDERR, text.encode()), daemon=True)
+        keeping = threading.Thread(target=self._keep, args=(phase, text, printing), daemon=True)
+        for act in (printing, keeping):
             act.start()
-        for act in acts:
+        for act in (printing, keeping):
             act.join(max(began + FILES_SECS - time.monotonic(), 0.0))
         if self._processes > 1:
             linger_secs = LINGER_SECS + (LAST_SECS if self._process == 0 else 0)
             time.sleep(max(began + linger_secs - time.monotonic(), 0.0))
         os._exit(HANG)
 
-    def _print(self, phase: Phase, text: str) -> None:
-        del phase
-        # Not through sys.stderr: the thread that hangs may hold its lock.
-        os.write(STDERR, text.encode())
-
-    def _keep(self, phase: Phase, text: str) -> None:
+    def _keep(self, phase: Phase, text: str, printing: threading.Thread) -> None:
         """Writes the files, and adds to both outputs what must be read from a disk first."""
         with suppress(OSError), (self._directory / f"hang-{self._process}.txt").open("a", encoding="utf-8") as file:
             file.write(text)
@@ -273,6 +270,7 @@ class Watchdog:
                 more = part()
                 file.write(more)
                 file.flush()
+                printing.join()
                 os.write(STDERR, more.encode())
 
     def _diagnosis(self, phase: Phase) -> str:

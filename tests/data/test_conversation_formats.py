@@ -19,7 +19,7 @@ SYSTEM = {"role": "system", "content": "s"}
 SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 ROWS: list[tuple[str, dict[str, Any], list[dict[str, str]]]] = [
     ("messages", {"messages": [SYSTEM, Q, A, Q, A], "id": 3}, [SYSTEM, Q, A, Q, A]),
-    ("messages", {"messages": [Q, A | {"name": "x", "weight": 1}], "system": "s"}, [SYSTEM, Q, A]),
+    ("messages", {"messages": [Q | {"weight": None}, A | {"name": "x", "weight": 1}], "system": "s"}, [SYSTEM, Q, A]),
     ("messages", {"messages": [SYSTEM, Q, A], "system": "t"}, [SYSTEM, Q, A]),
     ("messages", {"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}}, [Q, A]),
     ("sharegpt", {"conversations": SHAREGPT}, [Q, A]),
@@ -32,6 +32,8 @@ ROWS: list[tuple[str, dict[str, Any], list[dict[str, str]]]] = [
     ("prompt", {"prompt": "q", "completion": "a"}, [Q, A]),
     ("prompt", {"prompt": [SYSTEM, Q], "completion": [A]}, [SYSTEM, Q, A]),
     ("prompt", {"text": "q", "target": "a"}, [Q, A]),
+    # What a row also has under the names of data.text_field and data.target_field is not asked.
+    ("messages", {"messages": [Q, A], "text": "the whole", "target": 3}, [Q, A]),
 ]  # fmt: skip
 
 
@@ -61,6 +63,7 @@ def test_formats(name: str, row: dict[str, Any], expected: list[dict[str, str]])
         ({"messages": [Q, A], "prompt": "q", "completion": "a"}, {}, "could be messages or prompt"),
         ({"messages": []}, {}, "holds an empty array where its messages should be"),
         ({"messages": "[]"}, {}, "holds a text where its messages should be"),
+        ({"messages": {"role": ["user", "assistant"], "content": ["q"]}}, {}, "here:7 holds columns of different lengths where"),
         ({"messages": ["hi"]}, {}, "here:7, message 1 is a text, not an object"),
         ({"messages": [Q, {"role": "robot", "content": "a"}]}, {}, r"2 has 'robot' as 'role'; .*\n  Accepted: system, user, assistant"),
         ({"messages": [{"from": "human", "value": "q"}]}, {}, "message 1 has None as 'role'; its fields are from, value"),

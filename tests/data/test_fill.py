@@ -127,17 +127,23 @@ def test_the_first_rows_are_like_the_others() -> None:
     assert abs(examples[:500].mean() - examples[-500:].mean()) < 4 * examples.std() / np.sqrt(250)
 
 
-def test_examples_are_read_as_rows_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fill, "WINDOW_EXAMPLES", 10)
-    monkeypatch.setattr(fill, "WINDOW_ROWS", 2)
+@pytest.mark.parametrize(
+    "window",
+    [{"EXAMPLES": 10, "ROWS": 2}, {"TOKENS": 60, "ROWS": 2}, {"EXAMPLES": 1, "TOKENS": 1, "ROWS": 5}],
+    ids=", ".join,
+)
+def test_examples_are_read_as_rows_are_asked_for(window: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many examples, or so many tokens of all sides; but at least what fills so many rows."""
+    for name, value in window.items():
+        monkeypatch.setattr(fill, f"WINDOW_{name}", value)
     read = 0
 
     def examples() -> Iterator[tuple[fill.Side, ...]]:
         nonlocal read
         for read in range(1, 101):
-            yield example(read, (4,))
+            yield example(read, (4, 2))
 
-    blocks = fill.fill(examples(), (8,), ("segments0",), PADDING)
+    blocks = fill.fill(examples(), (8, 4), ("segments0", "segments1"), PADDING)
     assert next(blocks)["segments0"].tolist() == [[1] * 4 + [2] * 4] * 5
     assert read == 10
     assert len(list(blocks)) == 9 and read == 100

@@ -23,14 +23,14 @@ ROWS, REPLAY_ROWS, WIDTH, FIRST = 37, 23, 6, 1000
 CAUSAL = causal_lm.batch(ByteTokenizer())
 
 
-def make_shards(directory: Path, rows: int, first: int) -> Shards:
-    """Row r holds the token first + r only."""
+def make_shards(directory: Path, rows: int, first: int, weighted_tokens: int = WIDTH) -> Shards:
+    """Row r holds the token first + r only, of which so many are counted as trained."""
     tokens = np.repeat(first + np.arange(rows)[:, None], WIDTH + 1, axis=1)
     ones = np.ones((rows, WIDTH), int)
     block = {"tokens": tokens, "segments": ones, "weights": ones}
     columns = {name: Column(array.shape[1], np.dtype(np.uint16)) for name, array in block.items()}
     return shards.write(
-        directory, [block], columns, row_tokens=WIDTH, vocab_size=2000, totals=Totals(1, tokens.size, ones.size, 100)
+        directory, [block], columns, row_tokens=WIDTH, vocab_size=2000, totals=Totals(1, tokens.size, rows * weighted_tokens, 100)
     )
 
 
@@ -53,12 +53,17 @@ def test_the_share_is_the_nearest_number_of_rows(batch_seqs: int, frac: float, s
 
 @pytest.mark.parametrize("microbatches", [1, 2, 4, 8])
 @pytest.mark.parametrize("batch_seqs", [8, 16, 48])
-def test_micro_batches_share_them_out_evenly(batch_seqs: int, microbatches: int) -> None:
+def test_micro_batches_and_devices_share_them_out_evenly(batch_seqs: int, microbatches: int) -> None:
+    """A device has the rows of a micro-batch that follow each other."""
     for seqs in range(1, batch_seqs):
         found = mixture.places(batch_seqs, seqs, microbatches)
         assert found.sum() == seqs
-        counts = found.reshape(-1, microbatches).sum(0)
-        assert counts.max() - counts.min() <= 1
+        micro_RM = found.reshape(-1, microbatches)
+        counts_M = micro_RM.sum(0)
+        assert counts_M.max() - counts_M.min() <= 1
+        for devices in (devices for devices in (2, 4) if len(micro_RM) % devices == 0):
+            counts_DM = micro_RM.reshape(devices, -1, microbatches).sum(1)
+            assert (counts_DM.max(0) - counts_DM.min(0)).max() <= 1
 
 
 def test_either_source_is_visited_once_an_epoch_whatever_the_micro_batches(both: tuple[Shards, Shards]) -> None:
@@ -72,6 +77,8 @@ def test_either_source_is_visited_once_an_epoch_whatever_the_micro_batches(both:
         assert len(epochs) >= 6
         np.testing.assert_array_equal(np.sort(epochs, axis=1), np.broadcast_to(first + np.arange(rows), epochs.shape))
         assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+    other_seed = mixture.batch_rows(ROWS, replays[0], 16, 4, 0)
+    assert (other_seed[other_seed >= ROWS] != steps[0][steps[0] >= ROWS]).any()
     for step in (0, 7):
         one, four = (mixture.batch_rows(ROWS, replay, 16, 3, step) for replay in replays)
         assert sorted(one) == sorted(four)
@@ -181,15 +188,12 @@ def test_a_batch_that_is_more_than_all_rows_is_told(replayed: ConfigDict, tmp_pa
         assert prepared.notes(replayed) == ([expected] if more else [])
 
 
-def test_the_share_of_tokens_is_told(replayed: ConfigDict, tmp_path: Path) -> None:
-    prepared = prepare(replayed, tmp_path / "data", log=Lines())
-    replayed.data.replay_frac, replayed.train.batch_seqs = 0.25, 8
-    own, other = (
-        6 * prepared.train.weighted_tokens / len(prepared.train),
-        2 * prepared.replay.weighted_tokens / len(prepared.replay),
-    )
-    line = mixture.describe(replayed, prepared.train, prepared.replay)
-    assert line == f"replay: 2 of the 8 rows of a batch, {other / (own + other):.1%} of the tokens that it trains on"
+def test_the_share_of_tokens_is_told(config: ConfigDict, tmp_path: Path) -> None:
+    """Of tokens that are trained, as answers are, and not of all that are read: 6 rows with 3 of them and 2 rows with 6."""
+    config.data.replay_frac, config.train.batch_seqs = 0.25, 8
+    train, replay = make_shards(tmp_path / "train", 40, 0, weighted_tokens=3), make_shards(tmp_path / "replay", 10, FIRST)
+    line = mixture.describe(config, train, replay)
+    assert line == "replay: 2 of the 8 rows of a batch, 40.0% of the tokens that it trains on"
 
 
 @pytest.mark.parametrize(

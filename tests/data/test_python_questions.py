@@ -31,10 +31,16 @@ class Basket:
     @weight.setter
     def weight(self, value):
         """Never asked about."""
+    @property
+    def price(self):
+        return 0
+    @price.setter
+    def price(self, value):
+        """Price in euros."""
     @staticmethod
-    def empty():
+    def empty(size):
         """Gives a basket with nothing inside."""
-    def shake(self):
+    def shake(self, /):
         """Puts an item into it."""
     def _hidden(self):
         """Nobody asks about this."""
@@ -60,6 +66,7 @@ ASKED = {
         ("Which module has the class Basket?", "It is in the module shop."),
         ("What does shop.Basket.put do?", "Puts an item into it."),
         ("What is shop.Basket.weight?", "Weight in kilograms."),
+        ("What is shop.Basket.price?", "Price in euros."),
         ("What does shop.Basket.empty do?", "Gives a basket with nothing inside."),
         ("Which module has the function pay?", "It is in the module shop."),
         ("Which module has the function lend?", "It is in the module shop."),
@@ -71,7 +78,8 @@ ASKED = {
         ("What is shop.Basket?", "Holds what was taken from the shelves."),
         ("Which arguments does shop.Basket.put take?", "It takes (item, /, count=1, *, fresh: bool=False)."),
         ("What is shop.Basket.weight?", "Weight in kilograms."),
-        ("Which arguments does shop.Basket.empty take?", "It takes no arguments."),
+        ("What is shop.Basket.price?", "Price in euros."),
+        ("Which arguments does shop.Basket.empty take?", "It takes (size)."),
         ("Which arguments does shop.Basket.shake take?", "It takes no arguments."),
         ("Which arguments does shop.pay take?", "It takes (amount, *coins)."),
         ("Which arguments does shop.lend take?", "It takes no arguments."),
@@ -83,6 +91,7 @@ ASKED = {
         ("What is shop.Basket?", "Holds what was taken from the shelves."),
         ("What does shop.Basket.put do?", "Puts an item into it."),
         ("What is shop.Basket.weight?", "Weight in kilograms."),
+        ("What is shop.Basket.price?", "Price in euros."),
         ("What does shop.Basket.empty do?", "Gives a basket with nothing inside."),
         ("What does shop.pay do?", "Pays an amount in coins."),
         ("What does shop.form do?", "Something that a decorator makes."),

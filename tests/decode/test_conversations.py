@@ -28,6 +28,11 @@ def test_the_oldest_turns_go_first() -> None:
     alone = encoding.encode(talker, [*system, turns(5)[4]])
     assert chat.fit(talker, [*system, *turns(5)], len(alone) + 1, 10) == (alone, 4), "less room for the answer, but some"
     assert chat.fit(talker, turns(3), len(encoding.encode(talker, [turns(3)[2]])) + 1, 10).dropped == 2
+    twice = [turns(1)[0], turns(3)[2], turns(5)[4]]
+    two = encoding.encode(talker, twice[1:])
+    assert chat.fit(talker, twice, len(two) + 10, 10) == (two, 1), "a message that was never answered goes alone"
+    greeted = encoding.encode(talker, turns(4)[2:3])
+    assert chat.fit(talker, turns(4)[1:3], len(greeted) + 10, 10) == (greeted, 1), "only a system's message stays"
     with pytest.raises(ValueError, match=rf"are {len(alone)} tokens.\n  Accepted: up to {len(alone) - 1}, as the context"):
         chat.fit(talker, [*system, *turns(5)], len(alone), 1)
 

@@ -100,3 +100,25 @@ def test_an_answer_that_is_broken_off_is_kept_as_far_as_it_came(read_tokens: lis
     growing.close()  # type: ignore[attr-defined]
     list(generate.stream(model, params, [*prompt, *new, 9], Settings(temperature=0), max_new_tokens=1, kept=kept, **OPTIONS))
     assert read_tokens == [0, len(prompt) + len(new) - 1]
+
+
+def test_nothing_is_kept_of_an_answer_that_failed_while_it_was_computed(
+    read_tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by Ctrl-C: the arrays of the cache were given away, and the next prompt is read from its beginning."""
+    model, params = made("causal_lm", {})
+    proceed, prompt, kept = generate._continue, [3, 1, 4], Kept()
+
+    def interrupted(*given: Any) -> Any:
+        proceed(*given)
+        raise KeyboardInterrupt
+
+    def write(kept: Kept | None) -> list[int]:
+        *_, ids = generate.stream(model, params, prompt, Settings(temperature=0), max_new_tokens=6, kept=kept, **OPTIONS)
+        return ids
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generate, "_continue", interrupted)
+        write(kept)
+    assert write(kept) == write(None)
+    assert read_tokens == [0, 0]

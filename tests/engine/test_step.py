@@ -39,6 +39,20 @@ def test_gradient_loss_and_metrics_equal_numpy(plain):
     assert "noise" not in metrics
 
 
+def test_the_learning_rate_is_that_of_the_step(plain):
+    """The first one's is the first of the schedule, and as Adam's first update is the sign of the gradient, that is how far it goes."""
+    step, create, place = plain
+    state, rates = create(), []
+    before = jax.device_get(state.params)
+    for _ in range(3):
+        state, metrics = step(state, place(regression.batch()))
+        rates.append(float(metrics["lr"]))
+        if len(rates) == 1:
+            moved = np.abs(np.asarray(state.params["kernel"]) - before["kernel"])
+            np.testing.assert_allclose(moved, regression.LR, rtol=1e-4)
+    assert rates == pytest.approx([regression.LR, 2 * regression.LR, 3 * regression.LR])
+
+
 @pytest.mark.parametrize("microbatches", [2, 8])
 def test_microbatches_change_nothing(plain, microbatches):
     """With 8 each example is a micro-batch of its own, one of weight 0."""

@@ -2,7 +2,7 @@
 
     python tests/golden/make_chat.py
 
-needs transformers, which tests/data/test_templates.py does not. chat.json holds the tokenizer (its tokenizer.json), each template and
+needs transformers, which tests/data/chat/test_templates.py does not. chat.json holds the tokenizer (its tokenizer.json), each template and
 each conversation under a name, and for every pair of them the text, the ids and `assistant_masks` of apply_chat_template.
 """
 
@@ -42,6 +42,8 @@ ASK, ANSWER = {"role": "user", "content": "Is the cat\n\n here?"}, {"role": "ass
 CONVERSATIONS = {
     "one turn": [ASK, ANSWER],
     "system": [{"role": "system", "content": "Be kind, the cat is."}, ASK, ANSWER],
+    # How a user says that there is no message of the system, also not one of the template's own.
+    "empty system": [{"role": "system", "content": ""}, ASK, ANSWER],
     "three turns": [
         ASK,
         ANSWER,

@@ -252,6 +252,30 @@ def test_a_model_is_what_it_was_and_what_it_is_merged_into(family: str, kind: st
     jax.tree.map(np.testing.assert_array_equal, bases, jax.tree.leaves(dense))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_what_was_trained_beside_codes_is_merged_into_what_they_stand_for(form: str, kind: str) -> None:
+    """qlora#28, unsloth-zoo#810: merged into the kernels that were quantized it is another model, by the error of the codes."""
+    layers = {"model__layers": 2, "model__layers_as": "scan" if kind == "lora" else "unrolled"}
+    config = combinations.config_of("llama", model__width=64, model__mlp_width=128, **layers)
+    plain, tokens = models.build(config), combinations.batch_of("llama", rows=4)["tokens"]
+    config.train.transforms, config.lora.rank, config.lora.alpha = (form, kind), 4, 4.0
+    model = models.build(config)
+    begun, adapters, rng = model.init(jax.random.key(0)), adapt.adapters(model.axes), np.random.default_rng(0)
+
+    def move(path: Any, array: jax.Array) -> jax.Array:
+        return array + rng.normal(0, 0.1, array.shape).astype(np.float32) if tree.path_name(path) in adapters else array
+
+    trained, dense = jax.tree.map_with_path(move, begun), plain.init(jax.random.key(0))
+    run, run_plain = jax.jit(model.apply), jax.jit(plain.apply)
+    before, after = run(begun, tokens), run(trained, tokens)
+    most = np.abs(after).max()
+    assert np.abs(run_plain(adapt.merged(trained), tokens) - after).max() <= 1e-5 * most
+    # Both are seen at all: what was learned, and the error of the codes.
+    for other in (after, run_plain(dense, tokens)):
+        assert np.abs(other - before).max() > 1e-2 * most
+
+
 def test_a_model_drops_with_a_key_alone() -> None:
     config = combinations.config_of("llama", model__layers=2, train__transforms=("lora",), lora__dropout_frac=0.3)
     model, tokens = models.build(config), combinations.batch_of("llama", rows=4, tokens=16)["tokens"]

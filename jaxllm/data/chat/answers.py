@@ -5,8 +5,9 @@ The text is what the template writes, encoded once, as a prompt is (encoding.py)
 beginning of the next answer, and the text with the answer must go on from there, whatever follows. In both ways an answer goes up to
 the token that ends it, and with it.
 
-A token is trained if it holds a character of an answer. One that also holds characters before it (`joined`) is one that no model
-comes to write, as its first half is then given: a template should end what stands before an answer with a special token or a newline.
+A token is trained if it holds a character of an answer. In a chat the model is sent what stands before an answer by itself, which may
+be split otherwise than with the answer behind it (`resplit`): a token of both, or GPT-2's two newlines, which are one token at the end of
+a text and two before a word. A template should end what stands before an answer with a special token, or with one newline.
 """
 
 import os
@@ -35,11 +36,12 @@ class Refused(ValueError):
 
 
 class Encoded(NamedTuple):
-    """ids: int32 [N]. trained: bool [N], whether an id is to be predicted. joined: answers that begin inside of a token."""
+    """ids: int32 [N]. trained: bool [N], whether an id is to be predicted. resplit: whether what stands before the first answer that is
+    trained has other ids by itself."""
 
     ids: np.ndarray
     trained: np.ndarray
-    joined: int
+    resplit: bool
 
 
 def make(tokenizer: Tokenizer, train_on: str) -> Callable[[Sequence[Message]], Encoded]:
@@ -60,11 +62,16 @@ def make(tokenizer: Tokenizer, train_on: str) -> Callable[[Sequence[Message]], E
         except Refused:
             raise
         except ValueError as error:
-            raise Refused(f"the chat template refuses it ({error.__cause__ or error})".partition("\n")[0]) from error
+            why = str(error.__cause__ or error).partition("\n")[0]
+            raise Refused(f"the chat template refuses it ({why})") from error
         located = talker.locate(text)
         if tokenizer.bos_id is not None and located.ids[:2] == [tokenizer.bos_id] * 2:
             raise Refused("two bos tokens at the beginning")
-        return _mark(located, spans, train_on)
+        chosen = spans[-1:] if train_on == "last" else spans
+        answer = _mark(located, chosen)
+        before = talker.encode_with_specials(text[: chosen[0][0]]) if chosen else []
+        resplit = bool(chosen) and before != located.ids[: int(answer.argmax())]
+        return Encoded(np.array(located.ids, np.int32), np.ones_like(answer) if train_on == "all" else answer, resplit)
 
     return encode
 
@@ -153,12 +160,12 @@ def _head(template: ChatTemplate, messages: Sequence[Message], before: str) -> s
     return render.render(template, known, add_generation_prompt=False)[len(before) :].partition(encoding.MARK)[0]
 
 
-def _mark(located: Located, spans: Sequence[Span], train_on: str) -> Encoded:
-    ids, places = np.array(located.ids, np.int32), np.array(located.spans, np.int32).reshape(-1, 2)
+def _mark(located: Located, spans: Sequence[Span]) -> np.ndarray:
+    """bool [N]: the tokens that hold a character of these spans."""
+    places = np.array(located.spans, np.int32).reshape(-1, 2)
     starts, stops = places[:, 0], places[:, 1]
-    trained, joined = np.zeros(len(ids), bool), 0
-    for start, stop in spans[-1:] if train_on == "last" else spans:
+    found = np.zeros(len(places), bool)
+    for start, stop in spans:
         # A token without characters (the space that SentencePiece puts before a text) counts where it stands.
-        trained |= (starts < stop) & ((stops > start) | (starts >= start))
-        joined += bool(((starts < start) & (stops > start)).any())
-    return Encoded(ids, np.ones(len(ids), bool) if train_on == "all" else trained, joined)
+        found |= (starts < stop) & ((stops > start) | (starts >= start))
+    return found

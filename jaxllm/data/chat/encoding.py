@@ -46,7 +46,7 @@ def require(tokenizer: Tokenizer) -> ChatTokenizer:
 
 def reserved(talker: ChatTokenizer) -> dict[str, int]:
     """Tokens that no message may spell, and their ids: special ones, and what ends an answer."""
-    return {**talker.special_tokens, **_end(talker)}
+    return {**talker.special_tokens, **ends(talker)}
 
 
 def spelled(message: Message, tokens: Mapping[str, int]) -> list[str]:

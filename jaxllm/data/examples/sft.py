@@ -92,7 +92,7 @@ def _conversations(
     documents: Iterable[Document], tokenizer: "Tokenizer", train_on: str, lengths: _Lengths, totals: Totals
 ) -> Iterator[fill.Side]:
     encode, width = answers.make(tokenizer, train_on), lengths.width
-    joined = 0
+    resplit = 0
     refused: tuple[Document, str] | None = None
     for document in documents:
         try:
@@ -107,7 +107,7 @@ def _conversations(
             continue
         pack.check_ids(found.ids, tokenizer)
         ids = found.ids[: width + 1]
-        joined += found.joined > 0
+        resplit += found.resplit
         totals.documents += 1
         totals.tokens += len(ids)
         totals.weighted_tokens += int(weights.sum())
@@ -122,11 +122,11 @@ def _conversations(
         logging.warning(
             "%d of %d conversations are longer than a row: %s", totals.cut + totals.dropped.get(TOO_LONG, 0), count, lengths
         )
-    if joined:
+    if resplit:
         logging.warning(
-            "in %d of %d conversations an answer begins inside of a token: in a chat, which sends the first half of that token, the"
-            " model meets other ids than in training. chat.template=chatml does not have that.",
-            joined,
+            "in %d of %d conversations what stands before an answer is split into other tokens by itself, as chat sends it: the model"
+            " meets other ids there than in training. Another chat.template may not have that.",
+            resplit,
             count,
         )
 

@@ -107,6 +107,8 @@ _READERS = {"messages": _messages, "sharegpt": _sharegpt, "alpaca": _alpaca, "pr
 def _turns(given: Any, role_field: str, text_field: str, roles: Mapping[str, str], origin: str) -> list[Message]:
     if isinstance(given, dict) and all(isinstance(column, list) for column in given.values()):
         # How the package datasets gives a list of objects, if its features say `Sequence`.
+        if len({len(column) for column in given.values()}) > 1:
+            raise _refuse(origin, "holds columns of different lengths where its messages should be")
         given = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
     if not isinstance(given, list) or not given:
         raise _refuse(origin, f"holds {kind(given)} where its messages should be")
@@ -126,7 +128,8 @@ def _turn(turn: Any, role_field: str, text_field: str, roles: Mapping[str, str],
             f"{origin} has {role!r} as '{role_field}'; its fields are {', '.join(turn) or 'none'}.\n"
             f"  Accepted: {', '.join(roles)}.\n  Correct the row, or leave it out."
         )
-    if turn.get("weight", 1) != 1:
+    # A table has null where a message says nothing of it.
+    if turn.get("weight") not in (None, 1):
         raise _refuse(origin, f"has the weight {turn['weight']!r}, and weights of messages are not read; see chat.train_on")
     return _message(roles[role], _field(turn, text_field, origin), origin)
 

@@ -77,6 +77,7 @@ def test_the_next_answer_is_begun_unless_asked_not_to() -> None:
         (tiny_gguf.TEMPLATE, [], "no message.\n  Accepted: a list of one or more"),
         (tiny_gguf.TEMPLATE, ["Hi"], "'Hi' is no message.\n  Accepted: {'role': 'user'"),
         (tiny_gguf.TEMPLATE, [{"role": "user", "content": None}], "is no message"),
+        (tiny_gguf.TEMPLATE, [{"role": None, "content": "Hi"}], "is no message"),
     ],
 )
 def test_what_cannot_be_rendered_is_explained(template: str, messages: list[Any], words: str) -> None:
@@ -129,6 +130,14 @@ def test_the_end_of_an_answer_need_not_be_a_special_token() -> None:
     with pytest.raises(ValueError, match=r"contains '<\|end\|>', which would end the message"):
         encoding.encode(talker, [{"role": "user", "content": "x<|end|>y"}])
     assert encoding.encode(talker, [{"role": "user", "content": "<|start|>"}]).count(1) == 3
+    # Nor may a message spell what ends a text, though neither is it special nor does the template write it.
+    talker = tokenizer(**{"ggml.token_type": [4, 3, 3, *kinds[3:]], "ggml.eos_token_id": 0})
+    assert "<|text|>" not in talker.special_tokens and 0 in encoding.stop_ids(talker)
+    with pytest.raises(ValueError, match=r"contains '<\|text\|>', which would end the message"):
+        encoding.encode(talker, [{"role": "user", "content": "x<|text|>y"}])
+    # What such a token stands behind may be other text than an answer.
+    written = "{% for m in messages %}{{ m.content + '\nand <|end|>' }}{% endfor %}"
+    assert encoding.stop_ids(tokenizer(written, **{"ggml.token_type": kinds, "ggml.eos_token_id": 0})) == (0,)
 
 
 @pytest.mark.parametrize("where", ["role", "content"])

@@ -12,12 +12,18 @@ from jaxllm import config as schema
 from jaxllm import registry
 from jaxllm.data import tokenize
 from jaxllm.data.chat import answers, encoding, render, templates
+from jaxllm.data.documents import Document
+from jaxllm.data.examples import sft
+from jaxllm.data.shards import Totals
+from jaxllm.data.tokenizers.added import Added
 from jaxllm.data.tokenizers.byte import ByteTokenizer
 from jaxllm.data.tokenizers.chat_template import ChatTemplate
 from jaxllm.data.tokenizers.huggingface import HuggingFaceTokenizer
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "chat.json").read_text(encoding="utf-8"))
 NAMED = registry.names("chat_template")
+# What is frozen of ours are the texts that it makes, not the program.
+PROGRAMS = GOLDEN["templates"] | {name: templates.named(name).text for name in NAMED}
 DEFINITION = json.dumps(GOLDEN["tokenizer"]).encode()
 IDS = {token["content"]: token["id"] for token in GOLDEN["tokenizer"]["added_tokens"]}
 TALK = GOLDEN["conversations"]["three turns"]
@@ -35,7 +41,7 @@ def untagged(template: str) -> str:
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: f"{case['template']}, {case['conversation']}")
 def test_text_ids_and_mask_are_those_of_transformers(case: dict[str, Any]) -> None:
     """Where the two differ, ours trains the token that ends an answer, and nothing behind it."""
-    made, messages = tokenizer(GOLDEN["templates"][case["template"]]), GOLDEN["conversations"][case["conversation"]]
+    made, messages = tokenizer(PROGRAMS[case["template"]]), GOLDEN["conversations"][case["conversation"]]
     assert render.render(made.template, messages, add_generation_prompt=False) == case["text"]
     found = answers.make(made, "assistant")(messages)
     assert found.ids.tolist() == encoding.encode(made, messages, add_generation_prompt=False) == case["ids"]
@@ -49,17 +55,18 @@ def test_text_ids_and_mask_are_those_of_transformers(case: dict[str, Any]) -> No
     assert len(ends) == turns and set(ends) <= set(encoding.stop_ids(made)), "every answer ends with a token that ends it"
 
 
-@pytest.mark.parametrize("name", GOLDEN["templates"])
+@pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.parametrize("messages", GOLDEN["conversations"].values(), ids=GOLDEN["conversations"])
 def test_answers_are_found_without_marks(name: str, messages: list[dict[str, str]]) -> None:
     """Most templates of models have none: what stands before an answer, and with it, says where it is."""
-    program = GOLDEN["templates"][name]
-    plain, marked = tokenizer(untagged(program)), tokenizer(program)
+    plain, marked = tokenizer(untagged(PROGRAMS[name])), tokenizer(PROGRAMS[name])
     assert "generation " not in plain.template.text and not render.marks_answers(plain.template)
     one, other = (answers.find(made.template, messages, encoding.ends(made)) for made in (plain, marked))
     assert one[0] == other[0]
     if name in NAMED:
-        assert one == other
+        # Readers elsewhere train what is marked and no more: the end of an answer is within its mark.
+        marks = render.marked(marked.template, messages, add_generation_prompt=False).spans
+        assert one == other == (one[0], list(marks))
     # Elsewhere the template begins no answer for the model, so that it has to write the role by itself.
     assert [stop for _, stop in one[1]] == [stop for _, stop in other[1]]
 
@@ -67,13 +74,13 @@ def test_answers_are_found_without_marks(name: str, messages: list[dict[str, str
 @pytest.mark.parametrize("name", NAMED)
 def test_training_ids_begin_with_those_of_the_prompt(name: str) -> None:
     """LlamaFactory#4639: what is trained must be what chat sends; the rest is the answer and its end."""
-    made = tokenizer(GOLDEN["templates"][name])
+    made = tokenizer(PROGRAMS[name])
     found = answers.make(made, "assistant")(TALK)
     for number in range(1, len(TALK), 2):
         sent = encoding.encode(made, TALK[:number])
         assert found.ids[: len(sent)].tolist() == sent
         assert found.trained[len(sent)] and not found.trained[len(sent) - 1]
-    assert found.joined == 0
+    assert not found.resplit
 
 
 def test_what_is_trained_on() -> None:
@@ -101,6 +108,8 @@ TAGGED = "{{% for m in messages %}}{}{{% endfor %}}".format
         (CHAT.replace("m.content", "m.content | upper"), "the chat template changes an answer"),
         (CHAT + "{{ '<think>' if add_generation_prompt }}", "begins an answer in another way than it asks for one"),
         (CHAT.replace("</s>", "\\n"), "no token that ends the answer"),
+        # The next token that could end it ends the next question.
+        (TAGGED("{{ m.role + ': ' + m.content + ('</s>' if m.role == 'user' or loop.last else '\\n') }}"), "no token that ends the answer"),
         (TAGGED("{{ m.content }}{% generation %}{{ m.content if m.role == 'robot' }}{% endgeneration %}"), None),
         (TAGGED("{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{{ '.' }}{% endif %}"), "no token"),
         (
@@ -108,6 +117,7 @@ TAGGED = "{{% for m in messages %}}{}{{% endfor %}}".format
             "an answer that the chat template does not mark",
         ),
         ("{{ '<s><s>' }}" + CHAT, "two bos tokens at the beginning"),
+        ("{{ raise_exception('one line\nand more') }}", r"^the chat template refuses it \(one line\)$"),
         ("{{ raise_exception('only ' + 'two') if messages | length > 2 }}" + CHAT, r"the chat template refuses it \(only two\)"),
     ],
 )  # fmt: skip
@@ -139,6 +149,8 @@ def test_marks_around_everything_are_refused() -> None:
         (CHAT + "{{ '<|eot_id|>' if not add_generation_prompt else 'assistant: ' }}", "{}</s>"),
         # As Kimi-K3: what ends an answer also ends the role before it, and the answer is trimmed.
         ("{% for m in messages %}{{ m.role + '</s>' + m.content | trim + '\n</s>' }}{% endfor %}", "assistant</s>{}\n</s>"),
+        # Of two that end it the first one does.
+        (CHAT.replace("</s>", "<|im_end|></s>"), "assistant: {}<|im_end|>"),
     ],
 )
 def test_ends_of_templates_without_marks(template: str, expected: str) -> None:
@@ -152,17 +164,39 @@ def test_ends_of_templates_without_marks(template: str, expected: str) -> None:
 
 
 def test_the_only_answer_to_two_answers_in_a_row() -> None:
-    """Each ends for itself, though their marks touch; and an answer of several marks is one."""
+    """Each ends for itself, though their marks touch; an answer of several marks is one, and a mark around nothing is none."""
     twice = [TALK[0], {"role": "assistant", "content": "one"}, {"role": "assistant", "content": "two"}]
     parts = TAGGED("{% if m.role == 'user' %}{{ m.content + '\n' }}{% else %}{% generation %}{{ m.content }}{% endgeneration %}"
                    "{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}")  # fmt: skip
-    for template in (templates.PLAIN, parts):
+    empty = TAGGED("{% generation %}{{ m.content + eos_token if m.role == 'assistant' }}{% endgeneration %}"
+                   "{{ m.content + '\n' if m.role == 'user' }}")  # fmt: skip
+    for template in (templates.PLAIN, parts, empty):
         made = tokenizer(template)
         text, spans = answers.find(made.template, twice, encoding.ends(made))
         assert [text[start:stop] for start, stop in spans] == ["one</s>", "two</s>"]
 
 
-def test_an_answer_that_begins_inside_of_a_token_is_noticed() -> None:
+@pytest.mark.parametrize("program", [templates.PLAIN, untagged(templates.PLAIN)], ids=["marked", "not marked"])
+def test_the_longer_of_two_ends_is_meant(program: str) -> None:
+    """Where one begins as the other: the tokenizer takes the longer one for its token."""
+    made = ByteTokenizer(Added(tokens=("</s>>",)), ChatTemplate(program.replace("eos_token", "'</s>>'"), {}))
+    found = answers.make(made, "assistant")([TALK[0], {"role": "assistant", "content": "a"}])
+    assert found.ids[found.trained].tolist() == [ord("a"), made.special_tokens["</s>>"]]
+    assert encoding.stop_ids(made) == (made.eos_id, made.special_tokens["</s>>"])
+
+
+def test_a_template_that_wants_other_conversations_than_ours_is_looked_at_one_by_one() -> None:
+    """What it says of marks and of ends cannot be asked beforehand: eos ends an answer."""
+    demand = "{{ raise_exception('no system') if messages[0].role != 'system' }}"
+    for program in (demand + templates.PLAIN, demand + untagged(templates.PLAIN)):
+        encode, short = answers.make(tokenizer(program), "assistant"), TALK[:2]
+        found = encode([{"role": "system", "content": "Be."}, *short])
+        assert found.ids[found.trained][-1] == IDS["</s>"]
+        with pytest.raises(answers.Refused, match=r"the chat template refuses it \(no system\)"):
+            encode(short)
+
+
+def test_an_answer_that_begins_inside_of_a_token_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A space at the end of the prompt becomes one token with the word behind it."""
     program = (
         "{% for m in messages %}{{ m.role + ': ' + m.content + '</s>' }}{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
@@ -170,10 +204,35 @@ def test_an_answer_that_begins_inside_of_a_token_is_noticed() -> None:
     made = tokenizer(program)
     talk = [TALK[0], {"role": "assistant", "content": "cat"}]
     found = answers.make(made, "assistant")(talk)
-    assert found.joined == 1
+    assert found.resplit
     assert made.tokenizer.decode(found.ids[found.trained], skip_special_tokens=False) == " cat</s>"
     assert encoding.encode(made, talk[:1])[-1] != found.ids[found.trained][0]
-    assert answers.make(made, "assistant")([TALK[0], {"role": "assistant", "content": "Cat"}]).joined == 0
+    other = [TALK[0], {"role": "assistant", "content": "Cat"}]
+    assert not answers.make(made, "assistant")(other).resplit
+    said: list[str] = []
+    monkeypatch.setattr(sft.logging, "warning", lambda words, *values: said.append(words % values))
+    config = schema.base()
+    config.train.objective = "sft"
+    for conversations, warnings in (([other], 0), ([[*talk, *talk], other, other], 1)):
+        documents = (Document("", "here", messages=tuple(messages)) for messages in conversations)
+        list(sft.make(config).pack(documents, made, (), Totals()))
+        assert len(said) == warnings
+    assert said[0].startswith("in 1 of 3 conversations what stands before an answer is split into other tokens by itself")
+
+
+def test_a_prompt_that_is_split_otherwise_is_noticed() -> None:
+    """No token is of both, yet all are others: GPT-2's rules take the last of several newlines apart from them before a word alone."""
+    definition = json.loads(DEFINITION)
+    definition["model"]["vocab"]["\u010a\u010a"] = 1 + max(IDS.values())
+    definition["model"]["merges"].append(["\u010a", "\u010a"])
+    for name, resplit in (("llama3", True), ("chatml", False)):
+        template = ChatTemplate(PROGRAMS[name], GOLDEN["names"])
+        made = HuggingFaceTokenizer(
+            json.dumps(definition).encode(), bos_id=IDS["<s>"], eos_id=IDS["</s>"], pad_id=0, template=template
+        )
+        for train_on in ("assistant", "last", "all"):
+            found, sent = answers.make(made, train_on)(TALK[:2]), encoding.encode(made, TALK[:1])
+            assert found.resplit == resplit == (found.ids[: len(sent)].tolist() != sent)
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe", "unigram"])
@@ -237,6 +296,7 @@ def test_another_template_than_the_tokenizers_own_is_told_once(tmp_path: Path, m
         monkeypatch.setattr(module.logging, "warning", lambda words, *values: said.append(words % values))
     tokenizer(templates.CHATML).save(str(tmp_path))
     assert chosen("tokenizer", "file", str(tmp_path)).template.text == templates.CHATML
+    chosen("chatml", "file", str(tmp_path))
     assert not said
     chosen("llama3", "file", str(tmp_path))
     assert [line for line in said if line.startswith("chat.template = 'llama3' is not the template that the tokenizer came with")]

@@ -151,7 +151,8 @@ def test_the_loss_of_packed_conversations_is_that_of_each_alone() -> None:
     """trl#805, torchtune#892: neighbours in a row neither see nor shift each other, and the last tokens count as the first ones do."""
     documents = [talk(("a", "b"), ("c?", "déf")), talk(("more", "x")), talk(("?", "yes, no"))]
     config = config_of("plain", 48)
-    config.model.update({"layers": 1, "width": 16, "heads": 2, "context_tokens": 48, "vocab_size": 259})
+    # A table of positions, where they matter by themselves: rotary ones only by their differences.
+    config.model.update({"name": "gpt", "layers": 1, "width": 16, "heads": 2, "context_tokens": 48, "vocab_size": 259})
     model = models.build(config)
     objective, params = tokens.make(model, config), model.init(jax.random.key(0))
     together, _, _ = packed(config, documents)
@@ -171,10 +172,10 @@ UNUSABLE = {
 
 
 def test_what_cannot_be_used_is_left_out_by_its_reason() -> None:
-    good = [talk((f"ask {number}", "say")) for number in range(3)]
-    batch, totals, _ = packed(config_of(), [*UNUSABLE.values(), *good])
-    assert totals.dropped == dict.fromkeys(UNUSABLE, 1)
-    assert totals.documents == 3
+    good = [talk((f"ask {number}", "say")) for number in range(6)]
+    batch, totals, _ = packed(config_of(), [*UNUSABLE.values(), *good, *UNUSABLE.values()])
+    assert totals.dropped == dict.fromkeys(UNUSABLE, 2)
+    assert totals.documents == 6
     assert not (batch["targets"][batch["weights"] > 0] == START).any()
 
 
@@ -186,6 +187,22 @@ def test_a_set_of_which_most_cannot_be_used_is_refused_with_an_example() -> None
         caught.value
     )
     assert "\n  Accepted: " in str(caught.value) and "\n  Set another chat.template" in str(caught.value)
+    with pytest.raises(ValueError, match=r"1 of 1 conversations") as caught:
+        packed(config_of(), [talk(("x" * 1000, "y"))])
+    assert "x ...\n  Accepted: " in str(caught.value) and len(str(caught.value)) < 1200, "of a long one its beginning"
+
+
+def test_what_is_stored_holds_every_id_and_every_segment() -> None:
+    """Hundreds of conversations in a row, too; an id beyond the vocabulary, which could become another one, is refused."""
+    documents = [talk(("a", "b"))] * 300
+    batch, _, tokenizer = packed(config_of("plain", 1300), documents)
+    columns = examples.make(config_of("plain", 1300)).columns(tokenizer.vocab_size)
+    assert batch["segments"].max() == 300
+    for name, column in columns.items():
+        np.testing.assert_array_equal(batch[name].astype(column.dtype), batch[name], err_msg=name)
+    tokenizer.vocab_size = 257
+    with pytest.raises(ValueError, match=r"gave ids from 10 to 257.\n  Accepted: 0 to 256"):
+        packed(config_of("plain", 16), documents[:1], tokenizer)
 
 
 def asking(chars: int) -> Document:
@@ -283,3 +300,19 @@ def test_fields_of_chat_are_part_of_the_recipe(tmp_path: Path, source: Path) -> 
         prepared = prepare(config_of(data__source=str(source), **change), tmp_path / "data", log=lines)
         assert next(iter(change)).replace("tokenizer__", "") in lines[0]
         assert ("<x>" in prepared.tokenizer.special_tokens) == ("tokenizer__add_tokens" in change)
+
+
+def test_what_is_read_of_a_row_is_part_of_the_recipe(tmp_path: Path) -> None:
+    """The format, and the field of the answers."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{n}?", "target": f"{n}.", "other": f"{n}!"}) + "\n" for n in range(40)))
+    for change, says in (
+        ({}, ""),
+        ({"chat__format": "prompt"}, "chat.format"),
+        ({"data__target_field": "other"}, "data.target_field"),
+    ):
+        lines = Lines()
+        prepared = prepare(config_of(data__source=str(path), **change), tmp_path / "data", log=lines)
+        assert says in lines[0]
+        answers = prepared.tokenizer.decode(np.unique(prepared.train.rows(np.arange(len(prepared.train)))["targets"]).tolist())
+        assert ("!" in answers) == ("other" in change.values())
