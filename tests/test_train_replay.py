@@ -139,18 +139,15 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(config: ConfigDict, fi
 
 
 @pytest.mark.parametrize("objective", ["causal_lm", "sft"])
-def test_evaluate_finds_the_same_on_the_rows_of_replay(
-    config: ConfigDict, finished: tuple[Path, str], tmp_path: Path, objective: str
-) -> None:
-    """Beside conversations they are plain text."""
-    workdir = finished[0]
+def test_evaluate_finds_the_same_on_the_rows_of_replay(config: ConfigDict, tmp_path: Path, objective: str) -> None:
+    """Beside conversations they are plain text. It takes all rows, as the run does without eval.max_seqs."""
+    config, workdir = config.copy_and_resolve_references(), tmp_path / "run"
+    config.train.steps, config.eval.max_seqs = 2, 0
     if objective == "sft":
         talks = [{"prompt": f"{n}?", "completion": f"{n * n}."} for n in range(40)]
         (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talks))
-        config, workdir = config.copy_and_resolve_references(), tmp_path / "talker"
         config.data.source, config.train.objective, config.chat.template = str(tmp_path / "talks.jsonl"), "sft", "plain"
-        config.train.steps = 2
-        run(config, workdir)
+    run(config, workdir)
     opened, last = runs.load(workdir), rows(workdir, "eval")[-1]
     found = evaluate.evaluate_split(opened, "replay_validation")
     for name in ("loss", "accuracy", "bits_per_byte"):
