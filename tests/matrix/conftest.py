@@ -12,7 +12,7 @@ from parallel import columns
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "matrix.md"
 # Part -> what its tests recorded, [key, ..., figure, ...] each.
-RECORDED: dict[str, list[list[Any]]] = {"cell": [], "pipeline": [], "held": []}
+RECORDED: dict[str, list[list[Any]]] = {"cell": [], "adapter": [], "pipeline": [], "held": []}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -32,6 +32,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     complete: dict[str, tuple[int, Callable[[list[list[Any]]], list[str]]]] = {
         "cell": (len(columns.FAMILIES) * len(columns.COLUMNS), _cells),
+        "adapter": (len(columns.ADAPTED) * len(columns.COLUMNS), _table),
         "pipeline": (36, _pipelines),
         "held": (4, _held),
     }
@@ -49,19 +50,25 @@ def _put(name: str, lines: list[str]) -> None:
     PAGE.write_text(before + begin + "\n".join(["", made, "", *lines, "", ""]) + end + after, encoding="utf-8")
 
 
-def _cells(recorded: list[list[Any]]) -> list[str]:
-    found = {(family, column): figures for family, column, *figures in recorded}
-    (family, column), (_, worst, array) = max(found.items(), key=lambda cell: cell[1][1])
+def _table(recorded: list[list[Any]]) -> list[str]:
+    """The largest deviations, and a row for each mesh with a column for each model."""
+    found = {(title, model): figures for model, title, *figures in recorded}
+    models = sorted({model for _, model in found}, key=columns.MODELS.index)
+    (title, model), (_, worst, array) = max(found.items(), key=lambda cell: cell[1][1])
     lines = [
-        f"Largest: {max(loss for loss, *_ in found.values()):.1e} of a loss; {worst:.1e} of a gradient, `{array}` of {family}, {column}.",
+        f"Largest: {max(loss for loss, *_ in found.values()):.1e} of a loss; {worst:.1e} of a gradient, `{array}` of {model}, {title}.",
         "",
-        "| mesh | " + " | ".join(columns.FAMILIES) + " |",
-        "| --- |" + " --- |" * len(columns.FAMILIES),
+        "| mesh | " + " | ".join(models) + " |",
+        "| --- |" + " --- |" * len(models),
     ]
     for title in columns.COLUMNS:
-        cells = [found[family, title] for family in columns.FAMILIES]
+        cells = [found[title, model] for model in models]
         lines.append(f"| {title} | " + " | ".join(f"{loss:.0e}, {gradient:.1e}" for loss, gradient, _ in cells) + " |")
-    lines += ["", "What differs from one device:", ""]
+    return lines
+
+
+def _cells(recorded: list[list[Any]]) -> list[str]:
+    lines = [*_table(recorded), "", "What differs from one device:", ""]
     for title, given in columns.COLUMNS.items():
         said = ", ".join(f"{key.replace('__', '.')}={value}" for key, value in given.items())
         lines.append(f"- {title}: `{said}`")

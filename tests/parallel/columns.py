@@ -54,6 +54,19 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     kind: {"train__transforms": tuple(kind.split()), "lora__rank": 4, "lora__alpha": 4.0} for kind in ("lora", "dora", "nf4 lora")
 }
 ADAPTERS["nf4 lora"] |= {"model__width": 64, "model__mlp_width": 128}
+# Those of the matrix, with the families that have them there.
+ADAPTED = [
+    *(("lora", family) for family in FAMILIES),
+    *((kind, family) for kind in ("dora", "nf4 lora") for family in ("llama", "t5")),
+]
+
+
+def named(adapter: str, family: str) -> str:
+    """Of a column of the page."""
+    return f"{family}, {adapter}"
+
+
+MODELS = [*FAMILIES, *(named(*adapted) for adapted in ADAPTED)]
 
 
 @cache
