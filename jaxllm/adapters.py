@@ -32,54 +32,43 @@ from jaxllm.data import tokenize
 from jaxllm.engine import state
 from jaxllm.engine.workdir import Workdir, check_space, sync_directory
 from jaxllm.interop import directory as hf
-from jaxllm.interop import peft, peft_attach, peft_average, peft_params, peft_tokenizer
+from jaxllm.interop import peft, peft_average, peft_params, peft_tokenizer
+from jaxllm.runs import Run
 from jaxllm.transforms import adapt, grown, tree
 from jaxllm.transforms.quantized import Quantized
 from jaxllm.types import Params
 
 ACTIONS = ("list", "train", "export", "average")
 ITEM_BYTES = 4
+FLOAT32_EPSILON = 2.0**-23
 
 
 class Adapters:
     """Several adapters beside one base, one of which is used at a time. The base is in memory once."""
 
-    def __init__(self, params: Params, config: ConfigDict) -> None:
-        """params, config: of the base, as runs.load gives them."""
-        self._config = config
-        self._params: dict[str | None, Params] = {None: params}
+    def __init__(self, base: Run) -> None:
+        self._runs: dict[str | None, Run] = {None: base}
 
     def add(self, name: str, path: str | Path) -> None:
         """Reads an adapter of PEFT. ValueError if it does not fit the base, or for a name that is taken."""
-        if name in self._params:
+        if name in self._runs:
             raise ValueError(
                 f"an adapter '{name}' is there already.\n  Accepted: a name other than {', '.join(self.names())}.\n  Give another name."
             )
-        attached = peft_attach.attach(self._params[None], self._config, peft.read(path))
-        if attached.config.model.tied_head != self._config.model.tied_head:
-            raise ValueError(
-                f"'{path}' has an output head of its own, and the base's is its embedding.\n"
-                "  Accepted: adapters with which the model stays the same.\n  Open it by itself, with jaxllm.runs.load."
-            )
-        if (rows := attached.config.model.vocab_size) != self._config.model.vocab_size:
-            raise ValueError(
-                f"'{path}' has an embedding of {rows} rows, and the base's has {self._config.model.vocab_size}.\n"
-                "  Accepted: adapters without new tokens.\n  Open it by itself, with jaxllm.runs.load."
-            )
-        self._params[name] = attached.params
+        self._runs[name] = runs.with_adapter(self._runs[None], peft.read(path))
 
     def names(self) -> tuple[str, ...]:
         """Of the adapters, in the order in which they were added."""
-        return tuple(name for name in self._params if name is not None)
+        return tuple(name for name in self._runs if name is not None)
 
-    def use(self, name: str | None) -> Params:
-        """The base with this adapter, or with None the base alone: what `apply` of the base's model takes. Nothing is copied."""
-        if name not in self._params:
+    def use(self, name: str | None) -> Run:
+        """The base with this adapter, as if it were opened by itself, or with None the base alone. Nothing is copied."""
+        if name not in self._runs:
             raise ValueError(
                 f"no adapter '{name}'.\n  Accepted: {', '.join(self.names()) or 'none was added'}, or None for the base alone.\n"
                 "  Add it first, or correct the name."
             )
-        return self._params[name]
+        return self._runs[name]
 
 
 def define_flags() -> None:
@@ -104,7 +93,7 @@ def main(arguments: list[str]) -> int | None:
         what = "no action is given" if not action else unexpected if action != "list" else "no path is given"
         raise ValueError(f"{what}.\n  Accepted: list PATH ..., train, export, average; see --help.\n  Begin with one of these.")
     if action == "list":
-        show([row for path in paths for row in find(Path(path).expanduser())], console)
+        show([found for path in paths for found in find(Path(path).expanduser())], console)
         return None
     if action == "train":
         return series.main(given["data"].value or ())
@@ -128,9 +117,25 @@ class Row(NamedTuple):
     parameters: int
 
 
-def find(path: Path) -> list[Row]:
-    """The adapter at this path, or those of the directories in it; ValueError if there is none."""
-    found = [row for each in (path, *(sorted(path.iterdir()) if path.is_dir() else ())) if (row := _row(each))]
+class Unreadable(NamedTuple):
+    """What may be an adapter, and the error without what to do about it."""
+
+    path: str
+    why: str
+
+
+def find(path: Path) -> list[Row | Unreadable]:
+    """The adapter at this path, or those of the directories in it; ValueError if there is none, or none that can be read."""
+    found: list[Row | Unreadable] = []
+    errors: list[ValueError] = []
+    for each in (path, *(sorted(path.iterdir()) if path.is_dir() else ())):
+        try:
+            found += filter(None, [_row(each)])
+        except ValueError as error:
+            errors.append(error)
+            found.append(Unreadable(str(each), str(error).partition("\n")[0]))
+    if errors and len(errors) == len(found):
+        raise errors[0]
     if not found:
         raise ValueError(
             f"'{path}' {'is no adapter, and has none in it' if path.exists() else 'does not exist'}.\n  Accepted: a run whose"
@@ -177,15 +182,18 @@ def _row_of_run(workdir: Workdir, config: ConfigDict, kind: str) -> Row:
     )
 
 
-def show(rows: Sequence[Row], console: Console) -> None:
-    """Prints the table of `list`."""
+def show(found: Sequence[Row | Unreadable], console: Console) -> None:
+    """Prints the table of `list`, and below it what could not be read."""
     numbers = [Column(name, justify="right", no_wrap=True) for name in ("parameters", "MB")]
     table = Table(Column("path", overflow="fold"), Column("adapter", overflow="fold"), *numbers)
-    for row in rows:
+    for row in (each for each in found if isinstance(each, Row)):
         words = f"{row.kind}, rank {row.rank}, alpha {row.alpha}\nof {row.targets}\non {row.base or 'a base that it does not name'}"
         table.add_row(escape(row.path), escape(words), f"{row.parameters:,}", f"{row.parameters * ITEM_BYTES / 1e6:.3g}")
     console.print(table)
     console.print("parameters of a run: those that it trained; of files: those in them. MB: of these in float32", style="dim")
+    for each in found:
+        if isinstance(each, Unreadable):
+            console.print(f"not read: {each.path}: {each.why}", style="dim", markup=False, highlight=False)
 
 
 def export(directory: str, target: Path, step: int | None = None, base: str = "") -> str:
@@ -209,7 +217,8 @@ def export(directory: str, target: Path, step: int | None = None, base: str = ""
             "  Accepted: runs that leave the kernels as they were, as train.trainable = 'auto' does.\n"
             "  Write the merged weights (python -m jaxllm.convert)."
         )
-    if rounded := _rounded(run.params) if config.lora.init == "pissa" else []:
+    rounded, pissa = _rounded(run.params), config.lora.init == "pissa"
+    if rounded and pissa:
         raise ValueError(
             f"'{directory}' began with PiSSA, and quantized what that left of {', '.join(rounded[:4])}: what the model lost by it is no"
             " product of two thin matrices, which a file of PEFT could hold.\n"
@@ -217,13 +226,19 @@ def export(directory: str, target: Path, step: int | None = None, base: str = ""
             "  Write the merged weights (python -m jaxllm.convert)."
         )
     base = base or config.train.start
-    original = _original(base, directory) if config.lora.init == "pissa" else None
+    original = _original(base, directory) if pissa else None
     options = {"whole": whole, "base": base, "rslora": config.lora.rslora, "original": original}
     adapter = peft_params.export(run.params, run.model.config, **options)
     there = bool(base) and Path(base).expanduser().exists()
     tokenizer = peft_tokenizer.make(run.tokenizer, start.open_start(base).tokenizer if there else None, run.model.config)
     lines = [f"{directory}, step {run.step}", *_write(target, adapter, tokenizer.files), *_growth(config, axes)]
-    return "\n".join([*lines, *(f"note: {note}" for note in tokenizer.notes), *_notes(base)])
+    notes = [*tokenizer.notes, *_notes(base)]
+    if rounded:
+        notes.append(
+            "it was trained beside quantized kernels, and PEFT puts it beside those of the base: the models differ by what quantizing"
+            " lost. python -m jaxllm.convert writes the one that was trained"
+        )
+    return "\n".join([*lines, *(f"note: {note}" for note in notes)])
 
 
 def _growth(config: ConfigDict, axes: Params) -> list[str]:
@@ -249,20 +264,25 @@ def _original(base: str, directory: str) -> Params:
             f"'{directory}' began with PiSSA, which took a part of each kernel away, and its base{named} is not here.\n"
             "  Accepted: the model that the run began with.\n  Give it as --base PATH."
         )
-    return runs.load(base).params
+    return adapt.merged(runs.load(base).params)
 
 
 def _notes(base: str) -> list[str]:
     if not base:
-        return ["note: the file names no base; give --base PATH"]
+        return ["the file names no base; give --base PATH"]
     if not hf.is_one(Path(base).expanduser()) and Path(base).expanduser().exists():
-        return [f"note: PEFT opens a base that transformers opens: python -m jaxllm.convert --from {base} --to DIR --format hf"]
+        return [f"PEFT opens a base that transformers opens: python -m jaxllm.convert --from {base} --to DIR --format hf"]
     return []
 
 
 def average(paths: Sequence[str], target: Path, weights: Sequence[str] | None = None, rank: int | None = None) -> str:
     """Writes the average of adapters of PEFT as one, and returns what there is to say about it; ValueError for what has no average."""
     numbers = _numbers(weights, len(paths))
+    if own := [path for path in paths if not peft.is_one(path) and Workdir(path).config.is_file() and not runs.is_foreign(path)]:
+        raise ValueError(
+            f"--from {own[0]} is a run.\n  Accepted: adapters in the files of PEFT.\n"
+            f"  Write them first: python -m jaxllm.adapters export --run {own[0]} --to {own[0].rstrip('/')}_peft."
+        )
     adapters = [peft.read(path) for path in paths]
     averaged = peft_average.average(adapters, numbers, rank)
     lines = [f"{number:g} * {path}" for number, path in zip(numbers, paths, strict=True)]
@@ -271,9 +291,9 @@ def average(paths: Sequence[str], target: Path, weights: Sequence[str] | None = 
     lines += _write(target, averaged.adapter, tokenizers[0] if alike else {})
     if rank is not None:
         worst = max(averaged.errors, key=lambda module: averaged.errors[module])
-        lines.append(
-            f"relative error (Frobenius) of the products: {averaged.error:.2e} of all, at most {averaged.errors[worst]:.2e} ({worst})"
-        )
+        lost = f"{averaged.error:.2e} of all, at most {averaged.errors[worst]:.2e} ({worst})"
+        exact = averaged.errors[worst] < FLOAT32_EPSILON
+        lines.append(f"relative error (Frobenius) of the products: {'none but rounding' if exact else lost}")
     if len(bases := {adapter.base for adapter in adapters}) > 1:
         lines.append(
             f"note: they name different bases, {', '.join(sorted(bases))}; their average has a meaning if these are one model"

@@ -25,14 +25,15 @@ from jaxllm.ops import sampling
 from jaxllm.types import Model, Params, Tokenizer
 
 
-def load(directory: str | Path, step: int | None = None) -> tuple[Model, Params, Tokenizer]:
+def load(directory: str | Path, step: int | None = None, *, base: str | Path = "") -> tuple[Model, Params, Tokenizer]:
     """(model, params, tokenizer) of a run directory, at checkpoint `step` (None: the newest); of a directory of transformers with
-    config.json and safetensors; or of a GGUF file.
+    config.json and safetensors; of a GGUF file; or of an adapter of PEFT beside `base`, which is one of these ("": the path that the
+    adapter names).
 
     The averaged weights if the run keeps them. On one device, whatever mesh the run was trained on. On a CPU the model computes in
     float32 with unrolled layers, whatever the run did, because that decodes faster. `model.apply` is compiled for each new shape.
     """
-    run = runs.load(directory, step, for_decoding=True)
+    run = runs.load(directory, step, base=base, for_decoding=True)
     return dataclasses.replace(run.model, apply=jax.jit(run.model.apply)), run.params, run.tokenizer
 
 

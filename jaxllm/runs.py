@@ -149,11 +149,21 @@ def _load_adapter(adapter: peft.Adapter, base: str | Path, step: int | None, for
     path = Path(base or adapter.base).expanduser()
     if step is not None or not str(base or adapter.base) or not path.exists():
         raise ValueError(_no_base(adapter, str(base), step))
-    run = load(path, for_decoding=for_decoding)
-    attached, workdir = peft_attach.attach(run.params, run.config, adapter), Workdir(Path(adapter.where))
-    tokenizer, model = peft_tokenizer.choose(workdir.path, attached.config, run.tokenizer), models.build(attached.config)
+    return with_adapter(load(path, for_decoding=for_decoding), adapter)
+
+
+def with_adapter(base: Run, adapter: peft.Adapter) -> Run:
+    """The base with an adapter beside its kernels, whose arrays are shared, and with the adapter's tokenizer if one is there.
+
+    ValueError for an adapter that does not fit the base.
+    """
+    attached, workdir = peft_attach.attach(base.params, base.config, adapter), Workdir(Path(adapter.where))
+    tokenizer, model = peft_tokenizer.choose(workdir.path, attached.config, base.tokenizer), models.build(attached.config)
+    if model.config == dataclasses.replace(base.model.config, transforms=model.config.transforms):
+        # What the base computes, so that a program compiled for one adapter serves those with leaves of the same shapes.
+        model = dataclasses.replace(base.model, config=model.config, axes=model.axes, init=model.init)
     return dataclasses.replace(
-        run, workdir=workdir, config=attached.config, tokenizer=tokenizer, params=attached.params, model=model
+        base, workdir=workdir, config=attached.config, tokenizer=tokenizer, params=attached.params, model=model
     )
 
 

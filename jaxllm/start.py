@@ -19,11 +19,12 @@ from jaxllm import config as schema
 from jaxllm import models, runs
 from jaxllm.consistency import LOADED
 from jaxllm.data import tokenize
+from jaxllm.data.tokenizers import file as tokenizer_file
 from jaxllm.engine import state
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.session import Session
 from jaxllm.engine.workdir import Workdir
-from jaxllm.interop import weights
+from jaxllm.interop import peft, weights
 from jaxllm.interop.imported import Imported
 from jaxllm.transforms import adapt, grown, tree
 from jaxllm.types import Axes, Params, Tokenizer
@@ -56,22 +57,41 @@ class _Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Start:
-    """A model to begin with. config: its own; imported: None for a run of this package."""
+    """A model to begin with. config: its own; imported: None for a run of this package, and for an adapter of PEFT.
+
+    tokenizer_path: where the tokenizer's files are.
+    """
 
     path: Path
     config: ConfigDict
     tokenizer: Tokenizer | None
     imported: Imported | None
+    tokenizer_path: Path
 
 
 def open_start(path: str) -> Start:
-    """The model at `path`, its weights still on disk; ValueError if there is none."""
+    """The model at `path`, its weights still on disk; of an adapter, its base with what it changes. ValueError if there is none."""
+    if peft.is_one(path):
+        return _open_adapter(peft.read(path))
     if runs.is_foreign(path):
         imported = runs.read_imported(path)
-        return Start(Path(path).expanduser(), imported.config, imported.tokenizer, imported)
+        return Start(imported.path, imported.config, imported.tokenizer, imported, imported.path)
     workdir = runs.find(path)
     config, tokenizer = schema.load(workdir.config), tokenize.load(workdir.tokenizer)
-    return Start(workdir.path, schema.with_vocabulary(config, tokenizer.vocab_size), tokenizer, None)
+    return Start(workdir.path, schema.with_vocabulary(config, tokenizer.vocab_size), tokenizer, None, workdir.tokenizer)
+
+
+def _open_adapter(adapter: peft.Adapter) -> Start:
+    if not adapter.base or not Path(adapter.base).expanduser().exists():
+        missing = f"its base '{adapter.base}' is not a path here" if adapter.base else "it names no base"
+        raise ValueError(
+            f"train.start = '{adapter.where}' is an adapter, and {missing}.\n"
+            "  Accepted: one whose base is where it says; a model.\n"
+            f"  Make one model of both: python -m jaxllm.convert --from {adapter.where} --base BASE --to DIR."
+        )
+    run, path = runs.load(adapter.where), Path(adapter.where)
+    tokenizer_path = path if tokenizer_file.has_one(path) else open_start(adapter.base).tokenizer_path
+    return Start(path, run.config, run.tokenizer, None, tokenizer_path)
 
 
 def resolve(config: ConfigDict, workdir: Path) -> ConfigDict:
@@ -134,7 +154,7 @@ def _with_tokenizer(config: ConfigDict, found: Start) -> ConfigDict:
             f"train.start = '{config.train.start}' has no tokenizer.\n  Accepted: a model with its tokenizer files;"
             " tokenizer.kind = 'file' and tokenizer.path.\n  Fetch them, or set tokenizer.path."
         )
-    path = found.path / "tokenizer" if found.imported is None else found.path
+    path = found.tokenizer_path
     config.tokenizer.kind, config.tokenizer.path = "gguf" if path.is_file() else "file", str(path.absolute())
     return config
 

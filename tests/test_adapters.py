@@ -18,9 +18,11 @@ from jaxllm import adapters, convert, models, runs
 from jaxllm import config as schema
 from jaxllm.data import tokenize
 from jaxllm.data.chat import templates
+from jaxllm.data.tokenizers.byte import ByteTokenizer
 from jaxllm.engine import state
 from jaxllm.engine.checkpoint import Checkpoints
-from jaxllm.interop import peft
+from jaxllm.engine.workdir import Workdir
+from jaxllm.interop import peft, peft_attach
 from jaxllm.transforms import adapt, tree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,17 +107,19 @@ def test_a_run_and_its_files_are_one_model(folder: Path, name: str) -> None:
 
 def test_one_base_and_several_adapters(folder: Path) -> None:
     base = runs.load(folder / "base")
-    several = adapters.Adapters(base.params, base.config)
+    several = adapters.Adapters(base)
     for name in TRAINED:
         several.add(name, folder / f"{name}_peft")
     assert several.names() == tuple(TRAINED)
-    assert several.use(None) is base.params
+    assert several.use(None) is base
     theirs = {id(array) for array in jax.tree.leaves(base.params)}
     for name in (*TRAINED, *TRAINED):
-        params = several.use(name)
-        alone = runs.load(folder / f"{name}_peft")
-        np.testing.assert_array_equal(base.model.apply(params, TOKENS_BT), logits(alone))
-        trained = sum(array.size for array in jax.tree.leaves(params) if id(array) not in theirs)
+        found, alone = several.use(name), runs.load(folder / f"{name}_peft")
+        np.testing.assert_array_equal(logits(found), logits(alone))
+        assert (found.config, found.workdir.path) == (alone.config, alone.workdir.path)
+        assert found.model.decode is base.model.decode, "compiled once for all that are alike"
+        assert jax.tree.structure(jax.eval_shape(found.model.init, jax.random.key(0))) == jax.tree.structure(found.params)
+        trained = sum(array.size for array in jax.tree.leaves(found.params) if id(array) not in theirs)
         assert trained == sum(np.prod(shape) for shape in peft.read(folder / f"{name}_peft").shapes.values())
     with pytest.raises(ValueError, match=r"an adapter 'lora' is there already.\n  Accepted: a name other than lora, dora, pissa"):
         several.add("lora", folder / "dora_peft")
@@ -151,15 +155,22 @@ def test_a_vocabulary_that_grew(folder: Path, chat: Path, tmp_path: Path) -> Non
         assert theirs.template.text == run.tokenizer.template.text and tokenize.stop_ids(theirs) == stops
         for text in ("The quick Größe, 日本語\n", ""):
             assert theirs.encode(text) == run.tokenizer.encode(text)
-    done = command("jaxllm.generate", "--chat", f"--run={chat / 'files'}", "--temperature=0", "--max_tokens=9", "--prompt=Who?")
-    assert done.returncode == 0, done.stderr
+    asked = ("--chat", "--temperature=0", "--max_tokens=9", "--prompt=Who?")
+    done = command("jaxllm.generate", f"--run={chat / 'files'}", *asked)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    beside = command("jaxllm.generate", f"--run={folder / 'base'}", f"--adapter=chat={chat / 'files'}", *asked)
+    assert (beside.returncode, beside.stdout) == (0, done.stdout), beside.stderr
     # The run trained the new rows of two tables; the files have all rows.
     rows = {Path(row.path).name: row.parameters for row in adapters.find(chat)}
     assert rows["files"] - rows["run"] == 2 * before * run.config.model.width
-    with pytest.raises(
-        ValueError, match=rf"has an embedding of {after} rows, and the base's has {before}.\n  Accepted: adapters w"
-    ):
-        adapters.Adapters(base.params, base.config).add("chat", chat / "files")
+    several = adapters.Adapters(base)
+    several.add("chat", chat / "files")
+    grown: Any = several.use("chat").tokenizer
+    np.testing.assert_array_equal(logits(several.use("chat")), logits(runs.load(chat / "files")))
+    assert grown.template.text == run.tokenizer.template.text and several.use(None).tokenizer.vocab_size == before
+    kernels = [array for array in jax.tree.leaves(base.params["layers"]) if array.ndim > 1]
+    theirs = {id(array) for array in jax.tree.leaves(several.use("chat").params)}
+    assert kernels and all(id(array) in theirs for array in kernels)
 
 
 def test_the_tokenizer_of_an_average(chat: Path, tmp_path: Path) -> None:
@@ -184,13 +195,19 @@ def test_the_tokenizer_beside_an_adapter(folder: Path, chat: Path, tmp_path: Pat
     assert tokenize.stop_ids(opened.tokenizer) == tokenize.stop_ids(base.tokenizer)
 
 
-def test_an_adapter_with_a_head_of_its_own_is_opened_alone() -> None:
+def test_an_adapter_with_a_head_of_its_own_leaves_the_base_its_tied_one() -> None:
     golden = ROOT / "tests" / "golden"
-    found = peft.read(golden / "peft" / "gpt2_head")
-    imported = runs.read_imported(golden / "gpt2")
-    params = runs.weights.load(imported).params
-    with pytest.raises(ValueError, match=r"has an output head of its own[\s\S]*Accepted: [\s\S]*jaxllm.runs.load"):
-        adapters.Adapters(params, imported.config).add("head", found.where)
+    imported, path = runs.read_imported(golden / "gpt2"), golden / "peft" / "gpt2_head"
+    params, model = runs.weights.load(imported).params, models.build(imported.config)
+    several = adapters.Adapters(runs.Run(Workdir(imported.path), imported.config, ByteTokenizer(), model, params, 0, (), imported))
+    before = logits(several.use(None))
+    several.add("head", path)
+    opened = several.use("head")
+    attached = peft_attach.attach(params, imported.config, peft.read(path))
+    expected = models.build(attached.config).apply(attached.params, TOKENS_BT)
+    np.testing.assert_array_equal(logits(opened), expected)
+    assert opened.params["embed"]["tokens"] is params["embed"]["tokens"] and "head" not in params
+    np.testing.assert_array_equal(logits(several.use(None)), before)
 
 
 def test_list(folder: Path) -> None:
@@ -209,6 +226,24 @@ def test_list(folder: Path) -> None:
         adapters.find(folder / "base")
 
 
+def test_what_cannot_be_read_is_listed_below_the_others(folder: Path, tmp_path: Path) -> None:
+    for name in ("lora", "lora_peft"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / peft.CONFIG).write_text('{"peft_type": "VERA"}')
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / "config.json").write_text('{"train": {"transforms": ["lora"], "gone": 1}, "model": {}}')
+    done = command("jaxllm.adapters", "list", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    table, _, below = done.stdout.partition("MB: of these in float32\n")
+    assert "lora_peft" in table and "broken" not in table
+    assert [line.partition(": ")[2].partition(": ")[0] for line in below.splitlines()] == [
+        str(tmp_path / name) for name in ("broken", "older")
+    ]
+    with pytest.raises(ValueError, match=r"VERA[\s\S]*Accepted"):
+        adapters.find(tmp_path / "broken")
+
+
 def test_export_average_and_generate(folder: Path, tmp_path: Path) -> None:
     done = command("jaxllm.adapters", "export", "--run", str(folder / "lora"), "--to", str(tmp_path / "one"), "--base=moved")
     assert done.returncode == 0, done.stderr
@@ -219,6 +254,13 @@ def test_export_average_and_generate(folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "relative error (Frobenius)" in done.stdout and "0.25 * " in done.stdout
     assert {product.rank for product in peft.read(tmp_path / "mean").products.values()} == {3}
+    assert (
+        "of the products: none but rounding\n"
+        in adapters.average([str(folder / "lora_peft")] * 2, tmp_path / "same", rank=4) + "\n"
+    )
+    with pytest.raises(ValueError, match=r"--from .*/lora is a run.\n  Accepted: adapters in the files of PEFT.\n") as error:
+        adapters.average([str(folder / "lora_peft"), str(folder / "lora")], tmp_path / "other")
+    assert f"jaxllm.adapters export --run {folder / 'lora'} --to {folder / 'lora_peft'}." in str(error.value)
     prompt = ("--prompt=The quick", "--max_tokens=8", "--temperature=0")
     texts = [
         command("jaxllm.generate", f"--run={path}", *flags, *prompt).stdout
@@ -255,6 +297,13 @@ def test_pissa_whose_rest_was_quantized_is_refused_before_its_base_is_asked_for(
     )
     with pytest.raises(ValueError, match="its base 'gone' is not here"):
         adapters.export(str(run), tmp_path / "out")
+
+
+def test_what_quantizing_lost_is_told(tmp_path: Path) -> None:
+    for transforms, told in ((("nf4", "lora"), True), (("lora",), False)):
+        run = write_run(tmp_path / "_".join(transforms), model__name="llama", model__width=64, train__transforms=transforms)
+        said = adapters.export(str(run), tmp_path / "_".join([*transforms, "peft"]))
+        assert ("note: it was trained beside quantized kernels, and PEFT puts it beside those of the base" in said) is told
 
 
 def test_what_is_not_exported(folder: Path) -> None:

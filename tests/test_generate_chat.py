@@ -89,6 +89,19 @@ def test_one_answer(model: Path) -> None:
     )
 
 
+def test_without_chat_it_is_told_that_there_is_one(model: Path, tmp_path: Path) -> None:
+    for path, told in ((model, True), (write(tmp_path / "plain.gguf", chat_template=None), False)):
+        done = subprocess.run(
+            [*COMMAND[:-1], f"--run={path}", "--prompt=hello", "--max_tokens=3"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ("this model has a chat template: with --chat it answers\n" in done.stderr) is told
+        assert done.stdout.startswith("hello") and "--chat" not in done.stdout
+
+
 def test_a_conversation_through_a_pipe(model: Path, tmp_path: Path) -> None:
     """The second answer knows the first exchange, /reset forgets it, and what cannot be done is told beside the answers."""
     saved = tmp_path / "saved.jsonl"
@@ -142,9 +155,9 @@ def test_a_conversation_with_one_adapter_after_another(model: Path, adapters: di
 def test_an_adapter_drops_what_another_has_read(talk: Talk, model: Path, adapters: dict[str, Path]) -> None:
     """In a conversation that goes on: the keys and values of the exchange before are its own."""
     run = runs.load(model, for_decoding=True)
-    several = conversation.Adapters(run.params, run.config)
+    several = conversation.Adapters(run)
     several.add("clerk", adapters["clerk"])
-    choice = conversation.Choice(several, {None: run.tokenizer, "clerk": runs.load(adapters["clerk"]).tokenizer}, None)
+    choice = conversation.Choice(several, None)
     conversation.converse(talk, ["hello", "/adapter clerk", "world"], choice)
     expected = jaxllm.chat(*jaxllm.load(adapters["clerk"]), talk.messages[:-1], 6, temperature=0)
     assert talk.messages[-1]["content"] == expected

@@ -1,6 +1,8 @@
 """Training that begins with a model: from every kind of source its weights to the bit, and what does not fit is said."""
 
 import io
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from jaxllm import config as schema
 from jaxllm import convert, logits, models, runs, start
 from jaxllm.engine import session as sessions
 from jaxllm.engine.checkpoint import Checkpoints
+from jaxllm.interop import peft, peft_params
 from jaxllm.parallel import plan as plans
 from jaxllm.transforms import adapt, tree
 
@@ -50,7 +53,24 @@ def sources(folder: Path) -> dict[str, Path]:
     assert convert.convert(found["unrolled"], folder / "hf", "", None, Console(file=io.StringIO())) == 0
     values = tiny_gguf.model_values() | tiny_gguf.tokenizer_values()
     weights = tiny_gguf.stored(tiny_gguf.tensors(np.random.default_rng(5)))
-    return found | {"hf": folder / "hf", "gguf": tiny_gguf.write(folder / "tiny.gguf", weights, values)}
+    found |= {"hf": folder / "hf", "gguf": tiny_gguf.write(folder / "tiny.gguf", weights, values)}
+    return found | {"peft": write_adapter(folder / "peft", found["hf"])}
+
+
+def write_adapter(path: Path, base: Path) -> Path:
+    """An adapter of PEFT beside the base, which changes what it says."""
+    run, rng = runs.load(base), np.random.default_rng(1)
+    config = run.config.copy_and_resolve_references()
+    config.train.transforms, config.lora.rank = ("lora",), 2
+    adapted = models.build(config)
+    params = adapt.Adaptation(run.model.axes, adapted.config.transforms).params(run.params, jax.random.key(0))
+    moved = adapt.adapters(adapted.axes)
+    params = jax.tree.map_with_path(
+        lambda path, array: array + rng.normal(0, 0.1, array.shape).astype("float32") if tree.path_name(path) in moved else array,
+        params,
+    )
+    peft.write(path, peft_params.export(params, adapted.config, base=str(base)))
+    return path
 
 
 def config_of(path: Path | str, **fields: Any) -> Any:
@@ -79,7 +99,7 @@ def equal(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("form", ["scan", "unrolled"])
-@pytest.mark.parametrize("name", ["unrolled", "scan", "adapted", "hf", "gguf"])
+@pytest.mark.parametrize("name", ["unrolled", "scan", "adapted", "hf", "gguf", "peft"])
 def test_a_model_begins_with_the_weights_of_its_source(sources: dict[str, Path], tmp_path: Path, name: str, form: str) -> None:
     """To the bit, dense and beneath adapters; so are the logits, which the same program makes of the same numbers."""
     source = runs.load(sources[name])
@@ -115,12 +135,26 @@ def test_the_config_takes_what_the_model_says(sources: dict[str, Path], tmp_path
     )
     assert model.rope_theta == tiny_gguf.THETA and model.start_rows == tiny_gguf.VOCAB and model.dropout_frac == 0.1
     assert config.tokenizer.kind == "gguf" and Path(config.tokenizer.path) == sources["gguf"]
-    for name, path in (("hf", sources["hf"]), ("scan", sources["scan"] / "tokenizer")):
+    for name, path in (("hf", sources["hf"]), ("scan", sources["scan"] / "tokenizer"), ("peft", sources["hf"])):
         config = start.resolve(config_of(sources[name]), tmp_path)
         assert (config.tokenizer.kind, config.tokenizer.path) == ("file", str(path))
     own = config_of(sources["hf"], tokenizer__kind="file", tokenizer__path="elsewhere")
     assert start.resolve(own, tmp_path).tokenizer.path == "elsewhere"
     assert start.resolve(config_of(""), tmp_path) == config_of("")
+
+
+def test_an_adapter_is_begun_with_where_its_base_is(sources: dict[str, Path], tmp_path: Path) -> None:
+    """It has a tokenizer of its own if its files are there. Without the base, the command of the error makes one model of both."""
+    own = tmp_path / "own"
+    shutil.copytree(sources["peft"], own)
+    shutil.copy(sources["hf"] / "tokenizer.json", own)
+    assert start.resolve(config_of(own), tmp_path).tokenizer.path == str(own)
+    settings = json.loads((own / peft.CONFIG).read_text())
+    for base, what in (("else/where", "its base 'else/where' is not a path here"), (None, "it names no base")):
+        (own / peft.CONFIG).write_text(json.dumps(settings | {"base_model_name_or_path": base}))
+        with pytest.raises(ValueError, match=f"is an adapter, and {what}.\n  Accepted") as error:
+            start.resolve(config_of(own), tmp_path)
+        assert f"python -m jaxllm.convert --from {own} --base BASE --to DIR" in str(error.value)
 
 
 def test_what_contradicts_the_model_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ def attach(params: Params, config: ConfigDict, adapter: Adapter) -> Attached:
     if any(adapt.is_adapter(node) for node in jax.tree.leaves(params, is_leaf=leaf.is_type)):
         raise ValueError(
             f"{adapter.where}: the base has an adapter already.\n  Accepted: a base without one.\n"
-            "  Give the base that both began with; adapters are averaged with python -m jaxllm.adapters average."
+            "  Give the base that both began with, or make one model of base and adapter (python -m jaxllm.convert); adapters are averaged"
+            " with python -m jaxllm.adapters average."
         )
     arch = models.build(config).config
     architecture = families.choose(arch)
