@@ -221,6 +221,11 @@ def test_frozen_matrices_in_bfloat16(sources: dict[str, Path], tmp_path: Path) -
 
     narrow = {leaf.dtype for leaf in matrices(session.abstract.frozen)}
     assert narrow == {jnp.dtype("bfloat16")} and {leaf.dtype for leaf in matrices(wide.abstract.frozen)} == {jnp.dtype("float32")}
+    wide_ones = len(jax.tree.leaves(session.abstract.frozen)) - len(matrices(session.abstract.frozen))
+    assert sum(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(session.abstract.frozen)) == wide_ones > 0  # vectors
     rounded = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype).astype(leaf.dtype), exact, params)
     np.testing.assert_array_equal(logits.of(session.config, params), logits.of(wide.config, rounded))
     equal(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), rounded)
+    merged = adapt.merged(params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype("float32")}
+    equal(merged, adapt.merged(rounded))

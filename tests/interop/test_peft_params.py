@@ -66,6 +66,9 @@ def test_weights(case: str, kind: str, targets: str, also: str, layers_as: str, 
     rules = families.find(architecture).rules(architecture, model.config)
     wanted = {rule.name for rule in rules if rule.path in selected}
     assert changed == {name for name in expected.shapes if any(re.fullmatch(_pattern(name_), name) for name_ in wanted)}
+    # PEFT makes a new head for a classifier, random where the files have none.
+    heads = {rule.name for rule in rules if rule.path.startswith("head/") and config.model.head in ("classify", "tag")}
+    assert heads <= {canonical(name) for name in read.whole}
     # Attached to the base again, the kernels are the same.
     again = peft_attach.attach(base if kind == "pissa" else peft_base(params), without_transforms(config), read)
     for found, exact in zip(jax.tree.leaves(dense(again.params)), jax.tree.leaves(dense(params)), strict=True):
@@ -152,6 +155,30 @@ def test_ranks_of_gpt2_are_those_of_its_kernels_side_by_side(tmp_path: Path) -> 
     assert values["fan_in_fan_out"] is True
 
 
+def test_a_module_that_is_missing_where_names_have_no_prefix() -> None:
+    """target_modules are then a pattern for the names of a class without a head."""
+    config, model, params, base = adapted("bert alone", "lora", ".*(attention/o|mlp/down)/kernel")
+    whole = peft_params.export(params, model.config)
+    kept = {name: shape for name, shape in whole.shapes.items() if ".attention." in name}
+    products = {name: product for name, product in whole.products.items() if ".attention." in name}
+    part = dataclasses.replace(whole, targets=r"encoder\..*output\.dense", products=products, shapes=kept)
+    with pytest.raises(ValueError, match=r"missing \(2\): bert.encoder.layer.0.output.dense, bert.encoder.layer.1.output.dense"):
+        peft_attach.attach(base, without_transforms(config), part)
+
+
+def test_kernels_of_a_module_need_not_be_alike(tmp_path: Path) -> None:
+    """Of GPT-2's c_attn q and k may read the same and v not, and each may have a scale of its own."""
+    _, model, params, _ = adapted("gpt2", "lora", ".*attention/(q|k|v)/kernel")
+    for layer in params["layers"]:
+        q, k = (layer["attention"][part] for part in "qk")
+        k["kernel"] = dataclasses.replace(k["kernel"], a=q["kernel"].a, scale=3 * q["kernel"].scale)
+    peft.write(tmp_path, peft_params.export(params, model.config))
+    read, name = peft.read(tmp_path), "transformer.h.1.attn.c_attn"
+    both = (weights.export(each, "GPT2LMHeadModel", model.config) for each in (peft_base(params), dense(params)))
+    begun, expected = (each.make(f"{name}.weight") for each in both)
+    np.testing.assert_allclose(merged(read, name, begun), expected, atol=WEIGHT * np.abs(expected).max())
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=("codes", "factor"), meta_fields=("kind",))
 @dataclasses.dataclass(frozen=True)
 class Halves(Quantized):
@@ -192,7 +219,10 @@ def test_a_quantized_base(kind: str, layers_as: str, tmp_path: Path) -> None:
         is_leaf=leaf.is_type,
     )
     peft.write(tmp_path, peft_params.export(attached, model.config))
-    again = peft_attach.attach(coded, without_transforms(config), peft.read(tmp_path)).params
+    coded_config = without_transforms(config)
+    coded_config.train.transforms = ("int8",)
+    again, described = peft_attach.attach(coded, coded_config, peft.read(tmp_path))
+    assert described.train.transforms == ("int8", kind)
     assert sum(isinstance(getattr(node, "base", None), Halves) for node in jax.tree.leaves(again, is_leaf=leaf.is_type)) == (
         4 if layers_as == "scan" else 8
     )

@@ -57,12 +57,13 @@ def test_multiply_is_the_product_with_the_dense_kernel(kind, use, dtype, rtol):
 
 
 @kinds
-def test_int8_scales_of_axes_that_are_summed_over_are_applied_before(kind):
-    """A kernel whose first axis is an output, as in heads."""
-    kernel = MAKE[kind](numbers((128, 6)), 1)
-    x = numbers((2, 5, 6), 1)
-    expected = np.einsum("BTD,VD->BTV", x, np.asarray(kernel.dense(), np.float64))
-    np.testing.assert_allclose(leaf.einsum("BTD,VD->BTV", x, kernel), expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize(("spec", "shape", "x_shape"), [("BTD,VD->BTV", (128, 6), (6,)), ("BTHK,HKD->BTD", (128, 4, 6), (128, 4))])
+def test_int8_scales_of_axes_that_are_summed_over_are_applied_before(kind, spec, shape, x_shape):
+    """A kernel whose first axis is an output, as in heads, and one whose second axis has scales of its own and is summed over."""
+    kernel = MAKE[kind](numbers(shape), 1)
+    x = numbers((2, 5, *x_shape), 1)
+    expected = np.einsum(spec, x.astype(np.float64), np.asarray(kernel.dense(), np.float64))
+    np.testing.assert_allclose(leaf.einsum(spec, x, kernel), expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 
 def stack(*leaves):
