@@ -20,7 +20,7 @@ from jaxllm.data import tokenize
 from jaxllm.data.chat import templates
 from jaxllm.engine import state
 from jaxllm.engine.checkpoint import Checkpoints
-from jaxllm.interop import peft
+from jaxllm.interop import peft, peft_tokenizer
 from jaxllm.transforms import adapt, tree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -182,6 +182,16 @@ def test_the_tokenizer_beside_an_adapter(folder: Path, chat: Path, tmp_path: Pat
     base, opened = runs.load(chat / "merged"), runs.load(tmp_path / "lora", base=chat / "merged")
     assert base.tokenizer.template and not opened.tokenizer.template
     assert tokenize.stop_ids(opened.tokenizer) == tokenize.stop_ids(base.tokenizer)
+    # What is no token of its own, or another one, ends nothing.
+    (tmp_path / "plain").mkdir()
+    shutil.copy(folder / "base" / "tokenizer.json", tmp_path / "plain")
+    plain = runs.load(folder / "base")
+    alone = peft_tokenizer.choose(tmp_path / "plain", plain.config.copy_and_resolve_references(), base.tokenizer)
+    assert len(tokenize.stop_ids(alone)) < len(tokenize.stop_ids(base.tokenizer))
+    # It is written where the base has another one, and where transformers would miss its chat template.
+    assert not peft_tokenizer.make(plain.tokenizer, plain.tokenizer, plain.model.config).files
+    for same in (plain.tokenizer, base.tokenizer, None):
+        assert peft_tokenizer.make(base.tokenizer, same, base.model.config).files
 
 
 def test_an_adapter_with_a_head_of_its_own_is_opened_alone() -> None:

@@ -229,3 +229,20 @@ def test_frozen_matrices_in_bfloat16(sources: dict[str, Path], tmp_path: Path) -
     merged = adapt.merged(params)
     assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype("float32")}
     equal(merged, adapt.merged(rounded))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("scan", {"model__layers_as": "scan", "train__transforms": ("lora",), "lora__rank": 2}),
+        ("unrolled", {"model__layers_as": "unrolled", "train__trainable": "norm/.*|.*mlp/.*"}),
+    ],
+)
+def test_only_what_is_frozen_is_narrowed(sources: dict[str, Path], tmp_path: Path, name: str, fields: dict[str, Any]) -> None:
+    """Each array comes by itself: what is trained of it keeps all its bits."""
+    session, params, _ = begin(config_of(sources[name], **fields, precision__frozen="bfloat16"), tmp_path)
+    expected = tree.combine(session.abstract.params, session.abstract.frozen)
+    dtypes = [(name, leaf.dtype) for name, leaf in tree.named_leaves(params)]
+    assert dtypes == [(name, like.dtype) for name, like in tree.named_leaves(expected)]
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(session.abstract.params)} == {"float32"}
+    assert "bfloat16" in {leaf.dtype.name for leaf in jax.tree.leaves(session.abstract.frozen)}

@@ -146,6 +146,44 @@ def test_target_modules(case: str, targets: str, expected: Any) -> None:
     assert peft_params.export(params, model.config).targets == expected
 
 
+@pytest.mark.parametrize(
+    ("several", "meant", "not_meant"),
+    [
+        ([("q", "v"), r".*\.(o|down)"], ("q", "x.q", "x.v", "x.down"), ("x.seq", "down", "x.k")),
+        ([("q",), ("mlp.up", "q")], ("x.q", "x.mlp.up"), ("x.up", "mlp.up.x")),
+        ([("q",), "all-linear"], ("x.q", "anything"), ()),
+        ([r"x\.q|x\.k", r"y\.v"], ("x.q", "x.k", "y.v"), ("y.q", "x.v")),
+    ],
+)
+def test_the_union_of_target_modules(several: Any, meant: tuple[str, ...], not_meant: tuple[str, ...]) -> None:
+    for each in (several, several[::-1]):
+        found = peft_modules.union(each)
+        assert all(peft_modules.matches(found, name) for name in meant), found
+        assert not any(peft_modules.matches(found, name) for name in not_meant), found
+
+
+@pytest.mark.parametrize(
+    ("targets", "ranks"),
+    [
+        (("o", "wo"), {"x.0.o": 4, "x.1.o": 4, "x.0.wo": 2, "x.1.wo": 2, "x.2.wo": 2}),
+        (r"x\.\d\.w?o", {"x.0.o": 4, "x.1.o": 2, "x.0.wo": 2, "x.1.wo": 2, "x.2.wo": 1}),
+    ],
+)
+def test_ranks_are_read_for_the_modules_for_which_they_were_written(targets: Any, ranks: dict[str, int], tmp_path: Path) -> None:
+    _, model, params, _ = adapted("llama", "lora", Q_V)
+    shapes = {name + peft.A: (rank, 3) for name, rank in ranks.items()} | {name + peft.B: (5, rank) for name, rank in ranks.items()}
+    products = {name: peft.Product(rank, 3.5 if rank == 4 else 2.0) for name, rank in ranks.items()}
+    given = dataclasses.replace(
+        peft_params.export(params, model.config),
+        targets=targets,
+        products=products,
+        shapes=shapes,
+        read=lambda name: np.zeros(shapes[name], np.float32),
+    )
+    peft.write(tmp_path, given)
+    assert peft.read(tmp_path).products == products
+
+
 def test_ranks_of_gpt2_are_those_of_its_kernels_side_by_side(tmp_path: Path) -> None:
     _, model, params, _ = adapted("gpt2", "rslora", ".*layers/.*/kernel")
     peft.write(tmp_path, peft_params.export(params, model.config, rslora=True))
