@@ -258,9 +258,9 @@ def test_a_quantized_base(kind: str, layers_as: str, tmp_path: Path) -> None:
     )
     peft.write(tmp_path, peft_params.export(attached, model.config))
     coded_config = without_transforms(config)
-    coded_config.train.transforms = ("int8",)
+    coded_config.train.transforms, coded_config.lora.init = ("int8",), "pissa"
     again, described = peft_attach.attach(coded, coded_config, peft.read(tmp_path))
-    assert described.train.transforms == ("int8", kind)
+    assert (described.train.transforms, described.lora.init) == (("int8", kind), "zero")
     assert sum(isinstance(getattr(node, "base", None), Halves) for node in jax.tree.leaves(again, is_leaf=leaf.is_type)) == (
         4 if layers_as == "scan" else 8
     )

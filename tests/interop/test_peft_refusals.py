@@ -75,6 +75,11 @@ def test_what_is_not_said_is_what_peft_takes(tmp_path: Path) -> None:
     assert read.alpha(read.default) == pytest.approx(12.05, rel=1e-9)
     (path / peft.CONFIG).write_text(json.dumps({key: value for key, value in values.items() if key != "lora_alpha"}))
     assert peft.read(path).default == peft.Product(2, 8 / 2)
+    defaults = ("use_rslora", "use_dora", "lora_dropout", "fan_in_fan_out", "ensure_weight_tying", "rank_pattern", "alpha_pattern")
+    (path / peft.CONFIG).write_text(json.dumps({key: value for key, value in values.items() if key not in defaults}))
+    short = peft.read(path)
+    assert short.products == read.products
+    assert (short.rslora, short.dora, short.dropout_frac, short.fan_in_fan_out, short.tied) == (False, False, 0, False, False)
     (path / peft.CONFIG).write_text(json.dumps({key: value for key, value in values.items() if key != "r"}))
     with pytest.raises(ValueError, match=r"of another rank \(8\): .*\[2, 16\] with r = 8"):
         peft.read(path)
@@ -252,13 +257,13 @@ def test_the_average_is_that_of_the_products(tmp_path: Path) -> None:
     attach(tmp_path)
 
 
-@pytest.mark.parametrize("case", ["bert_base_lora", "gpt2_lora"])
+@pytest.mark.parametrize("case", ["bert_base_lora", "gpt2_lora", "qwen2_tied"])
 def test_the_average_of_an_adapter_with_itself_is_that_one(case: str, tmp_path: Path) -> None:
     """Also where target_modules mean more than is adapted, as there are exclude_modules."""
     one = peft.read(GOLDEN / "peft" / case)
     peft.write(tmp_path, peft_average.average((one, one), (0.5, 0.5)).adapter)
     found = peft.read(tmp_path)
-    assert (found.base, found.task, found.fan_in_fan_out) == (one.base, one.task, one.fan_in_fan_out)
+    assert (found.base, found.task, found.fan_in_fan_out, found.tied) == (one.base, one.task, one.fan_in_fan_out, one.tied)
     for module in one.products:
         np.testing.assert_allclose(delta(found, module), delta(one, module), atol=1e-6)
     assert adapt.adapters(attach(tmp_path, case).params) == adapt.adapters(attach(GOLDEN / "peft" / case, case).params)

@@ -1,6 +1,8 @@
 """What int8, int4 and nf4 share: they are leaves that multiply, are stacked and cut, and let gradients through to x. Int8 and int4 against
 NumPy float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,6 +149,8 @@ def test_transforms_are_made_of_a_config_and_know_their_axes(name, use, double):
     _, shape, inputs = USES[use]
     axes = {"down": ("mlp", "embed"), "q": ("embed", "heads", "head_dim"), "o": ("heads", "head_dim", "embed")}[use]
     kernel = transform.apply(jnp.asarray(numbers(shape)), inputs, jax.random.key(0))
+    alone = {"int8": int8.quantize, "int4": partial(int4.quantize, group=64), "nf4": partial(nf4.quantize, double=double)}[name]
+    jax.tree.map(np.testing.assert_array_equal, kernel, alone(numbers(shape), inputs))
     named = transform.axes(axes, inputs)
     assert (transform.targets, transform.adapts) == (settings.quant.targets, False)
     assert jax.tree.structure(named, is_leaf=lambda node: type(node) is tuple) == jax.tree.structure(kernel)
