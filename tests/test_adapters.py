@@ -173,6 +173,16 @@ def test_the_tokenizer_of_an_average(chat: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "none" / "tokenizer.json").exists()
 
 
+def test_each_weight_is_that_of_its_adapter(folder: Path, tmp_path: Path) -> None:
+    """In the order in which both are given: with 1 and 0 the first one is left."""
+    one, other = (str(folder / f"{name}_peft") for name in ("lora", "pissa"))
+    for paths in ((one, other), (other, one)):
+        target = tmp_path / Path(paths[0]).name
+        adapters.average(paths, target, ["1", "0"])
+        np.testing.assert_allclose(logits(runs.load(target)), logits(runs.load(paths[0])), atol=1e-4)
+    assert np.abs(logits(runs.load(one)) - logits(runs.load(other))).max() > 1e-2
+
+
 def test_the_tokenizer_beside_an_adapter(folder: Path, chat: Path, tmp_path: Path) -> None:
     """It takes the place of the base's, but what ends a text still does; and it fits the embedding."""
     shutil.copytree(folder / "lora_peft", tmp_path / "lora")
