@@ -22,7 +22,7 @@ from jaxllm.data.tokenizers.byte import ByteTokenizer
 from jaxllm.engine import state
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.workdir import Workdir
-from jaxllm.interop import peft, peft_attach
+from jaxllm.interop import peft, peft_attach, peft_tokenizer
 from jaxllm.transforms import adapt, tree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,6 +184,16 @@ def test_the_tokenizer_of_an_average(chat: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "none" / "tokenizer.json").exists()
 
 
+def test_each_weight_is_that_of_its_adapter(folder: Path, tmp_path: Path) -> None:
+    """In the order in which both are given: with 1 and 0 the first one is left."""
+    one, other = (str(folder / f"{name}_peft") for name in ("lora", "pissa"))
+    for paths in ((one, other), (other, one)):
+        target = tmp_path / Path(paths[0]).name
+        adapters.average(paths, target, ["1", "0"])
+        np.testing.assert_allclose(logits(runs.load(target)), logits(runs.load(paths[0])), atol=1e-4)
+    assert np.abs(logits(runs.load(one)) - logits(runs.load(other))).max() > 1e-2
+
+
 def test_the_tokenizer_beside_an_adapter(folder: Path, chat: Path, tmp_path: Path) -> None:
     """It takes the place of the base's, but what ends a text still does; and it fits the embedding."""
     shutil.copytree(folder / "lora_peft", tmp_path / "lora")
@@ -193,6 +203,16 @@ def test_the_tokenizer_beside_an_adapter(folder: Path, chat: Path, tmp_path: Pat
     base, opened = runs.load(chat / "merged"), runs.load(tmp_path / "lora", base=chat / "merged")
     assert base.tokenizer.template and not opened.tokenizer.template
     assert tokenize.stop_ids(opened.tokenizer) == tokenize.stop_ids(base.tokenizer)
+    # What is no token of its own, or another one, ends nothing.
+    (tmp_path / "plain").mkdir()
+    shutil.copy(folder / "base" / "tokenizer.json", tmp_path / "plain")
+    plain = runs.load(folder / "base")
+    alone = peft_tokenizer.choose(tmp_path / "plain", plain.config.copy_and_resolve_references(), base.tokenizer)
+    assert len(tokenize.stop_ids(alone)) < len(tokenize.stop_ids(base.tokenizer))
+    # It is written where the base has another one, and where transformers would miss its chat template.
+    assert not peft_tokenizer.make(plain.tokenizer, plain.tokenizer, plain.model.config).files
+    for same in (plain.tokenizer, base.tokenizer, None):
+        assert peft_tokenizer.make(base.tokenizer, same, base.model.config).files
 
 
 def test_an_adapter_with_a_head_of_its_own_leaves_the_base_its_tied_one() -> None:

@@ -111,13 +111,12 @@ def test_a_model_begins_with_the_weights_of_its_source(sources: dict[str, Path],
     source.config.model.layers_as, source.config.train.transforms = form, ()
     expected = logits.of(source.config, tree.unstack_like(merged, models_like(session)))
     np.testing.assert_array_equal(logits.of(session.config, state.params), expected)
-    if form == "scan":
-        config = config_of(sources[name], model__layers_as="scan", train__transforms=("lora",), lora__rank=2)
-        session, params, said = begin(config, tmp_path)
-        equal(adapt.merged(params), merged)
-        drawn = [array for name, array in tree.named_leaves(params) if name.endswith("/a")]
-        random = [array for name, array in tree.named_leaves(session.create().params) if name.endswith("/a")]
-        equal(drawn, random)  # what a start draws does not hang on where the kernels come from
+    config = config_of(sources[name], model__layers_as=form, train__transforms=("lora",), lora__rank=2)
+    session, params, said = begin(config, tmp_path)
+    equal(tree.stack_layers(adapt.merged(params)), merged)
+    drawn = [array for name, array in tree.named_leaves(params) if name.endswith("/a")]
+    random = [array for name, array in tree.named_leaves(session.create().params) if name.endswith("/a")]
+    equal(drawn, random)  # what a start draws does not hang on where the kernels come from, and no two layers draw alike
 
 
 def models_like(session: Any) -> Any:
@@ -255,6 +254,28 @@ def test_frozen_matrices_in_bfloat16(sources: dict[str, Path], tmp_path: Path) -
 
     narrow = {leaf.dtype for leaf in matrices(session.abstract.frozen)}
     assert narrow == {jnp.dtype("bfloat16")} and {leaf.dtype for leaf in matrices(wide.abstract.frozen)} == {jnp.dtype("float32")}
+    wide_ones = len(jax.tree.leaves(session.abstract.frozen)) - len(matrices(session.abstract.frozen))
+    assert sum(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(session.abstract.frozen)) == wide_ones > 0  # vectors
     rounded = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype).astype(leaf.dtype), exact, params)
     np.testing.assert_array_equal(logits.of(session.config, params), logits.of(wide.config, rounded))
     equal(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), rounded)
+    merged = adapt.merged(params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype("float32")}
+    equal(merged, adapt.merged(rounded))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("scan", {"model__layers_as": "scan", "train__transforms": ("lora",), "lora__rank": 2}),
+        ("unrolled", {"model__layers_as": "unrolled", "train__trainable": "norm/.*|.*mlp/.*"}),
+    ],
+)
+def test_only_what_is_frozen_is_narrowed(sources: dict[str, Path], tmp_path: Path, name: str, fields: dict[str, Any]) -> None:
+    """Each array comes by itself: what is trained of it keeps all its bits."""
+    session, params, _ = begin(config_of(sources[name], **fields, precision__frozen="bfloat16"), tmp_path)
+    expected = tree.combine(session.abstract.params, session.abstract.frozen)
+    dtypes = [(name, leaf.dtype) for name, leaf in tree.named_leaves(params)]
+    assert dtypes == [(name, like.dtype) for name, like in tree.named_leaves(expected)]
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(session.abstract.params)} == {"float32"}
+    assert "bfloat16" in {leaf.dtype.name for leaf in jax.tree.leaves(session.abstract.frozen)}

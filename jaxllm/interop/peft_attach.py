@@ -89,8 +89,8 @@ def _apart(adapter: Adapter, whole: Mapping[str, str], tied: set[str], embedding
     if not stored or adapter.tied:
         return []
     # What is put into the base's own place stays tied to all that is not replaced.
-    kept = [name for name in stored if not adapter.replaces(whole[name])]
-    first = adapter.read(whole[(kept or stored)[0]]) if kept or len(stored) == len(tied) else np.asarray(embedding)
+    keeps = any(not adapter.replaces(whole[name]) for name in stored)
+    first = adapter.read(whole[stored[0]]) if keeps or len(stored) == len(tied) else np.asarray(embedding)
     return [] if all(np.array_equal(first, adapter.read(whole[name])) for name in stored) else stored
 
 

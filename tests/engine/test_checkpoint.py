@@ -152,6 +152,15 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path).steps() == [2, 7, 8] and Checkpoints(tmp_path / "none").latest() is None
 
 
+def test_the_best_is_the_newest_of_equals_and_never_one_without_a_loss(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=1)
+    expected = {1: [1], 2: [2], 3: [3], 4: [3, 4]}
+    for step, loss in {1: float("nan"), 2: 3.0, 3: 3.0, 4: 5.0}.items():
+        checkpoints.save(step, {"w": jnp.float32(step)}, loss=loss)
+        checkpoints.wait()
+        assert checkpoints.steps() == expected[step]
+
+
 def test_the_same_state_is_not_written_twice_and_another_one_replaces_it(checkpoints: Checkpoints) -> None:
     like = {"w": jax.ShapeDtypeStruct((), jnp.float32)}
     for value, kept in [(1.0, False), (1.0, True), (2.0, False)]:

@@ -54,6 +54,7 @@ def test_evaluation_takes_the_average_if_there_is_one():
     kernel = states.eval_params(averaged)["layers"][0]["mlp"]["up"]["kernel"]
     np.testing.assert_array_equal(kernel, state.params["layers"][0]["mlp"]["up"]["kernel"] + 1)
     assert states.eval_params(averaged)["embed"]["tokens"] is state.frozen["embed"]["tokens"]
+    assert tiny.make().create().ema is None
     without = replace(state, ema=None)
     assert states.eval_params(without)["layers"][0]["mlp"]["up"]["kernel"] is state.params["layers"][0]["mlp"]["up"]["kernel"]
 

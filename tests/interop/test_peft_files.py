@@ -55,6 +55,11 @@ def test_logits(case: str, layers_as: str) -> None:
     assert hf_batch.error(batch, np.asarray(run(attached.params, batch["tokens"], **rest)), expected) < LOGITS
     # The parameters are those of the model that the config describes; ranks of their own are not in it.
     assert tree.names(model.axes) == tree.names(attached.params)
+    # So are the settings with which it is trained on.
+    values, lora = json.loads((GOLDEN / "peft" / case / peft.CONFIG).read_text()), attached.config.lora
+    settings = [values[name] for name in ("r", "lora_alpha", "use_rslora", "lora_dropout")]
+    assert [lora.rank, lora.alpha, lora.rslora, lora.dropout_frac] == settings
+    assert attached.config.train.transforms == ("dora" if values["use_dora"] else "lora",)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -66,6 +66,9 @@ def test_weights(case: str, kind: str, targets: str, also: str, layers_as: str, 
     rules = families.find(architecture).rules(architecture, model.config)
     wanted = {rule.name for rule in rules if rule.path in selected}
     assert changed == {name for name in expected.shapes if any(re.fullmatch(_pattern(name_), name) for name_ in wanted)}
+    # PEFT makes a new head for a classifier, random where the files have none.
+    heads = {rule.name for rule in rules if rule.path.startswith("head/") and config.model.head in ("classify", "tag")}
+    assert heads <= {canonical(name) for name in read.whole}
     # Attached to the base again, the kernels are the same.
     again = peft_attach.attach(base if kind == "pissa" else peft_base(params), without_transforms(config), read)
     for found, exact in zip(jax.tree.leaves(dense(again.params)), jax.tree.leaves(dense(params)), strict=True):
@@ -143,6 +146,44 @@ def test_target_modules(case: str, targets: str, expected: Any) -> None:
     assert peft_params.export(params, model.config).targets == expected
 
 
+@pytest.mark.parametrize(
+    ("several", "meant", "not_meant"),
+    [
+        ([("q", "v"), r".*\.(o|down)"], ("q", "x.q", "x.v", "x.down"), ("x.seq", "down", "x.k")),
+        ([("q",), ("mlp.up", "q")], ("x.q", "x.mlp.up"), ("x.up", "mlp.up.x")),
+        ([("q",), "all-linear"], ("x.q", "anything"), ()),
+        ([r"x\.q|x\.k", r"y\.v"], ("x.q", "x.k", "y.v"), ("y.q", "x.v")),
+    ],
+)
+def test_the_union_of_target_modules(several: Any, meant: tuple[str, ...], not_meant: tuple[str, ...]) -> None:
+    for each in (several, several[::-1]):
+        found = peft_modules.union(each)
+        assert all(peft_modules.matches(found, name) for name in meant), found
+        assert not any(peft_modules.matches(found, name) for name in not_meant), found
+
+
+@pytest.mark.parametrize(
+    ("targets", "ranks"),
+    [
+        (("o", "wo"), {"x.0.o": 4, "x.1.o": 4, "x.0.wo": 2, "x.1.wo": 2, "x.2.wo": 2}),
+        (r"x\.\d\.w?o", {"x.0.o": 4, "x.1.o": 2, "x.0.wo": 2, "x.1.wo": 2, "x.2.wo": 1}),
+    ],
+)
+def test_ranks_are_read_for_the_modules_for_which_they_were_written(targets: Any, ranks: dict[str, int], tmp_path: Path) -> None:
+    _, model, params, _ = adapted("llama", "lora", Q_V)
+    shapes = {name + peft.A: (rank, 3) for name, rank in ranks.items()} | {name + peft.B: (5, rank) for name, rank in ranks.items()}
+    products = {name: peft.Product(rank, 3.5 if rank == 4 else 2.0) for name, rank in ranks.items()}
+    given = dataclasses.replace(
+        peft_params.export(params, model.config),
+        targets=targets,
+        products=products,
+        shapes=shapes,
+        read=lambda name: np.zeros(shapes[name], np.float32),
+    )
+    peft.write(tmp_path, given)
+    assert peft.read(tmp_path).products == products
+
+
 def test_ranks_of_gpt2_are_those_of_its_kernels_side_by_side(tmp_path: Path) -> None:
     _, model, params, _ = adapted("gpt2", "rslora", ".*layers/.*/kernel")
     peft.write(tmp_path, peft_params.export(params, model.config, rslora=True))
@@ -150,6 +191,30 @@ def test_ranks_of_gpt2_are_those_of_its_kernels_side_by_side(tmp_path: Path) -> 
     assert (values["r"], values["lora_alpha"], values["rank_pattern"]) == (3, 7, {"c_attn": 9})
     assert values["alpha_pattern"]["c_attn"] == pytest.approx(7 * 3**0.5)
     assert values["fan_in_fan_out"] is True
+
+
+def test_a_module_that_is_missing_where_names_have_no_prefix() -> None:
+    """target_modules are then a pattern for the names of a class without a head."""
+    config, model, params, base = adapted("bert alone", "lora", ".*(attention/o|mlp/down)/kernel")
+    whole = peft_params.export(params, model.config)
+    kept = {name: shape for name, shape in whole.shapes.items() if ".attention." in name}
+    products = {name: product for name, product in whole.products.items() if ".attention." in name}
+    part = dataclasses.replace(whole, targets=r"encoder\..*output\.dense", products=products, shapes=kept)
+    with pytest.raises(ValueError, match=r"missing \(2\): bert.encoder.layer.0.output.dense, bert.encoder.layer.1.output.dense"):
+        peft_attach.attach(base, without_transforms(config), part)
+
+
+def test_kernels_of_a_module_need_not_be_alike(tmp_path: Path) -> None:
+    """Of GPT-2's c_attn q and k may read the same and v not, and each may have a scale of its own."""
+    _, model, params, _ = adapted("gpt2", "lora", ".*attention/(q|k|v)/kernel")
+    for layer in params["layers"]:
+        q, k = (layer["attention"][part] for part in "qk")
+        k["kernel"] = dataclasses.replace(k["kernel"], a=q["kernel"].a, scale=3 * q["kernel"].scale)
+    peft.write(tmp_path, peft_params.export(params, model.config))
+    read, name = peft.read(tmp_path), "transformer.h.1.attn.c_attn"
+    both = (weights.export(each, "GPT2LMHeadModel", model.config) for each in (peft_base(params), dense(params)))
+    begun, expected = (each.make(f"{name}.weight") for each in both)
+    np.testing.assert_allclose(merged(read, name, begun), expected, atol=WEIGHT * np.abs(expected).max())
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("codes", "factor"), meta_fields=("kind",))
@@ -192,7 +257,10 @@ def test_a_quantized_base(kind: str, layers_as: str, tmp_path: Path) -> None:
         is_leaf=leaf.is_type,
     )
     peft.write(tmp_path, peft_params.export(attached, model.config))
-    again = peft_attach.attach(coded, without_transforms(config), peft.read(tmp_path)).params
+    coded_config = without_transforms(config)
+    coded_config.train.transforms, coded_config.lora.init = ("int8",), "pissa"
+    again, described = peft_attach.attach(coded, coded_config, peft.read(tmp_path))
+    assert (described.train.transforms, described.lora.init) == (("int8", kind), "zero")
     assert sum(isinstance(getattr(node, "base", None), Halves) for node in jax.tree.leaves(again, is_leaf=leaf.is_type)) == (
         4 if layers_as == "scan" else 8
     )

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from test_peft_files import GOLDEN, base_of
 
 from jaxllm.interop import peft, peft_attach, peft_average
+from jaxllm.transforms import adapt
 
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -64,6 +65,24 @@ def attach(path: Path, case: str = "llama_lora") -> peft_attach.Attached:
 def test_settings(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"{words}[\s\S]*"):
         peft.read(edited(tmp_path, **settings))
+
+
+def test_what_is_not_said_is_what_peft_takes(tmp_path: Path) -> None:
+    """r = 8 and lora_alpha = 8; and an alpha that is no whole number stays what it is."""
+    path = edited(tmp_path, lora_alpha=12.05)
+    values = json.loads((path / peft.CONFIG).read_text())
+    read = peft.read(path)
+    assert read.alpha(read.default) == pytest.approx(12.05, rel=1e-9)
+    (path / peft.CONFIG).write_text(json.dumps({key: value for key, value in values.items() if key != "lora_alpha"}))
+    assert peft.read(path).default == peft.Product(2, 8 / 2)
+    defaults = ("use_rslora", "use_dora", "lora_dropout", "fan_in_fan_out", "ensure_weight_tying", "rank_pattern", "alpha_pattern")
+    (path / peft.CONFIG).write_text(json.dumps({key: value for key, value in values.items() if key not in defaults}))
+    short = peft.read(path)
+    assert short.products == read.products
+    assert (short.rslora, short.dora, short.dropout_frac, short.fan_in_fan_out, short.tied) == (False, False, 0, False, False)
+    (path / peft.CONFIG).write_text(json.dumps({key: value for key, value in values.items() if key != "r"}))
+    with pytest.raises(ValueError, match=r"of another rank \(8\): .*\[2, 16\] with r = 8"):
+        peft.read(path)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +171,14 @@ def test_an_embedding_apart_from_what_t5_ties_to_it(tmp_path: Path) -> None:
     assert attached.config.model.tied_head != "off"
 
 
+def test_what_is_tied_may_be_stored_once(tmp_path: Path) -> None:
+    """With ensure_weight_tying the head follows its embedding, which is not that of the base."""
+    path = edited(tmp_path, "qwen2_tied", lambda tensors: tensors.pop("base_model.model.lm_head.weight"))
+    once, both = (attach(each, "qwen2_tied") for each in (path, GOLDEN / "peft" / "qwen2_tied"))
+    assert once.config.model.tied_head == both.config.model.tied_head != "off"
+    jax.tree.map(np.testing.assert_array_equal, once.params, both.params)
+
+
 def test_a_vocabulary_that_grew_in_peft(tmp_path: Path) -> None:
     """Each module of modules_to_save is there three times."""
     rng = np.random.default_rng(0)
@@ -225,8 +252,21 @@ def test_the_average_is_that_of_the_products(tmp_path: Path) -> None:
     assert found.products[both].rank == sum(adapter.products[both].rank for adapter in adapters)
     means = [sum(s * getattr(x.factors(both), part) for s, x in zip(shares, adapters[:1] * 2, strict=True)) for part in "ba"]
     assert np.abs(means[0] @ means[1] - delta(found, both)).max() > 0.1
+    assert all(found.means(module) for module in found.products)
     # The result stands beside the base like any other.
     attach(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["bert_base_lora", "gpt2_lora", "qwen2_tied"])
+def test_the_average_of_an_adapter_with_itself_is_that_one(case: str, tmp_path: Path) -> None:
+    """Also where target_modules mean more than is adapted, as there are exclude_modules."""
+    one = peft.read(GOLDEN / "peft" / case)
+    peft.write(tmp_path, peft_average.average((one, one), (0.5, 0.5)).adapter)
+    found = peft.read(tmp_path)
+    assert (found.base, found.task, found.fan_in_fan_out, found.tied) == (one.base, one.task, one.fan_in_fan_out, one.tied)
+    for module in one.products:
+        np.testing.assert_allclose(delta(found, module), delta(one, module), atol=1e-6)
+    assert adapt.adapters(attach(tmp_path, case).params) == adapt.adapters(attach(GOLDEN / "peft" / case, case).params)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 50])
@@ -270,6 +310,12 @@ def test_whole_tensors_are_averaged_with_shares_of_1(tmp_path: Path) -> None:
 def test_no_average(cases: tuple[str, str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         peft_average.average([peft.read(GOLDEN / "peft" / case) for case in cases], (0.5, 0.5))
+
+
+def test_no_average_of_tied_and_untied(tmp_path: Path) -> None:
+    both = [peft.read(GOLDEN / "peft" / "qwen2_tied"), peft.read(edited(tmp_path, "qwen2_tied", ensure_weight_tying=False))]
+    with pytest.raises(ValueError, match=r"only one of them has ensure_weight_tying.\n  Accepted: both, or none"):
+        peft_average.average(both, (0.5, 0.5))
 
 
 def test_no_average_of_other_shapes(tmp_path: Path) -> None:

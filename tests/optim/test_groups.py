@@ -20,6 +20,13 @@ def test_the_first_full_match_wins_and_no_match_is_one():
     }
 
 
+def test_the_ratio_of_lora_multiplies_what_groups_say_of_b_alone():
+    axes = {"layers": {"up": {"a": ("rank",), "b": ("rank",)}}, "norm": {"b": ("embed",)}}
+    plain = groups.factors((("layers/.*", 0.5, 2),), axes)
+    found = groups.faster(plain, ("layers/up/a", "layers/up/b"), 16)
+    assert found == {"layers/up/a": (0.5, 2), "layers/up/b": (8, 2), "norm/b": (1, 1)}
+
+
 @pytest.mark.parametrize(
     ("group", "message"),
     [

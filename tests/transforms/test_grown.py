@@ -62,17 +62,19 @@ def test_gradients_are_those_of_the_table_in_one_piece(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "sizes"),
+    ("family", "new_rows", "sizes"),
     [
-        ("llama", {"parallel__tensor": 2}),
-        ("gpt", {"parallel__fsdp": 2, "parallel__tensor": 2, "parallel__zero_stage": 3, "model__layers_as": "scan"}),
+        ("llama", 5, {"parallel__tensor": 2}),
+        ("gpt", VOCAB - OLD, {"parallel__fsdp": 2, "parallel__tensor": 2, "parallel__zero_stage": 3, "model__layers_as": "scan"}),
     ],
 )
 @pytest.mark.usefixtures("compiled_anew")
-def test_a_mesh_trains_the_new_rows_as_one_device_does(family: str, sizes: dict[str, Any]) -> None:
-    one, named = gradients(config_of(family))
+def test_a_mesh_trains_the_new_rows_as_one_device_does(family: str, new_rows: int, sizes: dict[str, Any]) -> None:
+    """However many they are: no axis of the mesh divides them."""
+    vocab_size = {"model__vocab_size": OLD + new_rows}
+    one, named = gradients(config_of(family, **vocab_size))
     assert {name for name in named if not name.startswith("layers")} == {f"{name}/rows" for name in TABLES[family]}
-    found = combinations.deviations(gradients(config_of(family, **sizes))[0], one)
+    found = combinations.deviations(gradients(config_of(family, **vocab_size, **sizes))[0], one)
     assert max(found.values()) <= 1e-5, found
 
 

@@ -22,6 +22,18 @@ def test_einsum_computes_in_the_dtype_of_x_and_its_gradient_is_the_kernels(dtype
     assert vjp(out)[0].dtype == jnp.float32
 
 
+ORDERS = ["btd,dhk->bthk", "btd,dhk->bhtk", "btd,dhk->bhkt", "bth,dhk->btdk", "bhk,dhk->bd", "bdh,dhk->bk", "bhd,dhk->bk"]
+
+
+@pytest.mark.parametrize("spec", ORDERS)
+def test_einsum_is_that_of_numpy_in_any_order_of_axes(spec):
+    """Only some are folded into matrices."""
+    sizes, rng = dict(zip("btdhk", (2, 3, 4, 5, 6), strict=True)), np.random.default_rng(0)
+    x, kernel = (rng.normal(size=[sizes[axis] for axis in axes]).astype(np.float32) for axes in spec.partition("->")[0].split(","))
+    expected = np.einsum(spec, x.astype(np.float64), kernel)
+    np.testing.assert_allclose(leaf.einsum(spec, x, kernel), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
 def test_take_gives_rows_and_sums_their_gradient_in_the_tables_dtype():
     table = jnp.arange(12.0).reshape(4, 3)
     # 300 times the same row: a bfloat16 sum would stop at 256.

@@ -1,6 +1,8 @@
 """What int8, int4 and nf4 share: they are leaves that multiply, are stacked and cut, and let gradients through to x. Int8 and int4 against
 NumPy float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,12 +59,13 @@ def test_multiply_is_the_product_with_the_dense_kernel(kind, use, dtype, rtol):
 
 
 @kinds
-def test_int8_scales_of_axes_that_are_summed_over_are_applied_before(kind):
-    """A kernel whose first axis is an output, as in heads."""
-    kernel = MAKE[kind](numbers((128, 6)), 1)
-    x = numbers((2, 5, 6), 1)
-    expected = np.einsum("BTD,VD->BTV", x, np.asarray(kernel.dense(), np.float64))
-    np.testing.assert_allclose(leaf.einsum("BTD,VD->BTV", x, kernel), expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize(("spec", "shape", "x_shape"), [("BTD,VD->BTV", (128, 6), (6,)), ("BTHK,HKD->BTD", (128, 4, 6), (128, 4))])
+def test_int8_scales_of_axes_that_are_summed_over_are_applied_before(kind, spec, shape, x_shape):
+    """A kernel whose first axis is an output, as in heads, and one whose second axis has scales of its own and is summed over."""
+    kernel = MAKE[kind](numbers(shape), 1)
+    x = numbers((2, 5, *x_shape), 1)
+    expected = np.einsum(spec, x.astype(np.float64), np.asarray(kernel.dense(), np.float64))
+    np.testing.assert_allclose(leaf.einsum(spec, x, kernel), expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 
 def stack(*leaves):
@@ -146,6 +149,8 @@ def test_transforms_are_made_of_a_config_and_know_their_axes(name, use, double):
     _, shape, inputs = USES[use]
     axes = {"down": ("mlp", "embed"), "q": ("embed", "heads", "head_dim"), "o": ("heads", "head_dim", "embed")}[use]
     kernel = transform.apply(jnp.asarray(numbers(shape)), inputs, jax.random.key(0))
+    alone = {"int8": int8.quantize, "int4": partial(int4.quantize, group=64), "nf4": partial(nf4.quantize, double=double)}[name]
+    jax.tree.map(np.testing.assert_array_equal, kernel, alone(numbers(shape), inputs))
     named = transform.axes(axes, inputs)
     assert (transform.targets, transform.adapts) == (settings.quant.targets, False)
     assert jax.tree.structure(named, is_leaf=lambda node: type(node) is tuple) == jax.tree.structure(kernel)
