@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from rich.console import Console
 
 from jaxllm.adapters import Adapters
 from jaxllm.decode.talk import Answer, Talk
-from jaxllm.types import Tokenizer
 
 YOU, MORE = "> ", ". "
 GOES_ON = "\\"
@@ -31,10 +30,9 @@ A line that ends in \\ goes on in the next one. Ctrl-C stops an answer. A messag
 
 @dataclass
 class Choice:
-    """The adapters that a conversation can be answered with, each with its tokenizer, and the one in use; None is the base alone."""
+    """The adapters that a conversation can be answered with, and the one in use; None is the base alone."""
 
     adapters: Adapters
-    tokenizers: Mapping[str | None, Tokenizer]
     used: str | None
 
 
@@ -78,46 +76,46 @@ def _attempt(talk: Talk, message: str, choice: Choice | None) -> None:
     except ValueError as error:
         if "\n  " not in str(error):
             raise
-        _tell(str(error))
+        tell(str(error))
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
         print()
-        _tell("stopped: /retry answers again, /undo takes the message back")
+        tell("stopped: /retry answers again, /undo takes the message back")
 
 
 def _obey(talk: Talk, typed: str, choice: Choice | None) -> None:
     name, *rest = typed.split(None, 1)
     text = "".join(rest).strip()
     commands: dict[str, Callable[[], None]] = {
-        "/undo": lambda: _tell(f"taken back: {talk.undo()}"),
+        "/undo": lambda: tell(f"taken back: {talk.undo()}"),
         "/retry": lambda: _retry(talk),
         "/system": lambda: _set_system(talk, text),
         "/reset": lambda: _reset(talk),
-        "/adapter": lambda: _tell(switch(talk, choice, text)),
-        "/save": lambda: _tell(save(talk, text)),
-        "/help": lambda: _tell(HELP),
+        "/adapter": lambda: tell(switch(talk, choice, text)),
+        "/save": lambda: tell(save(talk, text)),
+        "/help": lambda: tell(HELP),
     }
     if name in commands:
         commands[name]()
     else:
-        _tell(f"there is no command {name}. There are\n{HELP}")
+        tell(f"there is no command {name}. There are\n{HELP}")
 
 
 def _retry(talk: Talk) -> None:
     if talk.greedy:
-        _tell("a temperature of 0 draws nothing, so this is the same answer")
+        tell("a temperature of 0 draws nothing, so this is the same answer")
     show(talk.retry())
 
 
 def _set_system(talk: Talk, content: str) -> None:
     talk.set_system(content)
-    _tell("the message of the system is set" if content else "there is no message of the system")
+    tell("the message of the system is set" if content else "there is no message of the system")
 
 
 def _reset(talk: Talk) -> None:
     talk.reset()
-    _tell("the conversation begins anew")
+    tell("the conversation begins anew")
 
 
 def switch(talk: Talk, choice: Choice | None, name: str) -> str:
@@ -137,7 +135,8 @@ def switch(talk: Talk, choice: Choice | None, name: str) -> str:
     if name not in names:
         raise ValueError(f"there is no adapter '{name}'.\n  Accepted: {', '.join(names)}.\n  Correct the name.")
     wanted = None if name == NONE else name
-    talk.use(choice.adapters.use(wanted), choice.tokenizers[wanted])
+    run = choice.adapters.use(wanted)
+    talk.use(run.model, run.params, run.tokenizer)
     choice.used = wanted
     return f"answers with the adapter {name} from now on" if choice.used else "answers with the base alone from now on"
 
@@ -167,7 +166,7 @@ def save(talk: Talk, path: str) -> str:
 def show(answer: Answer) -> None:
     """Writes the answer as it comes, and says what is odd about it."""
     if answer.dropped:
-        _tell(f"the oldest {answer.dropped} messages are left out, as the context is full")
+        tell(f"the oldest {answer.dropped} messages are left out, as the context is full")
     said = False
     with contextlib.closing(answer.pieces) as pieces:
         for piece in pieces:
@@ -175,7 +174,7 @@ def show(answer: Answer) -> None:
             print(piece, end="", flush=True)
     print(flush=True)
     if not said:
-        _tell("the answer is empty; another seed may give one")
+        tell("the answer is empty; another seed may give one")
 
 
 def typed_lines() -> Iterator[str]:
@@ -187,7 +186,7 @@ def typed_lines() -> Iterator[str]:
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, PLC0415 - lets the arrow keys edit the line
-    _tell("a conversation; /help lists the commands, Ctrl-D ends")
+    tell("a conversation; /help lists the commands, Ctrl-D ends")
     mark = YOU
     while True:
         try:
@@ -199,6 +198,6 @@ def typed_lines() -> Iterator[str]:
         yield line
 
 
-def _tell(text: str) -> None:
-    """Lines that are not part of the conversation."""
+def tell(text: str) -> None:
+    """Lines that are not part of what a model says: on stderr, also where that is no terminal."""
     Console(stderr=True).print(text, style="dim", markup=False, highlight=False, soft_wrap=True)

@@ -28,10 +28,8 @@ from jaxllm.adapters import Adapters
 from jaxllm.decode import beam, text
 from jaxllm.decode.talk import Talk
 from jaxllm.engine import compilation
-from jaxllm.interop import peft_tokenizer
 from jaxllm.ops import sampling
 from jaxllm.runs import Run
-from jaxllm.types import Tokenizer
 
 # What a flag is where it is not given: (continuing a text, with --chat).
 DEFAULTS = {"max_tokens": (128, 512), "temperature": (0.8, 0.7), "top_p": (1.0, 0.95)}
@@ -95,24 +93,23 @@ def main(arguments: list[str]) -> None:
 def talk(run: Run, settings: sampling.Settings, prompts: list[str], paths: dict[str, str]) -> None:
     """The answer to the prompt, if there is one, else a conversation. paths: of the adapters, by name; the first one is used."""
     options = {"system": flags.FLAGS.system, "max_tokens": chosen("max_tokens"), "seed": flags.FLAGS.seed}
-    adapters = Adapters(run.params, run.config)
-    tokenizers: dict[str | None, Tokenizer] = {None: run.tokenizer}
+    adapters = Adapters(run)
     for name, path in paths.items():
         adapters.add(name, path)
-        tokenizers[name] = peft_tokenizer.choose(Path(path).expanduser(), run.config.copy_and_resolve_references(), run.tokenizer)
     used = next(iter(paths), None)
-    talker = Talk(run.model, adapters.use(used), tokenizers[used], settings, **options)
+    first = adapters.use(used)
+    talker = Talk(first.model, first.params, first.tokenizer, settings, **options)
     if prompts:
         conversation.show(talker.ask(prompts[0].strip()))
     else:
-        conversation.converse(
-            talker, conversation.typed_lines(), conversation.Choice(adapters, tokenizers, used) if paths else None
-        )
+        conversation.converse(talker, conversation.typed_lines(), conversation.Choice(adapters, used) if paths else None)
 
 
 def continue_texts(run: Run, settings: sampling.Settings | beam.Settings, prompts: list[str]) -> None:
     """Writes each prompt and what the model writes behind it."""
     given = flags.FLAGS
+    if getattr(run.tokenizer, "template", None) is not None:
+        conversation.tell("continues the text; this model has a chat template, and --chat talks with it")
     model = (run.model, run.params, run.tokenizer)
     options = {"max_new_tokens": chosen("max_tokens"), "seed": given.seed}
     if len(prompts) == 1 and given.stream and isinstance(settings, sampling.Settings):

@@ -199,7 +199,9 @@ SCHEMA: dict[str, Field] = {
     "train.batch_seqs": Field(16, at_least(1), "rows an update"),
     "train.microbatches": Field(1, at_least(1), "parts that a batch is split into (gradient accumulation)"),
     "train.start": Field(
-        "", TEXT, "model to begin with: a run, a directory of transformers, a GGUF file; it brings model.* and its tokenizer"
+        "",
+        TEXT,
+        "model to begin with: a run, a directory of transformers, a GGUF file, an adapter of PEFT; it brings model.* and its tokenizer",
     ),
     "train.transforms": Field(
         (),

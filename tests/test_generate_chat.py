@@ -142,10 +142,9 @@ def test_a_conversation_with_one_adapter_after_another(model: Path, adapters: di
 def test_an_adapter_drops_what_another_has_read(talk: Talk, model: Path, adapters: dict[str, Path]) -> None:
     """In a conversation that goes on: the keys and values of the exchange before are its own."""
     run = runs.load(model, for_decoding=True)
-    several = conversation.Adapters(run.params, run.config)
+    several = conversation.Adapters(run)
     several.add("clerk", adapters["clerk"])
-    choice = conversation.Choice(several, {None: run.tokenizer, "clerk": runs.load(adapters["clerk"]).tokenizer}, None)
-    conversation.converse(talk, ["hello", "/adapter clerk", "world"], choice)
+    conversation.converse(talk, ["hello", "/adapter clerk", "world"], conversation.Choice(several, None))
     expected = jaxllm.chat(*jaxllm.load(adapters["clerk"]), talk.messages[:-1], 6, temperature=0)
     assert talk.messages[-1]["content"] == expected
 
@@ -297,6 +296,18 @@ def test_flags_that_contradict_each_other(flags: tuple[str, ...], words: str) ->
     done = chat("--run=none", *flags)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {words}")
+
+
+def test_a_text_is_continued_with_a_word_on_conversations(model: Path, tmp_path: Path) -> None:
+    """Beside what is written, once, and only for a model that has a template."""
+    bare = write(tmp_path / "tiny.gguf", chat_template=None)
+    done = {
+        path: chat("--nochat", f"--run={path}", "--prompt=a", "--prompt=b", "--temperature=0", "--max_tokens=8")
+        for path in (model, bare)
+    }
+    assert [each.returncode for each in done.values()] == [0, 0] and done[model].stdout == done[bare].stdout != ""
+    assert done[model].stderr == "continues the text; this model has a chat template, and --chat talks with it\n"
+    assert done[bare].stderr == ""
 
 
 def test_a_model_without_a_template_is_named(tmp_path: Path) -> None:

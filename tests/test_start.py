@@ -1,6 +1,11 @@
 """Training that begins with a model: from every kind of source its weights to the bit, and what does not fit is said."""
 
 import io
+import json
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +19,10 @@ from rich.console import Console
 
 from jaxllm import config as schema
 from jaxllm import convert, logits, models, runs, start
+from jaxllm.data import tokenize
 from jaxllm.engine import session as sessions
 from jaxllm.engine.checkpoint import Checkpoints
+from jaxllm.interop import directory, peft, peft_params
 from jaxllm.parallel import plan as plans
 from jaxllm.transforms import adapt, tree
 
@@ -50,7 +57,35 @@ def sources(folder: Path) -> dict[str, Path]:
     assert convert.convert(found["unrolled"], folder / "hf", "", None, Console(file=io.StringIO())) == 0
     values = tiny_gguf.model_values() | tiny_gguf.tokenizer_values()
     weights = tiny_gguf.stored(tiny_gguf.tensors(np.random.default_rng(5)))
-    return found | {"hf": folder / "hf", "gguf": tiny_gguf.write(folder / "tiny.gguf", weights, values)}
+    found |= {"hf": folder / "hf", "gguf": tiny_gguf.write(folder / "tiny.gguf", weights, values)}
+    for name in ("unrolled", "hf"):
+        found[f"peft_{name}"] = write_adapter(folder / f"peft_{name}", found[name])
+    return found
+
+
+def write_adapter(path: Path, base: Path, new: tuple[str, ...] = ()) -> Path:
+    """An adapter of PEFT that changes the base, which it names. new: its tokens above the base's, with which its tokenizer is written."""
+    run, rng = runs.load(base), np.random.default_rng(1)
+    config = run.config.copy_and_resolve_references()
+    config.train.transforms, config.lora.rank, config.model.start_rows = ("lora",), 2, config.model.vocab_size
+    config.model.vocab_size += len(new)
+    adapted, more = models.build(config), [(0, len(new)), (0, 0)]
+    params = {
+        **run.params,
+        **{part: jax.tree.map(lambda table: jnp.pad(table, more), run.params[part]) for part in ("embed", "head")},
+    }
+    drawn = adapt.Adaptation(run.model.axes, adapted.config.transforms).params(params, jax.random.key(0))
+    moved = adapt.adapters(adapted.axes)
+
+    def move(path: Any, array: jax.Array) -> jax.Array:
+        return array + rng.normal(0, 0.1, array.shape).astype(np.float32) if tree.path_name(path) in moved else array
+
+    peft.write(path, peft_params.export(jax.tree.map_with_path(move, drawn), adapted.config, base=str(base)))
+    if new:
+        tokenizer = tokenize.extend(run.tokenizer, new, None)
+        for name, data in directory.tokenizer_alone(tokenizer, adapted.config).files.items():
+            (path / name).write_bytes(data)
+    return path
 
 
 def config_of(path: Path | str, **fields: Any) -> Any:
@@ -79,13 +114,14 @@ def equal(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("form", ["scan", "unrolled"])
-@pytest.mark.parametrize("name", ["unrolled", "scan", "adapted", "hf", "gguf"])
+@pytest.mark.parametrize("name", ["unrolled", "scan", "adapted", "hf", "gguf", "peft_unrolled", "peft_hf"])
 def test_a_model_begins_with_the_weights_of_its_source(sources: dict[str, Path], tmp_path: Path, name: str, form: str) -> None:
     """To the bit, dense and beneath adapters; so are the logits, which the same program makes of the same numbers."""
     source = runs.load(sources[name])
     merged = tree.stack_layers(adapt.merged(source.params))
     session, params, said = begin(config_of(sources[name], model__layers_as=form), tmp_path)
-    assert said == f"begins with {sources[name]}"
+    base = name.removeprefix("peft_")
+    assert said == f"begins with {sources[name]}" + (f" merged into {sources[base]}" if base != name else "")
     equal(tree.stack_layers(params), merged)
     state = session.create(params)  # which takes the arrays
     source.config.model.layers_as, source.config.train.transforms = form, ()
@@ -115,12 +151,53 @@ def test_the_config_takes_what_the_model_says(sources: dict[str, Path], tmp_path
     )
     assert model.rope_theta == tiny_gguf.THETA and model.start_rows == tiny_gguf.VOCAB and model.dropout_frac == 0.1
     assert config.tokenizer.kind == "gguf" and Path(config.tokenizer.path) == sources["gguf"]
-    for name, path in (("hf", sources["hf"]), ("scan", sources["scan"] / "tokenizer")):
+    tokenizers = {"hf": sources["hf"], "scan": sources["scan"] / "tokenizer"}
+    tokenizers |= {"peft_hf": tokenizers["hf"], "peft_unrolled": sources["unrolled"] / "tokenizer"}
+    for name, path in tokenizers.items():
         config = start.resolve(config_of(sources[name]), tmp_path)
         assert (config.tokenizer.kind, config.tokenizer.path) == ("file", str(path))
     own = config_of(sources["hf"], tokenizer__kind="file", tokenizer__path="elsewhere")
     assert start.resolve(own, tmp_path).tokenizer.path == "elsewhere"
     assert start.resolve(config_of(""), tmp_path) == config_of("")
+
+
+def test_an_adapter_with_new_tokens(sources: dict[str, Path], tmp_path: Path) -> None:
+    """Brings them, and its tokenizer; new ones of the run come above them."""
+    path = write_adapter(tmp_path / "grown", sources["unrolled"], ("<one>", "<two>"))
+    found, opened = start.open_start(str(path)), runs.load(path)
+    assert found.config.model.vocab_size == BYTES + 2
+    config = start.resolve(config_of(path), tmp_path)
+    assert (config.model.start_rows, config.tokenizer.kind, config.tokenizer.path) == (BYTES + 2, "file", str(path))
+    session, params, said = begin(config_of(path, model__layers_as="scan", train__transforms=("lora",), lora__rank=2), tmp_path)
+    assert said == f"begins with {path} merged into {sources['unrolled']}" and not any(
+        "rows" in name for name in tree.names(params)
+    )
+    equal(adapt.merged(params), tree.stack_layers(adapt.merged(opened.params)))
+    assert tokenize.make(config, tuple).encode_with_specials("a<two>") == [*opened.tokenizer.encode("a"), BYTES + 1]
+
+
+def test_an_adapter_whose_base_is_not_there_is_folded_first(sources: dict[str, Path], tmp_path: Path) -> None:
+    """As the error says, and what the command in it writes is a model to begin with."""
+    path = tmp_path / "moved"
+    shutil.copytree(sources["peft_unrolled"], path)
+    values = json.loads((path / peft.CONFIG).read_text())
+    for named, words in (("gone/base", "its base 'gone/base' is not a path here, nor beside it"), (None, "it names no base")):
+        (path / peft.CONFIG).write_text(json.dumps(values | {"base_model_name_or_path": named}))
+        with pytest.raises(
+            ValueError, match=rf"moved' is an adapter, and {words}.\n  Accepted: .*\n  Fold it into its base"
+        ) as error:
+            start.resolve(config_of(path), tmp_path / "new")
+    flags = re.findall(r"\(python -m jaxllm.convert (.*)\)", str(error.value))[0].split()
+    names = {"BASE": str(sources["unrolled"]), "MERGED": str(tmp_path / "merged")}
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxllm.convert", *(names.get(flag, flag) for flag in flags)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    _, params, _ = begin(config_of(tmp_path / "merged"), tmp_path)
+    equal(params, begin(config_of(sources["peft_unrolled"]), tmp_path)[1])
 
 
 def test_what_contradicts_the_model_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:

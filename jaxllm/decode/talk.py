@@ -53,13 +53,14 @@ class Talk:
             encoding.encode(self._tokenizer, [*system, {"role": "user", "content": "a question"}])
         self.messages = [*system, *self._exchanges()]
 
-    def use(self, params: Params, tokenizer: Tokenizer) -> None:
-        """Answers with these parameters from now on, the same model's. What the others made of the conversation is read again.
+    def use(self, model: Model, params: Params, tokenizer: Tokenizer) -> None:
+        """Has this model answer from now on. The conversation stays; what the other one kept of it goes, and it is read again.
 
         ValueError, and an unchanged conversation, for a tokenizer without a chat template.
         """
         encoding.require(tokenizer)
-        self._params, self._tokenizer, self._kept = params, tokenizer, Kept()
+        self._model, self._params, self._tokenizer = model, params, tokenizer
+        self._kept = Kept()
 
     def reset(self) -> None:
         """Forgets everything but the system's message."""

@@ -150,7 +150,7 @@ def test_a_long_answer_leaves_room_for_what_was_said(monkeypatch: pytest.MonkeyP
 def test_a_tokenizer_without_a_template_is_not_used(sent: list[tuple[list[int], int]]) -> None:
     conversation = talk(temperature=1.0)
     with pytest.raises(ValueError, match="has no chat template"):
-        conversation.use({}, tokenizer(None))
+        conversation.use(model(None), {}, tokenizer(None))
     list(conversation.ask("hello").pieces)
     assert sent[0][0] == encoding.encode(tokenizer(), conversation.messages[:1])
 
