@@ -25,7 +25,7 @@ from jaxllm.engine.workdir import Workdir
 from jaxllm.interop import directory as hf
 from jaxllm.interop import gguf, peft, peft_attach, peft_tokenizer, weights
 from jaxllm.interop.imported import Imported
-from jaxllm.transforms import tree
+from jaxllm.transforms import adapt, tree
 from jaxllm.types import Model, Params, Tokenizer
 
 GGUF = ".gguf"
@@ -150,7 +150,18 @@ def _load_adapter(adapter: peft.Adapter, base: str | Path, step: int | None, for
     path = Path(base).expanduser() if base else find_base(adapter)
     if step is not None or path is None or not path.exists():
         raise ValueError(_no_base(adapter, str(base), step))
-    return beside(load(path, for_decoding=for_decoding), adapter)
+    run = load(path, for_decoding=for_decoding)
+    # What an adapter names as its base is what it was trained beside: of another adapter the merged weights.
+    adapted = any(adapt.is_adapter(node) for node in jax.tree.leaves(run.params, is_leaf=adapt.is_adapter))
+    return beside(merged(run) if adapted and not base else run, adapter)
+
+
+def merged(run: Run) -> Run:
+    """The run with adapters folded into the weights that they were trained beside (dequantized ones, where those were quantized)."""
+    config = run.config.copy_and_resolve_references()
+    config.train.transforms, config.train.start = (), ""
+    config.train.trainable = "auto"  # a pattern may name what adapters had
+    return dataclasses.replace(run, config=config, model=models.build(config), params=adapt.merged(run.params))
 
 
 def beside(base: Run, adapter: peft.Adapter, others: Iterable[Run] = ()) -> Run:
@@ -173,9 +184,9 @@ def _functions(config: ConfigDict) -> dict[str, Any]:
 
 def find_base(adapter: peft.Adapter) -> Path | None:
     """Where the base is that the adapter names: at this path from here, or from a directory that the adapter is in; None if nowhere."""
-    named = Path(adapter.base).expanduser()
-    places = (Path(), *Path(adapter.where).absolute().parents)
-    return next((place / named for place in places if adapter.base and (place / named).exists()), None)
+    own = Path(adapter.where).absolute()
+    found = (place / Path(adapter.base).expanduser() for place in (Path(), *own.parents) if adapter.base)
+    return next((path for path in found if path.exists() and not path.samefile(own)), None)
 
 
 def _no_base(adapter: peft.Adapter, base: str, step: int | None) -> str:

@@ -92,7 +92,7 @@ def _open_adapter(adapter: peft.Adapter) -> Start:
             f"'{path}' is an adapter, and {what}.\n  Accepted: to begin with, an adapter whose base is found, or a whole model.\n"
             f"  Fold it into its base (python -m jaxllm.convert --from {path} --base BASE --to MERGED), and begin with MERGED."
         )
-    run = runs.load(path, base=base)
+    run = runs.load(path)
     files = path if tokenizer_file.has_one(path) else open_start(str(base)).files
     return Start(path, run.config, run.tokenizer, files, f"{path} merged into {base}", run=run)
 

@@ -166,9 +166,12 @@ def test_a_vocabulary_that_grew(folder: Path, chat: Path, tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def spoken(folder: Path) -> Path:
-    """The first run, whose tokenizer has a template that needs no new tokens."""
+    """The first run as one whose vocabulary grew, without adapters; its tokenizer has a template that needs no new tokens."""
     path = folder / "chat" / "spoken"
     shutil.copytree(folder / "first", path)
+    values = json.loads((path / "config.json").read_text())
+    values["model"]["start_rows"] = 250
+    (path / "config.json").write_text(json.dumps(values))
     tokenizer = tokenize.load(path / "tokenizer")
     text = "{% for message in messages %}{{ message.role[0] }}:{{ message.content }}\n{% endfor %}a:"
     tokenize.extend(tokenizer, (), ChatTemplate(text, {})).save(str(path / "tokenizer"))
@@ -197,7 +200,7 @@ def test_new_tokens_and_none_beside_one_base_in_one_conversation(folder: Path, c
     alone = {name: talk(runs.load(path, base=spoken, for_decoding=True)) for name, path in paths.items()}
     alone[conversation.NONE] = talk(runs.load(spoken, for_decoding=True))
     together, choice, answers = talk(base), conversation.Choice(several, None), set()
-    for name in (conversation.NONE, "chat", "plain", "chat", conversation.NONE):
+    for name in (conversation.NONE, "chat", "plain", conversation.NONE, "chat"):
         alone[name].messages = together.messages
         "".join(alone[name].ask("Hi").pieces)
         conversation.converse(together, [f"/adapter {name}", "Hi"], choice)
@@ -355,6 +358,20 @@ def test_pissa_whose_rest_was_quantized_is_refused_before_its_base_is_asked_for(
         adapters.export(str(run), tmp_path / "out")
 
 
+def test_an_adapter_that_was_trained_on_another(folder: Path, tmp_path: Path) -> None:
+    """Names it as its base, and stands beside the merged weights. A base that is given has none."""
+    shutil.copytree(folder / "dora_peft", tmp_path / "dora")
+    values = json.loads((tmp_path / "dora" / peft.CONFIG).read_text())
+    assert convert.convert(folder / "lora_peft", tmp_path / "merged", "hf", None, Console(quiet=True)) == 0
+    expected = logits(runs.load(tmp_path / "dora", base=tmp_path / "merged"))
+    assert np.abs(expected - logits(runs.load(tmp_path / "dora"))).max() > 0.1
+    for other in ("lora_peft", "lora"):
+        (tmp_path / "dora" / peft.CONFIG).write_text(json.dumps(values | {"base_model_name_or_path": str(folder / other)}))
+        np.testing.assert_allclose(logits(runs.load(tmp_path / "dora")), expected, atol=1e-4)
+        with pytest.raises(ValueError, match=r"the base has an adapter already.\n  Accepted: a base without one"):
+            runs.load(tmp_path / "dora", base=folder / other)
+
+
 def test_what_is_not_exported(folder: Path) -> None:
     target = folder / "x"
     for name, words in (("first", r"'.*first' trained no adapter"), ("base", r"'.*base' is no run"), ("lora_peft", "is no run")):
@@ -392,11 +409,11 @@ def test_where_a_base_is_and_is_not(folder: Path, tmp_path: Path) -> None:
     for named in ("models/base", "../models/base"):
         (tmp_path / "mine" / "lora" / peft.CONFIG).write_text(json.dumps(values | {"base_model_name_or_path": named}))
         np.testing.assert_array_equal(logits(runs.load(tmp_path / "mine" / "lora")), logits(runs.load(folder / "lora_peft")))
-    (tmp_path / "mine" / "lora" / peft.CONFIG).write_text(json.dumps(values | {"base_model_name_or_path": "models/gone"}))
-    with pytest.raises(
-        ValueError, match=r"its base 'models/gone' is not a path here, nor beside it.\n  Accepted: the model .*\n  Give"
-    ):
-        runs.load(tmp_path / "mine" / "lora")
+    for named in ("models/gone", "lora"):  # the second one is its own name
+        (tmp_path / "mine" / "lora" / peft.CONFIG).write_text(json.dumps(values | {"base_model_name_or_path": named}))
+        words = rf"its base '{named}' is not a path here, nor beside it.\n  Accepted: the model .*\n  Give"
+        with pytest.raises(ValueError, match=words):
+            runs.load(tmp_path / "mine" / "lora")
     with pytest.raises(ValueError, match=r"--base x with '.*first', which is no adapter.\n  Accepted: "):
         runs.load(folder / "first", base="x")
     with pytest.raises(ValueError, match=r"step 3 of '.*lora_peft', which is no run"):
