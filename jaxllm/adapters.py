@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -33,21 +34,22 @@ from jaxllm.engine import state
 from jaxllm.engine.workdir import Workdir, check_space, sync_directory
 from jaxllm.interop import directory as hf
 from jaxllm.interop import peft, peft_average, peft_params, peft_tokenizer
-from jaxllm.runs import Run
 from jaxllm.transforms import adapt, grown, tree
 from jaxllm.transforms.quantized import Quantized
 from jaxllm.types import Params
 
 ACTIONS = ("list", "train", "export", "average")
 ITEM_BYTES = 4
-FLOAT32_EPSILON = 2.0**-23
+# Relative error of numbers that are stored in float32.
+ROUNDING = float(np.finfo(np.float32).eps)
+LISTED = f"a run whose train.transforms has lora or dora, a directory with {peft.CONFIG}, or a directory of these"
 
 
 class Adapters:
     """Several adapters beside one base, one of which is used at a time. The base is in memory once."""
 
-    def __init__(self, base: Run) -> None:
-        self._runs: dict[str | None, Run] = {None: base}
+    def __init__(self, base: runs.Run) -> None:
+        self._runs: dict[str | None, runs.Run] = {None: base}
 
     def add(self, name: str, path: str | Path) -> None:
         """Reads an adapter of PEFT. ValueError if it does not fit the base, or for a name that is taken."""
@@ -55,14 +57,18 @@ class Adapters:
             raise ValueError(
                 f"an adapter '{name}' is there already.\n  Accepted: a name other than {', '.join(self.names())}.\n  Give another name."
             )
-        self._runs[name] = runs.with_adapter(self._runs[None], peft.read(path))
+        self._runs[name] = runs.beside(self._runs[None], peft.read(path), self._runs.values())
 
     def names(self) -> tuple[str, ...]:
         """Of the adapters, in the order in which they were added."""
         return tuple(name for name in self._runs if name is not None)
 
-    def use(self, name: str | None) -> Run:
-        """The base with this adapter, as if it were opened by itself, or with None the base alone. Nothing is copied."""
+    def use(self, name: str | None) -> runs.Run:
+        """The base with this adapter, with its tokenizer if it has one; or with None the base alone. Nothing is copied.
+
+        `model` is one object for all of which one compiled program does, which is for all but those with new tokens or a head of
+        their own.
+        """
         if name not in self._runs:
             raise ValueError(
                 f"no adapter '{name}'.\n  Accepted: {', '.join(self.names()) or 'none was added'}, or None for the base alone.\n"
@@ -93,7 +99,7 @@ def main(arguments: list[str]) -> int | None:
         what = "no action is given" if not action else unexpected if action != "list" else "no path is given"
         raise ValueError(f"{what}.\n  Accepted: list PATH ..., train, export, average; see --help.\n  Begin with one of these.")
     if action == "list":
-        show([found for path in paths for found in find(Path(path).expanduser())], console)
+        show(find(paths), console)
         return None
     if action == "train":
         return series.main(given["data"].value or ())
@@ -117,31 +123,50 @@ class Row(NamedTuple):
     parameters: int
 
 
-class Unreadable(NamedTuple):
-    """What may be an adapter, and the error without what to do about it."""
+class Found(NamedTuple):
+    """unread: path -> what is wrong there."""
 
-    path: str
-    why: str
+    rows: list[Row]
+    unread: dict[str, Exception]
+
+    @property
+    def reasons(self) -> list[str]:
+        """A line for each of `unread`."""
+        lines = {path: str(error).partition("\n")[0] for path, error in self.unread.items()}
+        return [line if path in line else f"{path}: {line}" for path, line in lines.items()]
 
 
-def find(path: Path) -> list[Row | Unreadable]:
-    """The adapter at this path, or those of the directories in it; ValueError if there is none, or none that can be read."""
-    found: list[Row | Unreadable] = []
-    errors: list[ValueError] = []
+def find(paths: Sequence[str | Path]) -> Found:
+    """The adapters at these paths, or in the directories there; ValueError, or what is wrong with the only one, if none can be read."""
+    found = Found([], {})
+    for path in (Path(path).expanduser() for path in paths):
+        if not _find(path, found):
+            found.unread[str(path)] = ValueError(
+                f"'{path}' {'is no adapter, and has none in it' if path.exists() else 'does not exist'}.\n  Accepted: {LISTED}.\n"
+                "  Correct the path."
+            )
+    if found.rows:
+        return found
+    if len(found.unread) == 1:
+        raise next(iter(found.unread.values()))
+    reasons = "".join(f"\n    {reason}" for reason in found.reasons)
+    raise ValueError(
+        f"there is no adapter that can be read:{reasons}\n  Accepted: {LISTED}.\n"
+        "  Correct the paths, or give one of them alone, and what is wrong there is said in full."
+    )
+
+
+def _find(path: Path, found: Found) -> int:
+    """Adds what is at this path, and in the directory there, to `found`: how many there are, read or not."""
+    before = len(found.rows) + len(found.unread)
     for each in (path, *(sorted(path.iterdir()) if path.is_dir() else ())):
         try:
-            found += filter(None, [_row(each)])
-        except ValueError as error:
-            errors.append(error)
-            found.append(Unreadable(str(each), str(error).partition("\n")[0]))
-    if errors and len(errors) == len(found):
-        raise errors[0]
-    if not found:
-        raise ValueError(
-            f"'{path}' {'is no adapter, and has none in it' if path.exists() else 'does not exist'}.\n  Accepted: a run whose"
-            f" train.transforms has lora or dora, a directory with {peft.CONFIG}, or a directory of these.\n  Correct the path."
-        )
-    return found
+            row = _row(each)
+        except (ValueError, ImportError, OSError) as error:
+            found.unread[str(each)] = error
+        else:
+            found.rows.extend([row] if row else [])
+    return len(found.rows) + len(found.unread) - before
 
 
 def _row(path: Path) -> Row | None:
@@ -158,15 +183,21 @@ def _row(path: Path) -> Row | None:
             targets=adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets),
             parameters=sum(map(math.prod, adapter.shapes.values())),
         )
+    config = _config_of_run(path)
+    return None if config is None else _row_of_run(Workdir(path), config)
+
+
+def _config_of_run(path: Path) -> ConfigDict | None:
+    """The config of a run that trained an adapter; None for anything else."""
     workdir = Workdir(path)
     if not workdir.config.is_file() or runs.is_foreign(path):
         return None
     config = schema.load(workdir.config)
-    kinds = [name for name in config.train.transforms if name in ADAPTERS]
-    return _row_of_run(workdir, config, kinds[0]) if kinds else None
+    return config if any(name in ADAPTERS for name in config.train.transforms) else None
 
 
-def _row_of_run(workdir: Workdir, config: ConfigDict, kind: str) -> Row:
+def _row_of_run(workdir: Workdir, config: ConfigDict) -> Row:
+    kind = next(name for name in config.train.transforms if name in ADAPTERS)
     switches = [kind, *(["rslora"] if config.lora.rslora else []), *(["pissa"] if config.lora.init == "pissa" else [])]
     model = models.build(schema.with_vocabulary(config, tokenize.load(workdir.tokenizer).vocab_size))
     trained = state.trainable(config, model.axes)
@@ -182,18 +213,17 @@ def _row_of_run(workdir: Workdir, config: ConfigDict, kind: str) -> Row:
     )
 
 
-def show(found: Sequence[Row | Unreadable], console: Console) -> None:
+def show(found: Found, console: Console) -> None:
     """Prints the table of `list`, and below it what could not be read."""
     numbers = [Column(name, justify="right", no_wrap=True) for name in ("parameters", "MB")]
     table = Table(Column("path", overflow="fold"), Column("adapter", overflow="fold"), *numbers)
-    for row in (each for each in found if isinstance(each, Row)):
+    for row in found.rows:
         words = f"{row.kind}, rank {row.rank}, alpha {row.alpha}\nof {row.targets}\non {row.base or 'a base that it does not name'}"
         table.add_row(escape(row.path), escape(words), f"{row.parameters:,}", f"{row.parameters * ITEM_BYTES / 1e6:.3g}")
     console.print(table)
     console.print("parameters of a run: those that it trained; of files: those in them. MB: of these in float32", style="dim")
-    for each in found:
-        if isinstance(each, Unreadable):
-            console.print(f"not read: {each.path}: {each.why}", style="dim", markup=False, highlight=False)
+    for reason in found.reasons:
+        console.print(f"not listed: {reason}", style="dim", markup=False, highlight=False)
 
 
 def export(directory: str, target: Path, step: int | None = None, base: str = "") -> str:
@@ -278,12 +308,7 @@ def _notes(base: str) -> list[str]:
 def average(paths: Sequence[str], target: Path, weights: Sequence[str] | None = None, rank: int | None = None) -> str:
     """Writes the average of adapters of PEFT as one, and returns what there is to say about it; ValueError for what has no average."""
     numbers = _numbers(weights, len(paths))
-    if own := [path for path in paths if not peft.is_one(path) and Workdir(path).config.is_file() and not runs.is_foreign(path)]:
-        raise ValueError(
-            f"--from {own[0]} is a run.\n  Accepted: adapters in the files of PEFT.\n"
-            f"  Write them first: python -m jaxllm.adapters export --run {own[0]} --to {own[0].rstrip('/')}_peft."
-        )
-    adapters = [peft.read(path) for path in paths]
+    adapters = [_exported(path) for path in paths]
     averaged = peft_average.average(adapters, numbers, rank)
     lines = [f"{number:g} * {path}" for number, path in zip(numbers, paths, strict=True)]
     tokenizers = [peft_tokenizer.files(Path(path).expanduser()) for path in paths]
@@ -291,9 +316,9 @@ def average(paths: Sequence[str], target: Path, weights: Sequence[str] | None = 
     lines += _write(target, averaged.adapter, tokenizers[0] if alike else {})
     if rank is not None:
         worst = max(averaged.errors, key=lambda module: averaged.errors[module])
-        lost = f"{averaged.error:.2e} of all, at most {averaged.errors[worst]:.2e} ({worst})"
-        exact = averaged.errors[worst] < FLOAT32_EPSILON
-        lines.append(f"relative error (Frobenius) of the products: {'none but rounding' if exact else lost}")
+        exact = averaged.errors[worst] < ROUNDING
+        error = f"{averaged.error:.2e} of all, at most {averaged.errors[worst]:.2e} ({worst})"
+        lines.append(f"relative error (Frobenius) of the products: {'exact up to rounding' if exact else error}")
     if len(bases := {adapter.base for adapter in adapters}) > 1:
         lines.append(
             f"note: they name different bases, {', '.join(sorted(bases))}; their average has a meaning if these are one model"
@@ -301,6 +326,17 @@ def average(paths: Sequence[str], target: Path, weights: Sequence[str] | None = 
     if not alike:
         lines.append("note: they have different tokenizers, or not all of them have one; none is written")
     return "\n".join(lines)
+
+
+def _exported(path: str) -> peft.Adapter:
+    """The adapter in a directory of PEFT; ValueError for anything else."""
+    if not peft.is_one(path) and _config_of_run(Path(path).expanduser()) is not None:
+        raise ValueError(
+            f"'{path}' is a run, and what is averaged are files of PEFT.\n  Accepted: directories with {peft.CONFIG}.\n"
+            f"  Export it first (python -m jaxllm.adapters export --run {Path(path)} --to {Path(path)}_peft), and average what that"
+            " wrote."
+        )
+    return peft.read(path)
 
 
 def _numbers(weights: Sequence[str] | None, count: int) -> list[float]:

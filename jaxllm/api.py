@@ -1,6 +1,6 @@
 """The package in a notebook.
 
-model, params, tokenizer = jaxllm.load("runs/quickstart")
+model, params, tokenizer = jaxllm.load("runs/quickstart")                 # jaxllm.load("adapter", base="runs/quickstart")
 logits = model.apply(params, inputs)                                      # int32 [B, T] -> float32 [B, T, V]
 text = jaxllm.generate(model, params, tokenizer, "The ", temperature=0.8)
 answer = jaxllm.chat(model, params, tokenizer, "Who are you?")            # of a model with a chat template
@@ -27,8 +27,9 @@ from jaxllm.types import Model, Params, Tokenizer
 
 def load(directory: str | Path, step: int | None = None, *, base: str | Path = "") -> tuple[Model, Params, Tokenizer]:
     """(model, params, tokenizer) of a run directory, at checkpoint `step` (None: the newest); of a directory of transformers with
-    config.json and safetensors; of a GGUF file; or of an adapter of PEFT beside `base`, which is one of these ("": the path that the
-    adapter names).
+    config.json and safetensors; of a GGUF file; or of an adapter of PEFT beside its base, which is any of these.
+
+    base: of an adapter, the path of that model; "" is the one that the adapter names.
 
     The averaged weights if the run keeps them. On one device, whatever mesh the run was trained on. On a CPU the model computes in
     float32 with unrolled layers, whatever the run did, because that decodes faster. `model.apply` is compiled for each new shape.

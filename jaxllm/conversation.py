@@ -199,5 +199,5 @@ def typed_lines() -> Iterator[str]:
 
 
 def tell(text: str) -> None:
-    """Lines that are not part of the conversation."""
+    """Lines that are not part of what a model says: on stderr, also where that is no terminal."""
     Console(stderr=True).print(text, style="dim", markup=False, highlight=False, soft_wrap=True)

@@ -29,7 +29,6 @@ from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.workdir import Workdir, check_space, sync_directory, write_text
 from jaxllm.interop import directory, gguf_export, gguf_file, gguf_write, weights
 from jaxllm.interop.imported import Tensors
-from jaxllm.transforms import adapt
 from jaxllm.types import Params, Tokenizer
 
 HF, RUN, GGUF = "hf", "jaxllm", "gguf"
@@ -228,15 +227,16 @@ def open_source(path: Path, step: int | None, wanted: str, base: str = "") -> So
 
 
 def _merge(run: runs.Run) -> tuple[ConfigDict, Params, tuple[str, ...]]:
-    """The run with adapters folded into the weights that they were trained beside (dequantized ones, where those were quantized)."""
-    config = run.config.copy_and_resolve_references()
-    transforms, config.train.transforms, config.train.start = config.train.transforms, (), ""
-    config.train.trainable = "auto"  # a pattern may name what adapters had
-    params = adapt.merged(run.params)
-    before, after = logits.of(run.config, run.params), logits.of(config, params)
+    """(config, parameters, notes) of the run merged."""
+    merged = runs.merged(run)
+    before, after = logits.of(run.config, run.params), logits.of(merged.config, merged.params)
     change, largest = logits.largest_difference(before, after), float(np.abs(before).max())
-    what = f"{', '.join(transforms)} merged into the weights"
-    return config, params, (f"{what}: the largest change of a logit is {change:.2g}, the largest logit {largest:.3g}",)
+    what = f"{', '.join(run.config.train.transforms)} merged into the weights"
+    return (
+        merged.config,
+        merged.params,
+        (f"{what}: the largest change of a logit is {change:.2g}, the largest logit {largest:.3g}",),
+    )
 
 
 def _dtype(tensors: Tensors, wanted: str) -> str:

@@ -87,8 +87,6 @@ def main(arguments: list[str]) -> None:
     if given.chat and isinstance(settings, sampling.Settings):
         talk(run, settings, prompts, adapters)
     else:
-        if getattr(run.tokenizer, "template", None) is not None:
-            conversation.tell("this model has a chat template: with --chat it answers")
         continue_texts(run, settings, prompts)
 
 
@@ -110,6 +108,8 @@ def talk(run: Run, settings: sampling.Settings, prompts: list[str], paths: dict[
 def continue_texts(run: Run, settings: sampling.Settings | beam.Settings, prompts: list[str]) -> None:
     """Writes each prompt and what the model writes behind it."""
     given = flags.FLAGS
+    if getattr(run.tokenizer, "template", None) is not None:
+        conversation.tell("continues the text; this model has a chat template, and --chat talks with it")
     model = (run.model, run.params, run.tokenizer)
     options = {"max_new_tokens": chosen("max_tokens"), "seed": given.seed}
     if len(prompts) == 1 and given.stream and isinstance(settings, sampling.Settings):

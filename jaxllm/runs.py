@@ -5,9 +5,10 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from jaxllm.engine.workdir import Workdir
 from jaxllm.interop import directory as hf
 from jaxllm.interop import gguf, peft, peft_attach, peft_tokenizer, weights
 from jaxllm.interop.imported import Imported
-from jaxllm.transforms import tree
+from jaxllm.transforms import adapt, tree
 from jaxllm.types import Model, Params, Tokenizer
 
 GGUF = ".gguf"
@@ -38,7 +39,7 @@ class Run:
 
     classes: names of the classes of a head that classifies, by number. imported: None for a run of this package; of other models
     `workdir` is their path, and nothing is written there. Of an adapter of PEFT `workdir` is the adapter's, and so is the tokenizer if one
-    is there; the rest is its base's.
+    is there; the rest is its base's. So is `model` unless the adapter makes it another one: its axes and `init` say nothing of adapters.
     """
 
     workdir: Workdir
@@ -54,7 +55,7 @@ class Run:
 def load(directory: str | Path, step: int | None = None, *, base: str | Path = "", for_decoding: bool = False) -> Run:
     """The run in `directory` at checkpoint `step` (None: the newest), whatever mesh it was trained on; or the model in a directory
     of transformers (config.json and safetensors) or in a GGUF file, in float32; or an adapter of PEFT (adapter_config.json) beside `base`,
-    which may be any of these ("": the path that the adapter names).
+    which may be any of these ("": where `find_base` finds the one that the adapter names).
 
     for_decoding: on a CPU, layers are unrolled and compute in float32 whatever the run did, which decodes faster there than a scan
     and than bfloat16. Else everything is as it was trained.
@@ -146,32 +147,53 @@ def _widened(params: Params) -> Params:
 
 
 def _load_adapter(adapter: peft.Adapter, base: str | Path, step: int | None, for_decoding: bool) -> Run:
-    path = Path(base or adapter.base).expanduser()
-    if step is not None or not str(base or adapter.base) or not path.exists():
+    path = Path(base).expanduser() if base else find_base(adapter)
+    if step is not None or path is None or not path.exists():
         raise ValueError(_no_base(adapter, str(base), step))
-    return with_adapter(load(path, for_decoding=for_decoding), adapter)
+    run = load(path, for_decoding=for_decoding)
+    # What an adapter names as its base is what it was trained beside: of another adapter the merged weights.
+    adapted = any(adapt.is_adapter(node) for node in jax.tree.leaves(run.params, is_leaf=adapt.is_adapter))
+    return beside(merged(run) if adapted and not base else run, adapter)
 
 
-def with_adapter(base: Run, adapter: peft.Adapter) -> Run:
-    """The base with an adapter beside its kernels, whose arrays are shared, and with the adapter's tokenizer if one is there.
+def merged(run: Run) -> Run:
+    """The run with adapters folded into the weights that they were trained beside (dequantized ones, where those were quantized)."""
+    config = run.config.copy_and_resolve_references()
+    config.train.transforms, config.train.start = (), ""
+    config.train.trainable = "auto"  # a pattern may name what adapters had
+    return dataclasses.replace(run, config=config, model=models.build(config), params=adapt.merged(run.params))
 
-    ValueError for an adapter that does not fit the base.
+
+def beside(base: Run, adapter: peft.Adapter, others: Iterable[Run] = ()) -> Run:
+    """The base with this adapter. Its arrays are shared, not copied.
+
+    So is its `model`, or that of one of `others`, where the adapter leaves it as it is: what is compiled for one then serves the other.
+    ValueError as `peft_attach.attach` and `peft_tokenizer.choose` raise it.
     """
-    attached, workdir = peft_attach.attach(base.params, base.config, adapter), Workdir(Path(adapter.where))
-    tokenizer, model = peft_tokenizer.choose(workdir.path, attached.config, base.tokenizer), models.build(attached.config)
-    if model.config == dataclasses.replace(base.model.config, transforms=model.config.transforms):
-        # What the base computes, so that a program compiled for one adapter serves those with leaves of the same shapes.
-        model = dataclasses.replace(base.model, config=model.config, axes=model.axes, init=model.init)
-    return dataclasses.replace(
-        base, workdir=workdir, config=attached.config, tokenizer=tokenizer, params=attached.params, model=model
-    )
+    (params, config), workdir = peft_attach.attach(base.params, base.config, adapter), Workdir(Path(adapter.where))
+    tokenizer = peft_tokenizer.choose(workdir.path, config, base.tokenizer)
+    alike = (run.model for run in (base, *others) if _functions(run.config) == _functions(config))
+    model = next(alike, None) or models.build(config)
+    return dataclasses.replace(base, workdir=workdir, config=config, tokenizer=tokenizer, params=params, model=model)
+
+
+def _functions(config: ConfigDict) -> dict[str, Any]:
+    """The fields that tell what the functions of a model compute from those of another one on the same base."""
+    return {**config.model.to_dict(), "start_rows": 0}  # which says where a table is cut for training
+
+
+def find_base(adapter: peft.Adapter) -> Path | None:
+    """Where the base is that the adapter names: at this path from here, or from a directory that the adapter is in; None if nowhere."""
+    own = Path(adapter.where).absolute()
+    found = (place / Path(adapter.base).expanduser() for place in (Path(), *own.parents) if adapter.base)
+    return next((path for path in found if path.exists() and not path.samefile(own)), None)
 
 
 def _no_base(adapter: peft.Adapter, base: str, step: int | None) -> str:
     if step is not None:
         return f"step {step} of '{adapter.where}', which is no run of this package.\n  Accepted: no step.\n  Leave out the step."
-    named = base or adapter.base
-    what = f"its base '{named}' is not a path here" if named else "it names no base"
+    names = f"its base '{adapter.base}' is not a path here, nor beside it" if adapter.base else "it names no base"
+    what = f"its base '{base}' is not a path here" if base else names
     return (
         f"'{adapter.where}' is an adapter, and {what}.\n  Accepted: the model that it was trained on: a run, a directory with config.json"
         " and model.safetensors, a .gguf file.\n  Give it as --base PATH (base= in Python)."

@@ -201,7 +201,7 @@ SCHEMA: dict[str, Field] = {
     "train.start": Field(
         "",
         TEXT,
-        "model to begin with: a run, a directory of transformers or PEFT, a GGUF file; it brings model.* and its tokenizer",
+        "model to begin with: a run, a directory of transformers, a GGUF file, an adapter of PEFT; it brings model.* and its tokenizer",
     ),
     "train.transforms": Field(
         (),

@@ -1,8 +1,8 @@
-"""Training that begins with the weights of a model: `train.start` is a run, a directory of transformers or a GGUF file.
+"""Training that begins with the weights of a model: `train.start` is a run, a directory of transformers, a GGUF file or an adapter of PEFT.
 
 The model brings its architecture and its tokenizer, so a config need not repeat them. Its parameters are transformed and placed on the mesh
 one after the other. Those of a model of others are read so, too: no device, and no host, holds all of it dense when a quantized one is
-trained. A run is read as a whole.
+trained. A run is read as a whole, and so are an adapter and its base, into which it is folded.
 """
 
 from collections.abc import Callable, Collection
@@ -57,41 +57,44 @@ class _Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Start:
-    """A model to begin with. config: its own; imported: None for a run of this package, and for an adapter of PEFT.
+    """A model to begin with. config: its own; files: where its tokenizer is; title: what it is called.
 
-    tokenizer_path: where the tokenizer's files are.
+    imported: None for a run of this package, and for an adapter. run: of an adapter, with its base.
     """
 
     path: Path
     config: ConfigDict
     tokenizer: Tokenizer | None
-    imported: Imported | None
-    tokenizer_path: Path
+    files: Path
+    title: str
+    imported: Imported | None = None
+    run: runs.Run | None = None
 
 
 def open_start(path: str) -> Start:
-    """The model at `path`, its weights still on disk; of an adapter, its base with what it changes. ValueError if there is none."""
+    """The model at `path`, its weights still on disk but for those of an adapter and its base; ValueError if there is none."""
     if peft.is_one(path):
         return _open_adapter(peft.read(path))
     if runs.is_foreign(path):
         imported = runs.read_imported(path)
-        return Start(imported.path, imported.config, imported.tokenizer, imported, imported.path)
+        return Start(imported.path, imported.config, imported.tokenizer, imported.path, str(imported.path), imported)
     workdir = runs.find(path)
     config, tokenizer = schema.load(workdir.config), tokenize.load(workdir.tokenizer)
-    return Start(workdir.path, schema.with_vocabulary(config, tokenizer.vocab_size), tokenizer, None, workdir.tokenizer)
+    config = schema.with_vocabulary(config, tokenizer.vocab_size)
+    return Start(workdir.path, config, tokenizer, workdir.tokenizer, str(workdir.path))
 
 
 def _open_adapter(adapter: peft.Adapter) -> Start:
-    if not adapter.base or not Path(adapter.base).expanduser().exists():
-        missing = f"its base '{adapter.base}' is not a path here" if adapter.base else "it names no base"
+    path, base = Path(adapter.where), runs.find_base(adapter)
+    if base is None:
+        what = f"its base '{adapter.base}' is not a path here, nor beside it" if adapter.base else "it names no base"
         raise ValueError(
-            f"train.start = '{adapter.where}' is an adapter, and {missing}.\n"
-            "  Accepted: one whose base is where it says; a model.\n"
-            f"  Make one model of both: python -m jaxllm.convert --from {adapter.where} --base BASE --to DIR."
+            f"'{path}' is an adapter, and {what}.\n  Accepted: to begin with, an adapter whose base is found, or a whole model.\n"
+            f"  Fold it into its base (python -m jaxllm.convert --from {path} --base BASE --to MERGED), and begin with MERGED."
         )
-    run, path = runs.load(adapter.where), Path(adapter.where)
-    tokenizer_path = path if tokenizer_file.has_one(path) else open_start(adapter.base).tokenizer_path
-    return Start(path, run.config, run.tokenizer, None, tokenizer_path)
+    run = runs.load(path)
+    files = path if tokenizer_file.has_one(path) else open_start(str(base)).files
+    return Start(path, run.config, run.tokenizer, files, f"{path} merged into {base}", run=run)
 
 
 def resolve(config: ConfigDict, workdir: Path) -> ConfigDict:
@@ -154,8 +157,7 @@ def _with_tokenizer(config: ConfigDict, found: Start) -> ConfigDict:
             f"train.start = '{config.train.start}' has no tokenizer.\n  Accepted: a model with its tokenizer files;"
             " tokenizer.kind = 'file' and tokenizer.path.\n  Fetch them, or set tokenizer.path."
         )
-    path = found.tokenizer_path
-    config.tokenizer.kind, config.tokenizer.path = "gguf" if path.is_file() else "file", str(path.absolute())
+    config.tokenizer.kind, config.tokenizer.path = "gguf" if found.files.is_file() else "file", str(found.files.absolute())
     return config
 
 
@@ -167,7 +169,7 @@ def load(session: Session, say: Callable[[str], None]) -> Params:
         found.imported.config.model.layers_as = session.config.model.layers_as
         weights.load(found.imported, placing.place)
     else:
-        run = runs.load(found.path)
+        run = found.run or runs.load(found.path)
         stacked = tree.stack_layers(jax.device_get(adapt.merged(run.params)))
         # The form of the session's layers; another head may have other parameters beside them.
         own = run.config.copy_and_resolve_references()
@@ -175,7 +177,7 @@ def load(session: Session, say: Callable[[str], None]) -> Params:
         template = jax.eval_shape(models.build(own).init, jax.random.key(0))
         jax.tree.map_with_path(placing.place, jax.device_get(tree.unstack_like(stacked, template)))
     params, remarks = placing.finish()
-    say(f"begins with {found.path}{remarks}")
+    say(f"begins with {found.title}{remarks}")
     return params
 
 

@@ -2,27 +2,31 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 import pytest
 from random_run import write_run
 from rich.console import Console
+from safetensors.numpy import load_file
 
-from jaxllm import adapters, convert, models, runs
+from jaxllm import adapters, conversation, convert, models, runs
 from jaxllm import config as schema
 from jaxllm.data import tokenize
 from jaxllm.data.chat import templates
-from jaxllm.data.tokenizers.byte import ByteTokenizer
+from jaxllm.data.tokenizers.chat_template import ChatTemplate
+from jaxllm.decode.talk import Talk
 from jaxllm.engine import state
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.workdir import Workdir
-from jaxllm.interop import peft, peft_attach, peft_tokenizer
+from jaxllm.interop import peft, peft_tokenizer
+from jaxllm.ops import sampling
 from jaxllm.transforms import adapt, tree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,13 +118,11 @@ def test_one_base_and_several_adapters(folder: Path) -> None:
     assert several.use(None) is base
     theirs = {id(array) for array in jax.tree.leaves(base.params)}
     for name in (*TRAINED, *TRAINED):
-        found, alone = several.use(name), runs.load(folder / f"{name}_peft")
-        np.testing.assert_array_equal(logits(found), logits(alone))
-        assert (found.config, found.workdir.path) == (alone.config, alone.workdir.path)
-        assert found.model.decode is base.model.decode, "compiled once for all that are alike"
-        assert jax.tree.structure(jax.eval_shape(found.model.init, jax.random.key(0))) == jax.tree.structure(found.params)
-        trained = sum(array.size for array in jax.tree.leaves(found.params) if id(array) not in theirs)
-        assert trained == sum(np.prod(shape) for shape in peft.read(folder / f"{name}_peft").shapes.values())
+        run = several.use(name)
+        assert run.model is base.model and run.workdir.path == folder / f"{name}_peft"
+        np.testing.assert_array_equal(logits(run), logits(runs.load(folder / f"{name}_peft")))
+        own = sum(array.size for array in jax.tree.leaves(run.params) if id(array) not in theirs)
+        assert own == sum(np.prod(shape) for shape in peft.read(folder / f"{name}_peft").shapes.values())
     with pytest.raises(ValueError, match=r"an adapter 'lora' is there already.\n  Accepted: a name other than lora, dora, pissa"):
         several.add("lora", folder / "dora_peft")
     with pytest.raises(ValueError, match=r"no adapter 'lara'.\n  Accepted: lora, dora, pissa, or None"):
@@ -142,8 +144,8 @@ def chat(folder: Path) -> Path:
 
 def test_a_vocabulary_that_grew(folder: Path, chat: Path, tmp_path: Path) -> None:
     """Its new rows, its tokenizer and its template are in the files, which are the run."""
-    run, base = runs.load(chat / "run"), runs.load(folder / "base")
-    before, after = base.config.model.vocab_size, run.config.model.vocab_size
+    run = runs.load(chat / "run")
+    before, after = runs.load(folder / "base").config.model.vocab_size, run.config.model.vocab_size
     said = adapters.export(str(chat / "run"), tmp_path / "files")
     assert after == before + 2 and f"the vocabulary grew from {before} to {after}: in PEFT call base.resize_token_emb" in said
     tokens = np.array([[before, 5, before + 1, 7]])
@@ -161,16 +163,54 @@ def test_a_vocabulary_that_grew(folder: Path, chat: Path, tmp_path: Path) -> Non
     beside = command("jaxllm.generate", f"--run={folder / 'base'}", f"--adapter=chat={chat / 'files'}", *asked)
     assert (beside.returncode, beside.stdout) == (0, done.stdout), beside.stderr
     # The run trained the new rows of two tables; the files have all rows.
-    rows = {Path(row.path).name: row.parameters for row in adapters.find(chat)}
+    rows = {Path(row.path).name: row.parameters for row in adapters.find([chat]).rows}
     assert rows["files"] - rows["run"] == 2 * before * run.config.model.width
+
+
+@pytest.fixture(scope="module")
+def spoken(folder: Path) -> Path:
+    """The first run as one whose vocabulary grew, without adapters; its tokenizer has a template that needs no new tokens."""
+    path = folder / "chat" / "spoken"
+    shutil.copytree(folder / "first", path)
+    values = json.loads((path / "config.json").read_text())
+    values["model"]["start_rows"] = 250
+    (path / "config.json").write_text(json.dumps(values))
+    tokenizer = tokenize.load(path / "tokenizer")
+    text = "{% for message in messages %}{{ message.role[0] }}:{{ message.content }}\n{% endfor %}a:"
+    tokenize.extend(tokenizer, (), ChatTemplate(text, {})).save(str(path / "tokenizer"))
+    return path
+
+
+def test_new_tokens_and_none_beside_one_base_in_one_conversation(folder: Path, chat: Path, spoken: Path, tmp_path: Path) -> None:
+    """Each answers what it answers when it is opened alone, and they share the base's arrays, and models where these are alike."""
+    base, paths = runs.load(spoken, for_decoding=True), {"plain": tmp_path, "chat": chat / "files"}
+    for name in (peft.CONFIG, peft.TENSORS):
+        shutil.copy(folder / "lora_peft" / name, tmp_path)
     several = adapters.Adapters(base)
-    several.add("chat", chat / "files")
-    grown: Any = several.use("chat").tokenizer
-    np.testing.assert_array_equal(logits(several.use("chat")), logits(runs.load(chat / "files")))
-    assert grown.template.text == run.tokenizer.template.text and several.use(None).tokenizer.vocab_size == before
-    kernels = [array for array in jax.tree.leaves(base.params["layers"]) if array.ndim > 1]
-    theirs = {id(array) for array in jax.tree.leaves(several.use("chat").params)}
-    assert kernels and all(id(array) in theirs for array in kernels)
+    for name, path in (*paths.items(), ("again", paths["chat"])):
+        several.add(name, path)
+    grown = several.use("chat")
+    assert grown.model is several.use("again").model is not base.model
+    assert several.use("plain").model is base.model and several.use("plain").tokenizer is base.tokenizer
+    theirs = {id(array) for array in jax.tree.leaves(base.params)}
+    own = sum(array.size for array in jax.tree.leaves(grown.params) if id(array) not in theirs)
+    assert own == sum(np.prod(shape) for shape in peft.read(paths["chat"]).shapes.values())
+
+    def talk(run: runs.Run) -> Talk:
+        settings = sampling.Settings(temperature=0)
+        return Talk(run.model, run.params, run.tokenizer, settings, system="", max_tokens=6, seed=0)
+
+    alone = {name: talk(runs.load(path, base=spoken, for_decoding=True)) for name, path in paths.items()}
+    alone[conversation.NONE] = talk(runs.load(spoken, for_decoding=True))
+    together, choice, answers = talk(base), conversation.Choice(several, None), set()
+    for name in (conversation.NONE, "chat", "plain", conversation.NONE, "chat"):
+        alone[name].messages = together.messages
+        "".join(alone[name].ask("Hi").pieces)
+        conversation.converse(together, [f"/adapter {name}", "Hi"], choice)
+        assert together.messages == alone[name].messages
+        # Of what was said before it knows it all, as a switch leaves nothing that another one has read.
+        answers.add(together.messages[-1]["content"])
+    assert len(answers) > 2
 
 
 def test_the_tokenizer_of_an_average(chat: Path, tmp_path: Path) -> None:
@@ -215,25 +255,27 @@ def test_the_tokenizer_beside_an_adapter(folder: Path, chat: Path, tmp_path: Pat
         assert peft_tokenizer.make(base.tokenizer, same, base.model.config).files
 
 
-def test_an_adapter_with_a_head_of_its_own_leaves_the_base_its_tied_one() -> None:
+def test_an_adapter_with_a_head_of_its_own_beside_a_tied_base() -> None:
+    """As PEFT has it, and the base stays tied."""
     golden = ROOT / "tests" / "golden"
-    imported, path = runs.read_imported(golden / "gpt2"), golden / "peft" / "gpt2_head"
-    params, model = runs.weights.load(imported).params, models.build(imported.config)
-    several = adapters.Adapters(runs.Run(Workdir(imported.path), imported.config, ByteTokenizer(), model, params, 0, (), imported))
-    before = logits(several.use(None))
-    several.add("head", path)
-    opened = several.use("head")
-    attached = peft_attach.attach(params, imported.config, peft.read(path))
-    expected = models.build(attached.config).apply(attached.params, TOKENS_BT)
-    np.testing.assert_array_equal(logits(opened), expected)
-    assert opened.params["embed"]["tokens"] is params["embed"]["tokens"] and "head" not in params
-    np.testing.assert_array_equal(logits(several.use(None)), before)
+    imported, none = runs.read_imported(golden / "gpt2"), cast("Any", None)
+    model, params = models.build(imported.config), runs.weights.load(imported).params
+    base = runs.Run(Workdir(golden / "gpt2"), imported.config, none, model, params, 0, (), imported)
+    several = adapters.Adapters(base)
+    for name in ("lora", "head"):
+        several.add(name, golden / "peft" / f"gpt2_{name}")
+        run, tokens = several.use(name), load_file(golden / "gpt2" / "expected.safetensors")["input/input_ids"]
+        expected = load_file(golden / "peft" / f"gpt2_{name}" / "expected.safetensors")["logits"]
+        np.testing.assert_allclose(run.model.apply(run.params, tokens)[0], expected[0], atol=2e-5)  # row 1 has padding
+    assert several.use("lora").model is base.model is not several.use("head").model
+    assert several.use("head").params["embed"]["tokens"] is base.params["embed"]["tokens"]
+    assert "kernel" not in base.params.get("head", {})
 
 
 def test_list(folder: Path) -> None:
     done = command("jaxllm.adapters", "list", str(folder), str(ROOT / "tests" / "golden" / "peft" / "llama_rslora"))
     assert done.returncode == 0, done.stderr
-    rows = {Path(row.path).name: row for row in adapters.find(folder)}
+    rows = {Path(row.path).name: row for row in adapters.find([folder]).rows}
     assert rows.keys() == {*TRAINED, *(f"{name}_peft" for name in TRAINED)}
     assert rows["dora_peft"][2:5] == ("dora, rslora", "2", "32") and rows["dora"][2:5] == ("dora, rslora", "2", "32")
     assert rows["pissa"].kind == "lora, pissa" and rows["pissa_peft"].rank == "6"
@@ -243,25 +285,33 @@ def test_list(folder: Path) -> None:
     for words in ("dora, rslora, rank 2, alpha 32", "of q_proj, v_proj", f" {rows['lora'].parameters:,} "):
         assert words in done.stdout
     with pytest.raises(ValueError, match=r"is no adapter, and has none in it.\n  Accepted: a run whose train.transforms"):
-        adapters.find(folder / "base")
+        adapters.find([folder / "base"])
 
 
-def test_what_cannot_be_read_is_listed_below_the_others(folder: Path, tmp_path: Path) -> None:
-    for name in ("lora", "lora_peft"):
-        (tmp_path / name).symlink_to(folder / name)
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / peft.CONFIG).write_text('{"peft_type": "VERA"}')
-    (tmp_path / "older").mkdir()
-    (tmp_path / "older" / "config.json").write_text('{"train": {"transforms": ["lora"], "gone": 1}, "model": {}}')
-    done = command("jaxllm.adapters", "list", str(tmp_path))
+def test_list_goes_past_what_cannot_be_read(folder: Path, tmp_path: Path) -> None:
+    """And says why below the table. Where nothing can be read that is the error, in full where it is one thing."""
+    for name in ("lora_peft", "dora_peft", "lora"):
+        shutil.copytree(folder / name, tmp_path / name)
+    (tmp_path / "dora_peft" / peft.TENSORS).write_bytes(b"cut")
+    shutil.rmtree(tmp_path / "lora" / "tokenizer")
+    (tmp_path / "hurt").mkdir()
+    (tmp_path / "hurt" / "config.json").write_text("{")
+    done = command("jaxllm.adapters", "list", str(tmp_path), str(folder / "first"), str(tmp_path / "gone"))
     assert done.returncode == 0, done.stderr
-    table, _, below = done.stdout.partition("MB: of these in float32\n")
-    assert "lora_peft" in table and "broken" not in table
-    assert [line.partition(": ")[2].partition(": ")[0] for line in below.splitlines()] == [
-        str(tmp_path / name) for name in ("broken", "older")
-    ]
-    with pytest.raises(ValueError, match=r"VERA[\s\S]*Accepted"):
-        adapters.find(tmp_path / "broken")
+    table, *below = done.stdout.partition("MB: of these in float32\n")
+    assert "lora_peft" in table and "dora_peft" not in table
+    reasons = "".join(below).splitlines()[1:]
+    assert [line.startswith("not listed: ") for line in reasons] == [True] * 5
+    for name, line in zip(("dora_peft", "hurt", "lora", "first", "gone"), reasons, strict=True):
+        assert name in line, line
+    assert reasons[3].endswith("is no adapter, and has none in it.") and reasons[4].endswith("does not exist.")
+    shutil.rmtree(tmp_path / "lora_peft")
+    done = command("jaxllm.adapters", "list", str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: there is no adapter that can be read:\n    ") and done.stderr.count("\n    ") == 3
+    assert "\n  Accepted: a run whose train.transforms has lora or dora" in done.stderr
+    done = command("jaxllm.adapters", "list", str(tmp_path / "dora_peft"))
+    assert done.returncode == 2 and done.stderr.startswith(f"error: '{tmp_path / 'dora_peft' / peft.TENSORS}'"), done.stderr
 
 
 def test_export_average_and_generate(folder: Path, tmp_path: Path) -> None:
@@ -274,19 +324,31 @@ def test_export_average_and_generate(folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "relative error (Frobenius)" in done.stdout and "0.25 * " in done.stdout
     assert {product.rank for product in peft.read(tmp_path / "mean").products.values()} == {3}
-    assert (
-        "of the products: none but rounding\n"
-        in adapters.average([str(folder / "lora_peft")] * 2, tmp_path / "same", rank=4) + "\n"
-    )
-    with pytest.raises(ValueError, match=r"--from .*/lora is a run.\n  Accepted: adapters in the files of PEFT.\n") as error:
-        adapters.average([str(folder / "lora_peft"), str(folder / "lora")], tmp_path / "other")
-    assert f"jaxllm.adapters export --run {folder / 'lora'} --to {folder / 'lora_peft'}." in str(error.value)
     prompt = ("--prompt=The quick", "--max_tokens=8", "--temperature=0")
     texts = [
         command("jaxllm.generate", f"--run={path}", *flags, *prompt).stdout
         for path, flags in ((folder / "lora", ()), (tmp_path / "one", (f"--base={folder / 'base'}",)))
     ]
     assert texts[0] == texts[1] != ""
+
+
+def test_an_average_without_an_error_and_one_of_a_run(folder: Path, tmp_path: Path) -> None:
+    """Two of rank 4 that are one are of rank 4, exactly; of rank 3 they are not. A run is exported first, as the error says."""
+    one = str(folder / "lora_peft")
+    assert "of the products: exact up to rounding" in adapters.average([one, one], tmp_path / "exact", rank=4)
+    said = adapters.average([one, one], tmp_path / "thin", rank=3)
+    assert "exact" not in said and re.search(r"of the products: \d\.\d\de-0\d of all", said)
+    shutil.copytree(folder / "lora", tmp_path / "lora")
+    with pytest.raises(
+        ValueError, match=r"lora/' is a run, and what .* of PEFT.\n  Accepted: directories with ad.*\n  Export"
+    ) as error:
+        adapters.average([str(tmp_path / "lora") + "/", one], tmp_path / "mean")
+    done = command(*re.findall(r"\(python -m (.*)\)", str(error.value))[0].split())
+    assert done.returncode == 0, done.stderr
+    adapters.average([f"{tmp_path / 'lora'}_peft", one], tmp_path / "mean")
+    np.testing.assert_allclose(logits(runs.load(tmp_path / "mean")), logits(runs.load(one)), atol=1e-3)
+    with pytest.raises(ValueError, match=rf"has no {peft.CONFIG}.\n  Accepted: "):
+        adapters.average([str(folder / "first"), one], tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -319,11 +381,18 @@ def test_pissa_whose_rest_was_quantized_is_refused_before_its_base_is_asked_for(
         adapters.export(str(run), tmp_path / "out")
 
 
-def test_what_quantizing_lost_is_told(tmp_path: Path) -> None:
-    for transforms, told in ((("nf4", "lora"), True), (("lora",), False)):
-        run = write_run(tmp_path / "_".join(transforms), model__name="llama", model__width=64, train__transforms=transforms)
-        said = adapters.export(str(run), tmp_path / "_".join([*transforms, "peft"]))
-        assert ("note: it was trained beside quantized kernels, and PEFT puts it beside those of the base" in said) is told
+def test_an_adapter_that_was_trained_on_another(folder: Path, tmp_path: Path) -> None:
+    """Names it as its base, and stands beside the merged weights. A base that is given has none."""
+    shutil.copytree(folder / "dora_peft", tmp_path / "dora")
+    values = json.loads((tmp_path / "dora" / peft.CONFIG).read_text())
+    assert convert.convert(folder / "lora_peft", tmp_path / "merged", "hf", None, Console(quiet=True)) == 0
+    expected = logits(runs.load(tmp_path / "dora", base=tmp_path / "merged"))
+    assert np.abs(expected - logits(runs.load(tmp_path / "dora"))).max() > 0.1
+    for other in ("lora_peft", "lora"):
+        (tmp_path / "dora" / peft.CONFIG).write_text(json.dumps(values | {"base_model_name_or_path": str(folder / other)}))
+        np.testing.assert_allclose(logits(runs.load(tmp_path / "dora")), expected, atol=1e-4)
+        with pytest.raises(ValueError, match=r"the base has an adapter already.\n  Accepted: a base without one"):
+            runs.load(tmp_path / "dora", base=folder / other)
 
 
 def test_what_is_not_exported(folder: Path) -> None:
@@ -351,11 +420,23 @@ def test_what_is_not_exported(folder: Path) -> None:
     assert not target.exists()
 
 
-def test_a_base_that_is_not_there(folder: Path) -> None:
+def test_where_a_base_is_and_is_not(folder: Path, tmp_path: Path) -> None:
+    """From here, or from a directory that the adapter is in."""
     with pytest.raises(
         ValueError, match=r"is an adapter, and its base 'gone' is not a path here.\n  Accepted: the model .*\n  Give"
     ):
         runs.load(folder / "lora_peft", base="gone")
+    shutil.copytree(folder / "base", tmp_path / "models" / "base")
+    shutil.copytree(folder / "lora_peft", tmp_path / "mine" / "lora")
+    values = json.loads((folder / "lora_peft" / peft.CONFIG).read_text())
+    for named in ("models/base", "../models/base"):
+        (tmp_path / "mine" / "lora" / peft.CONFIG).write_text(json.dumps(values | {"base_model_name_or_path": named}))
+        np.testing.assert_array_equal(logits(runs.load(tmp_path / "mine" / "lora")), logits(runs.load(folder / "lora_peft")))
+    for named in ("models/gone", "lora"):  # the second one is its own name
+        (tmp_path / "mine" / "lora" / peft.CONFIG).write_text(json.dumps(values | {"base_model_name_or_path": named}))
+        words = rf"its base '{named}' is not a path here, nor beside it.\n  Accepted: the model .*\n  Give"
+        with pytest.raises(ValueError, match=words):
+            runs.load(tmp_path / "mine" / "lora")
     with pytest.raises(ValueError, match=r"--base x with '.*first', which is no adapter.\n  Accepted: "):
         runs.load(folder / "first", base="x")
     with pytest.raises(ValueError, match=r"step 3 of '.*lora_peft', which is no run"):

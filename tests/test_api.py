@@ -10,8 +10,10 @@ import pytest
 from random_run import STEPS, write_run
 
 import jaxllm
-from jaxllm import models
+from jaxllm import models, runs
 from jaxllm.engine.checkpoint import Checkpoints
+from jaxllm.interop import peft, peft_params
+from jaxllm.transforms import adapt
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,28 @@ def test_load_suits_the_cpu_and_takes_averaged_weights(tmp_path: Path) -> None:
     tokens = jnp.arange(12)[None]
     halved = jax.tree.map(lambda x: 2 * x, scanned.init(jax.random.key(STEPS[-1])))
     np.testing.assert_allclose(model.apply(params, tokens), jax.jit(scanned.apply)(halved, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_beside_a_base(run: Path, tmp_path: Path) -> None:
+    """Beside any one that fits: a run with the same sizes and half the weights, whatever the adapter names. As the command opens it."""
+    base, adapter = write_run(tmp_path / "base", model__layers_as="scan", train__ema_decay=0.9), tmp_path / "adapter"
+    opened = runs.load(base)
+    config = opened.config.copy_and_resolve_references()
+    config.train.transforms, config.lora.rank = ("lora",), 2
+    adapted = models.build(config)
+    drawn = adapt.Adaptation(opened.model.axes, adapted.config.transforms).params(opened.params, jax.random.key(0))
+    peft.write(adapter, peft_params.export(jax.tree.map(lambda leaf: leaf + 0.1, drawn), adapted.config, base=str(run)))
+    tokens = jnp.arange(12)[None]
+    logits = {}
+    for path in (run, base):
+        model, params, _ = jaxllm.load(adapter, base=path)
+        expected = runs.load(adapter, base=path)
+        logits[path] = model.apply(params, tokens)
+        np.testing.assert_allclose(logits[path], expected.model.apply(expected.params, tokens), rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(logits[run], jaxllm.load(adapter)[0].apply(jaxllm.load(adapter)[1], tokens))
+    assert np.abs(logits[run] - logits[base]).max() > 0.1
+    with pytest.raises(ValueError, match=r"--base x with '.*', which is no adapter.\n  Accepted: "):
+        jaxllm.load(run, base="x")
 
 
 def test_what_is_no_run_is_named(run: Path, tmp_path: Path) -> None:

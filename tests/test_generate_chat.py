@@ -89,19 +89,6 @@ def test_one_answer(model: Path) -> None:
     )
 
 
-def test_without_chat_it_is_told_that_there_is_one(model: Path, tmp_path: Path) -> None:
-    for path, told in ((model, True), (write(tmp_path / "plain.gguf", chat_template=None), False)):
-        done = subprocess.run(
-            [*COMMAND[:-1], f"--run={path}", "--prompt=hello", "--max_tokens=3"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert ("this model has a chat template: with --chat it answers\n" in done.stderr) is told
-        assert done.stdout.startswith("hello") and "--chat" not in done.stdout
-
-
 def test_a_conversation_through_a_pipe(model: Path, tmp_path: Path) -> None:
     """The second answer knows the first exchange, /reset forgets it, and what cannot be done is told beside the answers."""
     saved = tmp_path / "saved.jsonl"
@@ -157,8 +144,7 @@ def test_an_adapter_drops_what_another_has_read(talk: Talk, model: Path, adapter
     run = runs.load(model, for_decoding=True)
     several = conversation.Adapters(run)
     several.add("clerk", adapters["clerk"])
-    choice = conversation.Choice(several, None)
-    conversation.converse(talk, ["hello", "/adapter clerk", "world"], choice)
+    conversation.converse(talk, ["hello", "/adapter clerk", "world"], conversation.Choice(several, None))
     expected = jaxllm.chat(*jaxllm.load(adapters["clerk"]), talk.messages[:-1], 6, temperature=0)
     assert talk.messages[-1]["content"] == expected
 
@@ -310,6 +296,18 @@ def test_flags_that_contradict_each_other(flags: tuple[str, ...], words: str) ->
     done = chat("--run=none", *flags)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {words}")
+
+
+def test_a_text_is_continued_with_a_word_on_conversations(model: Path, tmp_path: Path) -> None:
+    """Beside what is written, once, and only for a model that has a template."""
+    bare = write(tmp_path / "tiny.gguf", chat_template=None)
+    done = {
+        path: chat("--nochat", f"--run={path}", "--prompt=a", "--prompt=b", "--temperature=0", "--max_tokens=8")
+        for path in (model, bare)
+    }
+    assert [each.returncode for each in done.values()] == [0, 0] and done[model].stdout == done[bare].stdout != ""
+    assert done[model].stderr == "continues the text; this model has a chat template, and --chat talks with it\n"
+    assert done[bare].stderr == ""
 
 
 def test_a_model_without_a_template_is_named(tmp_path: Path) -> None:

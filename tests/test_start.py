@@ -2,7 +2,10 @@
 
 import io
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,10 @@ from rich.console import Console
 
 from jaxllm import config as schema
 from jaxllm import convert, logits, models, runs, start
+from jaxllm.data import tokenize
 from jaxllm.engine import session as sessions
 from jaxllm.engine.checkpoint import Checkpoints
-from jaxllm.interop import peft, peft_params
+from jaxllm.interop import directory, peft, peft_params
 from jaxllm.parallel import plan as plans
 from jaxllm.transforms import adapt, tree
 
@@ -54,22 +58,33 @@ def sources(folder: Path) -> dict[str, Path]:
     values = tiny_gguf.model_values() | tiny_gguf.tokenizer_values()
     weights = tiny_gguf.stored(tiny_gguf.tensors(np.random.default_rng(5)))
     found |= {"hf": folder / "hf", "gguf": tiny_gguf.write(folder / "tiny.gguf", weights, values)}
-    return found | {"peft": write_adapter(folder / "peft", found["hf"])}
+    for name in ("unrolled", "hf"):
+        found[f"peft_{name}"] = write_adapter(folder / f"peft_{name}", found[name])
+    return found
 
 
-def write_adapter(path: Path, base: Path) -> Path:
-    """An adapter of PEFT beside the base, which changes what it says."""
+def write_adapter(path: Path, base: Path, new: tuple[str, ...] = ()) -> Path:
+    """An adapter of PEFT that changes the base, which it names. new: its tokens above the base's, with which its tokenizer is written."""
     run, rng = runs.load(base), np.random.default_rng(1)
     config = run.config.copy_and_resolve_references()
-    config.train.transforms, config.lora.rank = ("lora",), 2
-    adapted = models.build(config)
-    params = adapt.Adaptation(run.model.axes, adapted.config.transforms).params(run.params, jax.random.key(0))
+    config.train.transforms, config.lora.rank, config.model.start_rows = ("lora",), 2, config.model.vocab_size
+    config.model.vocab_size += len(new)
+    adapted, more = models.build(config), [(0, len(new)), (0, 0)]
+    params = {
+        **run.params,
+        **{part: jax.tree.map(lambda table: jnp.pad(table, more), run.params[part]) for part in ("embed", "head")},
+    }
+    drawn = adapt.Adaptation(run.model.axes, adapted.config.transforms).params(params, jax.random.key(0))
     moved = adapt.adapters(adapted.axes)
-    params = jax.tree.map_with_path(
-        lambda path, array: array + rng.normal(0, 0.1, array.shape).astype("float32") if tree.path_name(path) in moved else array,
-        params,
-    )
-    peft.write(path, peft_params.export(params, adapted.config, base=str(base)))
+
+    def move(path: Any, array: jax.Array) -> jax.Array:
+        return array + rng.normal(0, 0.1, array.shape).astype(np.float32) if tree.path_name(path) in moved else array
+
+    peft.write(path, peft_params.export(jax.tree.map_with_path(move, drawn), adapted.config, base=str(base)))
+    if new:
+        tokenizer = tokenize.extend(run.tokenizer, new, None)
+        for name, data in directory.tokenizer_alone(tokenizer, adapted.config).files.items():
+            (path / name).write_bytes(data)
     return path
 
 
@@ -99,13 +114,14 @@ def equal(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("form", ["scan", "unrolled"])
-@pytest.mark.parametrize("name", ["unrolled", "scan", "adapted", "hf", "gguf", "peft"])
+@pytest.mark.parametrize("name", ["unrolled", "scan", "adapted", "hf", "gguf", "peft_unrolled", "peft_hf"])
 def test_a_model_begins_with_the_weights_of_its_source(sources: dict[str, Path], tmp_path: Path, name: str, form: str) -> None:
     """To the bit, dense and beneath adapters; so are the logits, which the same program makes of the same numbers."""
     source = runs.load(sources[name])
     merged = tree.stack_layers(adapt.merged(source.params))
     session, params, said = begin(config_of(sources[name], model__layers_as=form), tmp_path)
-    assert said == f"begins with {sources[name]}"
+    base = name.removeprefix("peft_")
+    assert said == f"begins with {sources[name]}" + (f" merged into {sources[base]}" if base != name else "")
     equal(tree.stack_layers(params), merged)
     state = session.create(params)  # which takes the arrays
     source.config.model.layers_as, source.config.train.transforms = form, ()
@@ -134,7 +150,9 @@ def test_the_config_takes_what_the_model_says(sources: dict[str, Path], tmp_path
     )
     assert model.rope_theta == tiny_gguf.THETA and model.start_rows == tiny_gguf.VOCAB and model.dropout_frac == 0.1
     assert config.tokenizer.kind == "gguf" and Path(config.tokenizer.path) == sources["gguf"]
-    for name, path in (("hf", sources["hf"]), ("scan", sources["scan"] / "tokenizer"), ("peft", sources["hf"])):
+    tokenizers = {"hf": sources["hf"], "scan": sources["scan"] / "tokenizer"}
+    tokenizers |= {"peft_hf": tokenizers["hf"], "peft_unrolled": sources["unrolled"] / "tokenizer"}
+    for name, path in tokenizers.items():
         config = start.resolve(config_of(sources[name]), tmp_path)
         assert (config.tokenizer.kind, config.tokenizer.path) == ("file", str(path))
     own = config_of(sources["hf"], tokenizer__kind="file", tokenizer__path="elsewhere")
@@ -142,18 +160,43 @@ def test_the_config_takes_what_the_model_says(sources: dict[str, Path], tmp_path
     assert start.resolve(config_of(""), tmp_path) == config_of("")
 
 
-def test_an_adapter_is_begun_with_where_its_base_is(sources: dict[str, Path], tmp_path: Path) -> None:
-    """It has a tokenizer of its own if its files are there. Without the base, the command of the error makes one model of both."""
-    own = tmp_path / "own"
-    shutil.copytree(sources["peft"], own)
-    shutil.copy(sources["hf"] / "tokenizer.json", own)
-    assert start.resolve(config_of(own), tmp_path).tokenizer.path == str(own)
-    settings = json.loads((own / peft.CONFIG).read_text())
-    for base, what in (("else/where", "its base 'else/where' is not a path here"), (None, "it names no base")):
-        (own / peft.CONFIG).write_text(json.dumps(settings | {"base_model_name_or_path": base}))
-        with pytest.raises(ValueError, match=f"is an adapter, and {what}.\n  Accepted") as error:
-            start.resolve(config_of(own), tmp_path)
-        assert f"python -m jaxllm.convert --from {own} --base BASE --to DIR" in str(error.value)
+def test_an_adapter_with_new_tokens(sources: dict[str, Path], tmp_path: Path) -> None:
+    """Brings them, and its tokenizer; new ones of the run come above them."""
+    path = write_adapter(tmp_path / "grown", sources["unrolled"], ("<one>", "<two>"))
+    found, opened = start.open_start(str(path)), runs.load(path)
+    assert found.config.model.vocab_size == BYTES + 2
+    config = start.resolve(config_of(path), tmp_path)
+    assert (config.model.start_rows, config.tokenizer.kind, config.tokenizer.path) == (BYTES + 2, "file", str(path))
+    session, params, said = begin(config_of(path, model__layers_as="scan", train__transforms=("lora",), lora__rank=2), tmp_path)
+    assert said == f"begins with {path} merged into {sources['unrolled']}" and not any(
+        "rows" in name for name in tree.names(params)
+    )
+    equal(adapt.merged(params), tree.stack_layers(adapt.merged(opened.params)))
+    assert tokenize.make(config, tuple).encode_with_specials("a<two>") == [*opened.tokenizer.encode("a"), BYTES + 1]
+
+
+def test_an_adapter_whose_base_is_not_there_is_folded_first(sources: dict[str, Path], tmp_path: Path) -> None:
+    """As the error says, and what the command in it writes is a model to begin with."""
+    path = tmp_path / "moved"
+    shutil.copytree(sources["peft_unrolled"], path)
+    values = json.loads((path / peft.CONFIG).read_text())
+    for named, words in (("gone/base", "its base 'gone/base' is not a path here, nor beside it"), (None, "it names no base")):
+        (path / peft.CONFIG).write_text(json.dumps(values | {"base_model_name_or_path": named}))
+        with pytest.raises(
+            ValueError, match=rf"moved' is an adapter, and {words}.\n  Accepted: .*\n  Fold it into its base"
+        ) as error:
+            start.resolve(config_of(path), tmp_path / "new")
+    flags = re.findall(r"\(python -m jaxllm.convert (.*)\)", str(error.value))[0].split()
+    names = {"BASE": str(sources["unrolled"]), "MERGED": str(tmp_path / "merged")}
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxllm.convert", *(names.get(flag, flag) for flag in flags)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    _, params, _ = begin(config_of(tmp_path / "merged"), tmp_path)
+    equal(params, begin(config_of(sources["peft_unrolled"]), tmp_path)[1])
 
 
 def test_what_contradicts_the_model_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:

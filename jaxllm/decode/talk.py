@@ -54,12 +54,13 @@ class Talk:
         self.messages = [*system, *self._exchanges()]
 
     def use(self, model: Model, params: Params, tokenizer: Tokenizer) -> None:
-        """Answers with this model from now on. What the one before made of the conversation is read again.
+        """Has this model answer from now on. The conversation stays; what the other one kept of it goes, and it is read again.
 
         ValueError, and an unchanged conversation, for a tokenizer without a chat template.
         """
         encoding.require(tokenizer)
-        self._model, self._params, self._tokenizer, self._kept = model, params, tokenizer, Kept()
+        self._model, self._params, self._tokenizer = model, params, tokenizer
+        self._kept = Kept()
 
     def reset(self) -> None:
         """Forgets everything but the system's message."""
