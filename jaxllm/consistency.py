@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 # Transforms that add something trained to a kernel, and those that hold it in fewer bits.
-ADAPTERS, FORMS = ("lora", "dora"), ("int8", "int4", "nf4")
+ADAPTERS, FORMS = ("lora", "dora"), ("int8", "int4", "int3", "nf4")
 # Kinds of tokenizers that are loaded, from tokenizer.path.
 LOADED = ("file", "gguf")
 # The models that each objective can train.

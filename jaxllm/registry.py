@@ -40,7 +40,8 @@ TABLE: dict[str, dict[str, str]] = {
     # What becomes of kernels.
     "transform": {
         "int8": "jaxllm.transforms.int8:make",
-        "int4": "jaxllm.transforms.int4:make",
+        "int4": "jaxllm.transforms.affine:make_int4",
+        "int3": "jaxllm.transforms.affine:make_int3",
         "nf4": "jaxllm.transforms.nf4:make",
         "lora": "jaxllm.transforms.lora:make",
         "dora": "jaxllm.transforms.dora:make",

@@ -145,9 +145,14 @@ SCHEMA: dict[str, Field] = {
     "precision.loss_scale": Field(32768.0, above(0), "first dynamic loss scale (float16 only)"),
     "precision.loss_scale_growth_steps": Field(2000, at_least(1), "finite steps before the loss scale doubles (float16 only)"),
     "quant.targets": Field(
-        ".*layers/.*/kernel", PATTERN, "regular expression over parameter paths: kernels that int8, int4 and nf4 take"
+        ".*layers/.*/kernel", PATTERN, "regular expression over parameter paths: kernels that int8, int4, int3 and nf4 take"
     ),
-    "quant.group": Field(128, at_least(2), "inputs that share a scale (int4)"),
+    "quant.group": Field(0, at_least(-1), "inputs that share a scale; 0: 128 of int4 and int3, all of int8; -1: all"),
+    "quant.symmetric": Field(True, YES_NO, "int8, int4 and int3: codes reach as far below 0 as above; else groups have zeros of their own"),
+    "quant.ordered": Field(False, YES_NO, "int8, int4 and int3: an index says which group an input belongs to; else they are runs"),
+    "quant.scale_dtype": Field(
+        "float32", one_of(("float32", "bfloat16", "float16")), "of the scales of int4, int3 and of int8 in groups"
+    ),
     "quant.double": Field(True, YES_NO, "the scales of nf4 are quantized, too"),
     # What it is trained on.
     "tokenizer.kind": Field(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jaxllm.transforms import quantized
+from jaxllm.transforms import affine, quantized
 from jaxllm.transforms.product import product
 from jaxllm.types import Axes, Transform
 
@@ -53,4 +53,8 @@ def axes(axes: Axes, inputs: int) -> Int8:
 
 
 def make(config: ConfigDict) -> Transform:
+    """As config.quant says; in groups, or not symmetric, it is an affine grid."""
+    grid = affine.grid_of(config, 8)
+    if grid.group or grid.ordered or not grid.symmetric:
+        return affine.transform(config, grid)
     return Transform(config.quant.targets, lambda kernel, inputs, rng: quantize(kernel, inputs), axes)

@@ -99,10 +99,10 @@ class Nf4(quantized.Quantized):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return quantized.unpacked_shape(self.codes, self.axis)
+        return quantized.unpacked_shape(self.codes, self.axis, 4)
 
     def dense(self) -> jax.Array:
-        codes = quantized.unpack(self.codes, self.axis, quantized.HIGH_FIRST)
+        codes = quantized.unpack(self.codes, self.axis, 4, high_first=True)
         return jnp.asarray(TABLE)[codes] * quantized.spread(self.scale(), self.shape)
 
     def scale(self) -> jax.Array:
@@ -154,7 +154,7 @@ def quantize(kernel: Any, inputs: int, double: bool) -> Nf4:
     shares = kernel * quantized.spread(1 / jnp.where(absmax > 0, absmax, 1), kernel.shape)
     # The number of middles that lie below. 15 comparisons, which are fused, are faster than a search and need no memory.
     codes = sum((shares > middle).astype(jnp.uint8) for middle in _middles(TABLE))
-    packed = quantized.pack(codes, axis, quantized.HIGH_FIRST)
+    packed = quantized.pack(codes, axis, 4, high_first=True)
     if not double:
         return Nf4(packed, absmax, None, None, axis)
     return Nf4(packed, *_compress(absmax, axis), axis=axis)

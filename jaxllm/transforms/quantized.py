@@ -5,6 +5,9 @@ of a stack, or the part that a device holds, is again such a leaf, and no size i
 """
 
 import abc
+import functools
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,9 +17,6 @@ import numpy as np
 
 from jaxllm.transforms.product import product
 from jaxllm.types import Axes
-
-# By how many bits the two codes of a byte are shifted, the first code's first.
-LOW_FIRST, HIGH_FIRST = (0, 4), (4, 0)
 
 
 class Quantized(abc.ABC):
@@ -82,18 +82,21 @@ def scale_axes(axes: Axes, inputs: int) -> Axes:
 
 
 def packed_axis(kernel: jax.Array, inputs: int) -> int:
-    """The last input axis, along which two codes share a byte, counted from the end: there it stays when layers are stacked."""
+    """The last input axis, along which codes are packed, counted from the end: there it stays when layers are stacked."""
     return inputs - 1 - kernel.ndim
 
 
-def scale_shape(shape: tuple[int, ...], inputs: int, group: int) -> tuple[int, ...] | None:
+def scale_shape(shape: tuple[int, ...], inputs: int, group: int, unit: int = 2) -> tuple[int, ...] | None:
     """Shape of the scales where runs of `group` inputs, in row-major order, share one; None where such runs are not boxes.
 
-    Of two input axes [H, K] a run is a part of a K, or several whole ones. K must be even, too, since codes are packed along it.
+    Of two input axes [H, K] a run is a part of a K, or several whole ones. K must be a multiple of `unit`, too, since codes are packed
+    along it.
     """
     *outer, last = shape[:inputs]
-    if last % 2:
+    if last % unit:
         return None
+    if group == math.prod(shape[:inputs]):
+        return (1,) * inputs + shape[inputs:]
     if last % group == 0:
         return (*outer, last // group, *shape[inputs:])
     if outer and group % last == 0 and outer[-1] % (group // last) == 0:
@@ -101,10 +104,15 @@ def scale_shape(shape: tuple[int, ...], inputs: int, group: int) -> tuple[int, .
     return None
 
 
-def largest(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Largest |x| of each group; `shape` has as many axes as x, and lengths that divide those of x."""
+def over_groups(function: Callable[..., jax.Array], x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """function(x, axes), such as jnp.max, over each group; `shape` has as many axes as x, and lengths that divide those of x."""
     parts = [part for whole, groups in zip(x.shape, shape, strict=True) for part in (groups, whole // groups)]
-    return jnp.abs(x).reshape(parts).max(tuple(range(1, len(parts), 2)))
+    return function(x.reshape(parts), tuple(range(1, len(parts), 2)))
+
+
+def largest(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Largest |x| of each group, as `over_groups`."""
+    return over_groups(jnp.max, jnp.abs(x), shape)
 
 
 def spread(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -113,27 +121,63 @@ def spread(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(jnp.expand_dims(x, tuple(range(1, len(parts), 2))), parts).reshape(shape)
 
 
-def pack(codes: jax.Array, axis: int, shifts: tuple[int, int]) -> jax.Array:
-    """Codes below 16, two neighbours along `axis` (negative) in a byte: uint8, half as long there."""
-    pairs = _pairs(codes.astype(jnp.uint8), axis)
-    first, second = (jax.lax.index_in_dim(pairs, index, axis, keepdims=False) for index in (0, 1))
-    return first << shifts[0] | second << shifts[1]
+def unit(bits: int) -> tuple[int, int]:
+    """(codes, bytes) of the shortest run of codes that fills whole bytes."""
+    codes = 8 // math.gcd(8, bits)
+    return codes, codes * bits // 8
 
 
-def _pairs(x: jax.Array, axis: int) -> jax.Array:
+def pack(codes: jax.Array, axis: int, bits: int, *, high_first: bool = False) -> jax.Array:
+    """Codes below 2^bits packed along `axis` (negative): uint8, bits / 8 times as long there.
+
+    They follow each other in a stream of bits whose bytes begin with their lowest bit, so that four bytes are a little-endian word.
+    high_first: the first code of a byte is in its highest bits.
+    """
+    number, size = unit(bits)
+    parts = _cut(codes.astype(jnp.uint32 if size > 1 else jnp.uint8), axis, number)
+    shifts = _shifts(bits, high_first)
+    word = functools.reduce(
+        jnp.bitwise_or, (jax.lax.index_in_dim(parts, index, axis, keepdims=False) << shift for index, shift in enumerate(shifts))
+    )
+    if size == 1:
+        return word
+    return _joined(jnp.stack([(word >> 8 * index & 255).astype(jnp.uint8) for index in range(size)], word.ndim + axis + 1), axis)
+
+
+def unpack(packed: jax.Array, axis: int, bits: int, *, high_first: bool = False) -> jax.Array:
+    """The inverse of `pack`."""
+    size = unit(bits)[1]
+    word = packed
+    if size > 1:
+        parts = _cut(packed.astype(jnp.uint32), axis, size)
+        word = functools.reduce(
+            jnp.bitwise_or, (jax.lax.index_in_dim(parts, index, axis, keepdims=False) << 8 * index for index in range(size))
+        )
+    codes = [(word >> shift & (1 << bits) - 1).astype(jnp.uint8) for shift in _shifts(bits, high_first)]
+    return _joined(jnp.stack(codes, word.ndim + axis + 1), axis)
+
+
+def unpacked_shape(packed: jax.Array, axis: int, bits: int) -> tuple[int, ...]:
+    """Shape of the codes that were packed along `axis`."""
+    shape = list(packed.shape)
+    shape[axis] = shape[axis] * 8 // bits
+    return tuple(shape)
+
+
+def _shifts(bits: int, high_first: bool) -> list[int]:
+    shifts = [index * bits for index in range(unit(bits)[0])]
+    return shifts[::-1] if high_first else shifts
+
+
+def _cut(x: jax.Array, axis: int, length: int) -> jax.Array:
+    """Runs of this length along `axis`; they lie along it, and the axis before it counts them."""
     shape = list(x.shape)
-    shape[axis:] = [shape[axis] // 2, 2, *shape[x.ndim + axis + 1 :]]
+    shape[axis:] = [shape[axis] // length, length, *shape[x.ndim + axis + 1 :]]
     return x.reshape(shape)
 
 
-def unpack(packed: jax.Array, axis: int, shifts: tuple[int, int]) -> jax.Array:
-    """The inverse of `pack`."""
-    codes = jnp.stack([packed >> shift & 15 for shift in shifts], packed.ndim + axis + 1)
-    return codes.reshape(unpacked_shape(packed, axis))
-
-
-def unpacked_shape(packed: jax.Array, axis: int) -> tuple[int, ...]:
-    """Shape of the codes that were packed along `axis`."""
-    shape = list(packed.shape)
-    shape[axis] *= 2
-    return tuple(shape)
+def _joined(x: jax.Array, axis: int) -> jax.Array:
+    """The inverse of `_cut`."""
+    shape = list(x.shape)
+    shape[axis - 1 :] = [shape[axis - 1] * shape[axis], *shape[x.ndim + axis + 1 :]]
+    return x.reshape(shape)
