@@ -148,7 +148,9 @@ SCHEMA: dict[str, Field] = {
         ".*layers/.*/kernel", PATTERN, "regular expression over parameter paths: kernels that int8, int4, int3 and nf4 take"
     ),
     "quant.group": Field(0, at_least(-1), "inputs that share a scale; 0: 128 of int4 and int3, all of int8; -1: all"),
-    "quant.symmetric": Field(True, YES_NO, "int8, int4 and int3: codes reach as far below 0 as above; else groups have zeros of their own"),
+    "quant.symmetric": Field(
+        True, YES_NO, "int8, int4 and int3: codes reach as far below 0 as above; else groups have zeros of their own"
+    ),
     "quant.ordered": Field(False, YES_NO, "int8, int4 and int3: an index says which group an input belongs to; else they are runs"),
     "quant.scale_dtype": Field(
         "float32", one_of(("float32", "bfloat16", "float16")), "of the scales of int4, int3 and of int8 in groups"

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from jaxllm import config as schema
 from jaxllm import models, runs
-from jaxllm.consistency import LOADED
+from jaxllm.consistency import FORMS, LOADED
 from jaxllm.data import tokenize
 from jaxllm.data.tokenizers import file as tokenizer_file
 from jaxllm.engine import state
@@ -27,6 +27,7 @@ from jaxllm.engine.workdir import Workdir
 from jaxllm.interop import peft, weights
 from jaxllm.interop.imported import Imported
 from jaxllm.transforms import adapt, grown, tree
+from jaxllm.transforms.quantized import Quantized
 from jaxllm.types import Axes, Params, Tokenizer
 
 # Fields of config.model that say how a model is run, or what is put on top of it: the config's own, whatever the model had.
@@ -111,10 +112,10 @@ def resolve(config: ConfigDict, workdir: Path) -> ConfigDict:
         if stored.train.start == config.train.start:
             config = _with_architecture(config, stored.model, stored.model.start_rows, str(begun.config))
             config.tokenizer.update(stored.tokenizer)
-            return config
+            return _with_codes(config, stored)
     found = open_start(config.train.start)
     config = _with_architecture(config, found.config.model, found.config.model.vocab_size, config.train.start)
-    return _with_tokenizer(config, found)
+    return _with_tokenizer(_with_codes(config, found.config), found)
 
 
 def _with_architecture(config: ConfigDict, model: ConfigDict, rows: int, where: str) -> ConfigDict:
@@ -139,6 +140,34 @@ def _with_architecture(config: ConfigDict, model: ConfigDict, rows: int, where: 
             f"  Accepted: 0, or {rows} or more: tokens can be added and not taken away.\n  Leave out model.vocab_size."
         )
     config.model.start_rows = rows
+    return config
+
+
+def _with_codes(config: ConfigDict, start: ConfigDict) -> ConfigDict:
+    """With the frozen form of the start's kernels, which are taken over as they are; ValueError for another one.
+
+    A start with adapters is dense: they are folded into what they stand beside.
+    """
+    forms = tuple(name for name in start.train.transforms if name in FORMS)
+    if not forms or len(forms) < len(start.train.transforms):
+        return config
+    given = tuple(name for name in config.train.transforms if name in FORMS)
+    fields = {f"quant.{name}": (config.quant[name], value) for name, value in start.quant.items()}
+    contradictions = [
+        f"{name} = {mine!r}, there {value!r}"
+        for name, (mine, value) in fields.items()
+        if mine not in (schema.SCHEMA[name].default, value)
+    ]
+    if given and given != forms:
+        contradictions.append(f"train.transforms = {tuple(config.train.transforms)!r}, there {forms!r}")
+    if contradictions:
+        raise ValueError(
+            f"the config contradicts the codes of the model that train.start = '{config.train.start}' begins with:"
+            f" {'; '.join(contradictions)}.\n  Accepted: its own form and quant.*, which need not be repeated.\n  Take these fields out of"
+            " the config, or make the model dense (python -m jaxllm.convert)."
+        )
+    config.quant.update(start.quant)
+    config.train.transforms = (*forms, *(name for name in config.train.transforms if name not in FORMS))
     return config
 
 
@@ -170,12 +199,15 @@ def load(session: Session, say: Callable[[str], None]) -> Params:
         weights.load(found.imported, placing.place)
     else:
         run = found.run or runs.load(found.path)
-        stacked = tree.stack_layers(jax.device_get(adapt.merged(run.params)))
+        adapted = bool(adapt.adapters(run.params))
+        stacked = tree.stack_layers(jax.device_get(adapt.merged(run.params, keep_codes=not adapted)))
         # The form of the session's layers; another head may have other parameters beside them.
         own = run.config.copy_and_resolve_references()
-        own.train.transforms, own.model.layers_as = (), session.config.model.layers_as
+        own.train.transforms = () if adapted else own.train.transforms
+        own.model.layers_as = session.config.model.layers_as
         template = jax.eval_shape(models.build(own).init, jax.random.key(0))
-        jax.tree.map_with_path(placing.place, jax.device_get(tree.unstack_like(stacked, template)))
+        host = jax.device_get(tree.unstack_like(stacked, template))
+        jax.tree.map_with_path(placing.place, host, is_leaf=lambda node: isinstance(node, Quantized))
     params, remarks = placing.finish()
     say(f"begins with {found.title}{remarks}")
     return params
@@ -213,8 +245,8 @@ class _Placing:
 
         jax.tree.map_with_path(target, self._dense.axes, template, model.axes, shardings, is_leaf=adapt.is_axes)
 
-    def place(self, path: Any, host: np.ndarray) -> None:
-        """Takes in the dense parameter at this key path."""
+    def place(self, path: Any, host: Any) -> None:
+        """Takes in the parameter at this key path, an array or a quantized kernel."""
         name, target = tree.path_name(path), self._targets.get(jax.tree_util.keystr(path))
         if name.startswith("head/") and not self._same_head:  # its rows are other outputs
             target = None
@@ -226,7 +258,7 @@ class _Placing:
             return
         self._lay(path, host)
 
-    def _lay(self, path: Any, host: np.ndarray) -> None:
+    def _lay(self, path: Any, host: Any) -> None:
         key = jax.tree_util.keystr(path)
         layer = next((part.idx for part in path if isinstance(part, jax.tree_util.SequenceKey)), 0)
         # Waits, or copies of many parameters would be in memory at once.
@@ -239,9 +271,9 @@ class _Placing:
         if kind not in self._programs:
             target = self._targets[jax.tree_util.keystr(path)]
 
-            def one(host: jax.Array, layer: jax.Array) -> Any:
+            def one(host: Any, layer: jax.Array) -> Any:
                 # A run may have frozen it in bfloat16.
-                wide = host.astype(jnp.float32)
+                wide = host if isinstance(host, Quantized) else host.astype(jnp.float32)
                 node = self._adaptation.kernel(name, target.axes[0] == "layers", wide, self._rng, layer)
                 return state.narrowed(node, target.node_axes, self._config, self._selects, under=path)
 

@@ -1,5 +1,6 @@
 """Training that begins with a model: from every kind of source its weights to the bit, and what does not fit is said."""
 
+import dataclasses
 import io
 import json
 import re
@@ -25,6 +26,8 @@ from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.interop import directory, peft, peft_params
 from jaxllm.parallel import plan as plans
 from jaxllm.transforms import adapt, tree
+from jaxllm.transforms.affine import Affine
+from jaxllm.transforms.lora import Lora
 
 BYTES = 259  # tokens of the byte tokenizer
 NEW = 30  # the step at which the runs below have weights of their own
@@ -133,6 +136,48 @@ def test_a_model_begins_with_the_weights_of_its_source(sources: dict[str, Path],
     drawn = [array for name, array in tree.named_leaves(params) if name.endswith("/a")]
     random = [array for name, array in tree.named_leaves(session.create().params) if name.endswith("/a")]
     equal(drawn, random)  # what a start draws does not hang on where the kernels come from, and no two layers draw alike
+
+
+CODED = {"train__transforms": ("int4",), "quant__group": 8, "quant__symmetric": False, "quant__targets": ".*mlp/.*/kernel"}
+
+
+@pytest.fixture(scope="module")
+def coded(folder: Path, sources: dict[str, Path]) -> Path:
+    """A run whose kernels are codes that rounding their dense kernels to the nearest would not find."""
+    path = write_run(folder / "coded", model__name="llama", **CODED)
+    run = runs.load(sources["unrolled"])
+    config = schema.load(path / "config.json")
+    model = models.build(schema.with_vocabulary(config, run.tokenizer.vocab_size))
+    params = adapt.Adaptation(run.model.axes, model.config.transforms).params(run.params, jax.random.key(0))
+
+    def wider(node: Any) -> Any:
+        return dataclasses.replace(node, scale=node.scale * 1.25) if isinstance(node, Affine) else node
+
+    save(path, jax.tree.map(wider, params, is_leaf=lambda node: isinstance(node, Affine)))
+    return path
+
+
+@pytest.mark.parametrize("form", ["scan", "unrolled"])
+def test_codes_are_taken_over_as_they_are(sources: dict[str, Path], coded: Path, tmp_path: Path, form: str) -> None:
+    """The model brings its form: adapters stand beside its own codes, and what is trained leaves them."""
+    source = runs.load(coded)
+    config = config_of(coded, model__layers_as=form, train__transforms=("lora",), lora__rank=2)
+    session, params, _ = begin(config, tmp_path)
+    assert session.config.train.transforms == ("int4", "lora") and session.config.quant.group == 8
+    layers = tree.stack_layers(params)["layers"]
+    for name in ("gate", "up", "down"):
+        kernel = layers["mlp"][name]["kernel"]
+        assert isinstance(kernel, Lora) and isinstance(kernel.base, Affine)
+        equal(kernel.base, tree.stack_layers(source.params)["layers"]["mlp"][name]["kernel"])
+    assert isinstance(layers["attention"]["q"]["kernel"].base, jax.Array)
+    again = adapt.Adaptation(runs.load(sources["unrolled"]).model.axes, source.model.config.transforms)
+    rounded = tree.stack_layers(again.params(adapt.merged(source.params), jax.random.key(0)))["layers"]["mlp"]["up"]["kernel"]
+    assert not np.array_equal(rounded.dense(), layers["mlp"]["up"]["kernel"].base.dense())
+    state = session.create(params)
+    assert {name for name, _ in tree.named_leaves(state.params)} == adapt.adapters(session.model.axes)
+    for fields in ({"quant__group": 4}, {"train__transforms": ("nf4", "lora")}):
+        with pytest.raises(ValueError, match=r"contradicts the codes of the model[\s\S]*Accepted: its own form"):
+            begin(config_of(coded, **fields), tmp_path / "other")
 
 
 def models_like(session: Any) -> Any:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from jaxllm import registry
 from jaxllm.transforms import grown, leaf, tree
+from jaxllm.transforms.quantized import Quantized
 from jaxllm.types import Axes, Params, Transform
 
 
@@ -66,10 +67,15 @@ def adapters(params: Any) -> set[str]:
     return {name for name in found if "/base" not in name}
 
 
-def merged(params: Params) -> Params:
-    """Dense parameters that do the same: each leaf type as the array that it stands for, in float32."""
+def merged(params: Params, *, keep_codes: bool = False) -> Params:
+    """Dense parameters that do the same: each leaf type as the array that it stands for, in float32.
+
+    keep_codes: but for quantized kernels without an adapter, which stay as they are.
+    """
 
     def one(path: Sequence[Any], node: Any) -> Any:
+        if keep_codes and isinstance(node, Quantized):
+            return node
         if not hasattr(node, "dense"):
             return node.astype(jnp.float32)  # one that was frozen in bfloat16
         return jax.lax.map(leaf.dense, node) if tree.is_stacked(path) else leaf.dense(node)
@@ -106,7 +112,7 @@ class Adaptation:
         return jax.tree.map_with_path(one, self.dense_axes, params, is_leaf=is_axes)
 
     def kernel(self, name: str, stacked: bool, kernel: Any, rng: jax.Array, layer: Any) -> Any:
-        """One parameter, transformed if it is a target; `layer`: its place in an unrolled stack, or 0."""
+        """One parameter, transformed if it is a target; `layer`: its place in an unrolled stack, or 0. One that is quantized stays so."""
         chosen = self._of(name)
         if not chosen:
             return kernel
@@ -114,6 +120,8 @@ class Adaptation:
 
         def of_layer(kernel: Any, layer: Any) -> Any:
             for index, transform in enumerate(chosen):
+                if isinstance(kernel, Quantized) and not transform.adapts:
+                    continue  # it comes in its codes
                 key = jax.random.fold_in(jax.random.fold_in(rng, layer), index)
                 try:
                     kernel = _inside(transform, kernel, transform.apply, count, key)
