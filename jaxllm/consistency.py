@@ -30,6 +30,7 @@ def check(config: ConfigDict) -> None:
     _check_data(config)
     _check_optimizer(config)
     _check_adapters(config)
+    _check_codes(config)
     _check_frozen(config)
     open_sizes = [f"parallel.{axis}" for axis in ("pipe", "data", "fsdp", "seq", "tensor") if config.parallel[axis] == -1]
     if len(open_sizes) > 1:
@@ -102,6 +103,18 @@ def _check_adapters(config: ConfigDict) -> None:
                 f"train.transforms = {transforms!r} has {len(found)} {what}, {' and '.join(found)}, for the same kernels.\n"
                 f"  Accepted: one of {', '.join(names)}.\n  Take one out."
             )
+
+
+def _check_codes(config: ConfigDict) -> None:
+    """Activations are rounded where the kernels have one scale an output."""
+    quant, transforms = config.quant, config.train.transforms
+    plain = quant.group <= 0 and quant.symmetric and not quant.ordered
+    if quant.activations == "int8" and not ("int8" in transforms and plain):
+        given = f"quant.group = {quant.group}, symmetric = {quant.symmetric}, ordered = {quant.ordered}"
+        raise ValueError(
+            f"quant.activations = 'int8' with train.transforms = {transforms!r}, {given}.\n  Accepted: 'int8' in train.transforms, with one"
+            " symmetric scale an output.\n  Set these, or quant.activations=float."
+        )
 
 
 def _check_frozen(config: ConfigDict) -> None:

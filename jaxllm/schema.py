@@ -155,6 +155,9 @@ SCHEMA: dict[str, Field] = {
     "quant.scale_dtype": Field(
         "float32", one_of(("float32", "bfloat16", "float16")), "of the scales of int4, int3 and of int8 in groups"
     ),
+    "quant.activations": Field(
+        "float", one_of(("float", "int8")), "int8: what kernels in int8 multiply is rounded, too, with a scale a token (W8A8)"
+    ),
     "quant.double": Field(True, YES_NO, "the scales of nf4 are quantized, too"),
     # What it is trained on.
     "tokenizer.kind": Field(

@@ -37,6 +37,10 @@ class Quantized(abc.ABC):
         """`jnp.einsum(spec, x, dense kernel)` in x.dtype."""
         return product(spec, x, self.dense())
 
+    def forward(self, spec: str, x: jax.Array) -> jax.Array:
+        """What a forward pass computes: `linear`, or what is close to it."""
+        return self.linear(spec, x)
+
     def multiply(self, spec: str, x: jax.Array) -> jax.Array:
         """The same; a backward pass makes the dense kernel again, where autodiff would keep that of every layer."""
         return _multiply(x, self, spec)
@@ -44,7 +48,7 @@ class Quantized(abc.ABC):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _multiply(x: jax.Array, kernel: Quantized, spec: str) -> jax.Array:
-    return kernel.linear(spec, x)
+    return kernel.forward(spec, x)
 
 
 def _forward(x: jax.Array, kernel: Quantized, spec: str) -> tuple[jax.Array, Quantized]:

@@ -155,6 +155,7 @@ CONFIGURED = [
     ("int8", {}, int8.quantize),
     ("int8", {"group": 64, "symmetric": False}, rounds(8, 64, symmetric=False)),
     ("int8", {"group": -1, "ordered": True}, rounds(8, 0, ordered=True)),
+    ("int8", {"activations": "int8"}, partial(int8.quantize, rounds=True)),
     ("int4", {}, rounds(4, 128)),
     ("int4", {"group": 64, "scale_dtype": "float16"}, rounds(4, 64, scale_dtype="float16")),
     ("int3", {"group": -1, "symmetric": False, "ordered": True}, rounds(3, 0, symmetric=False, ordered=True)),
@@ -208,6 +209,32 @@ def test_int8_in_float16_does_not_overflow():
     kernel = int8.quantize(np.full((256, 2), 0.5, np.float32), 1)
     y = leaf.einsum("BTD,DF->BTF", jnp.full((1, 1, 256), 4, jnp.float16), kernel)
     np.testing.assert_allclose(np.asarray(y, np.float32), 512, rtol=2**-10)
+
+
+@uses
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_products_of_whole_numbers(use, dtype):
+    """Each token is rounded with a scale of its own; the rest is exact. The gradient is that of the product without the rounding."""
+    spec, shape, inputs = USES[use]
+    kernel = int8.quantize(numbers(shape), inputs, rounds=True)
+    x = jnp.asarray(numbers((2, 5, *shape[:inputs]), 7) * np.array([1, 30, 0, 1e-3, 1]).reshape(5, *(1,) * inputs), dtype)
+    y, vjp = jax.vjp(jax.jit(lambda x: leaf.einsum(spec, x, kernel)), x)
+    wide = np.asarray(x, np.float64)
+    over = tuple(range(2, 2 + inputs))
+    scale = np.abs(wide).max(over, keepdims=True).astype(np.float32).astype(np.float64) / 127
+    codes = np.rint(wide / np.where(scale > 0, scale, 1))
+    expected = np.einsum(spec, codes * scale, np.asarray(kernel.codes, np.float64) * np.asarray(kernel.scale, np.float64))
+    largest = np.abs(expected).max(tuple(range(2, expected.ndim)), keepdims=True)
+    # A code in the middle of two may fall to the other side: a step of one of the inputs.
+    np.testing.assert_allclose(
+        np.asarray(y, np.float64), expected, rtol=1e-5 if dtype == "float32" else 2**-8, atol=0.02 * largest.max()
+    )
+    assert np.all(np.abs(np.asarray(y, np.float64) - expected) <= 0.01 * largest + 1e-30)
+    exact = np.einsum(spec, wide, np.asarray(kernel.dense(), np.float64))
+    assert 1e-4 < np.abs(expected - exact).max() / np.abs(exact).max() < 0.02
+    dy = jnp.asarray(numbers(y.shape, 3), dtype)
+    plain = int8.quantize(numbers(shape), inputs)
+    np.testing.assert_array_equal(vjp(dy)[0], jax.vjp(jax.jit(lambda x: leaf.einsum(spec, x, plain)), x)[1](dy)[0])
 
 
 @pytest.mark.parametrize(
