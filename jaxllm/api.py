@@ -25,16 +25,19 @@ from jaxllm.ops import sampling
 from jaxllm.types import Model, Params, Tokenizer
 
 
-def load(directory: str | Path, step: int | None = None, *, base: str | Path = "") -> tuple[Model, Params, Tokenizer]:
+def load(
+    directory: str | Path, step: int | None = None, *, base: str | Path = "", cache: str = ""
+) -> tuple[Model, Params, Tokenizer]:
     """(model, params, tokenizer) of a run directory, at checkpoint `step` (None: the newest); of a directory of transformers with
     config.json and safetensors; of a GGUF file; or of an adapter of PEFT beside its base, which is any of these.
 
-    base: of an adapter, the path of that model; "" is the one that the adapter names.
+    base: of an adapter, the path of that model; "" is the one that the adapter names. cache: of the keys and values that are kept while
+    text is written, "int8", or "compute" for the dtype of the computation; "" is what the run's config says.
 
     The averaged weights if the run keeps them. On one device, whatever mesh the run was trained on. On a CPU the model computes in
     float32 with unrolled layers, whatever the run did, because that decodes faster. `model.apply` is compiled for each new shape.
     """
-    run = runs.load(directory, step, base=base, for_decoding=True)
+    run = runs.load(directory, step, base=base, for_decoding=True, cache=cache)
     return dataclasses.replace(run.model, apply=jax.jit(run.model.apply)), run.params, run.tokenizer
 
 

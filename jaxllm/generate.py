@@ -67,6 +67,12 @@ def define_flags() -> None:
     flags.DEFINE_bool(
         "early_stopping", False, "beams: end with the first num_beams texts that ended; else when none can get better"
     )
+    flags.DEFINE_enum(
+        "cache",
+        "",
+        ["", "compute", "int8"],
+        "keys and values that are kept: in the dtype of the computation, or in 8 bits; default: as trained",
+    )
     flags.DEFINE_bool("stream", True, "write a single prompt's text as it is generated")
 
 
@@ -83,7 +89,7 @@ def main(arguments: list[str]) -> None:
     settings, adapters = read_settings(), read_adapters(given.adapter)
     prompts = given.prompt if given.chat else read_prompts(given.prompt, given.prompts_file)
     compilation.use_cache()
-    run = runs.load(given.run, given.step, base=given.base, for_decoding=True)
+    run = runs.load(given.run, given.step, base=given.base, for_decoding=True, cache=given.cache)
     if given.chat and isinstance(settings, sampling.Settings):
         talk(run, settings, prompts, adapters)
     else:

@@ -52,29 +52,32 @@ class Run:
     imported: Imported | None = None
 
 
-def load(directory: str | Path, step: int | None = None, *, base: str | Path = "", for_decoding: bool = False) -> Run:
+def load(
+    directory: str | Path, step: int | None = None, *, base: str | Path = "", for_decoding: bool = False, cache: str = ""
+) -> Run:
     """The run in `directory` at checkpoint `step` (None: the newest), whatever mesh it was trained on; or the model in a directory
     of transformers (config.json and safetensors) or in a GGUF file, in float32; or an adapter of PEFT (adapter_config.json) beside `base`,
     which may be any of these ("": where `find_base` finds the one that the adapter names).
 
     for_decoding: on a CPU, layers are unrolled and compute in float32 whatever the run did, which decodes faster there than a scan
-    and than bfloat16. Else everything is as it was trained.
+    and than bfloat16. Else everything is as it was trained. cache: precision.cache, if it is to be another one.
     ValueError for what is none of these, a run without a checkpoint, a step that is not kept, with the steps that are, an adapter whose
     base is not there or another one, and a base for what is no adapter.
     """
     if peft.is_one(directory):
-        return _load_adapter(peft.read(directory), base, step, for_decoding)
+        return _load_adapter(peft.read(directory), base, step, {"for_decoding": for_decoding, "cache": cache})
     if base:
         raise ValueError(
             f"--base {base} with '{directory}', which is no adapter.\n  Accepted: with a directory that has {peft.CONFIG}.\n"
             "  Leave out the base."
         )
     if is_foreign(directory):
-        return _load_imported(read_imported(directory, step))
+        return _load_imported(read_imported(directory, step), cache)
     workdir = find(directory)
     config = schema.load(workdir.config)
     if for_decoding and jax.default_backend() == "cpu":
         _suit_cpu(config)
+    config.precision.cache = cache or config.precision.cache
     tokenizer = tokenize.load(workdir.tokenizer)
     config = schema.with_vocabulary(config, tokenizer.vocab_size)
     model = models.build(config)
@@ -129,7 +132,7 @@ def no_tokenizer(imported: Imported) -> str:
     )
 
 
-def _load_imported(imported: Imported) -> Run:
+def _load_imported(imported: Imported, cache: str) -> Run:
     if imported.tokenizer is None:
         raise ValueError(no_tokenizer(imported))
     for note in imported.notes:
@@ -138,6 +141,7 @@ def _load_imported(imported: Imported) -> Run:
     if loaded.unused:
         logging.info("%s: tensors that are not used: %s", imported.path, ", ".join(loaded.unused))
     config, classes = imported.config, _imported_classes(imported.files, imported.config)
+    config.precision.cache = cache or config.precision.cache
     return Run(Workdir(imported.path), config, imported.tokenizer, models.build(config), loaded.params, 0, classes, imported)
 
 
@@ -146,11 +150,11 @@ def _widened(params: Params) -> Params:
     return jax.tree.map(lambda leaf: leaf.astype(np.float32) if leaf.dtype == jnp.bfloat16 else leaf, params)
 
 
-def _load_adapter(adapter: peft.Adapter, base: str | Path, step: int | None, for_decoding: bool) -> Run:
+def _load_adapter(adapter: peft.Adapter, base: str | Path, step: int | None, options: Mapping[str, Any]) -> Run:
     path = Path(base).expanduser() if base else find_base(adapter)
     if step is not None or path is None or not path.exists():
         raise ValueError(_no_base(adapter, str(base), step))
-    run = load(path, for_decoding=for_decoding)
+    run = load(path, **options)
     # What an adapter names as its base is what it was trained beside: of another adapter the merged weights.
     adapted = any(adapt.is_adapter(node) for node in jax.tree.leaves(run.params, is_leaf=adapt.is_adapter))
     return beside(merged(run) if adapted and not base else run, adapter)

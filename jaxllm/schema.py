@@ -142,6 +142,11 @@ SCHEMA: dict[str, Field] = {
     "precision.frozen": Field(
         "float32", one_of(("float32", "bfloat16")), "of matrices that are not trained, where no transform says it"
     ),
+    "precision.cache": Field(
+        "compute",
+        one_of(("compute", "int8")),
+        "of keys and values while text is written; int8: with a scale for each token and head",
+    ),
     "precision.loss_scale": Field(32768.0, above(0), "first dynamic loss scale (float16 only)"),
     "precision.loss_scale_growth_steps": Field(2000, at_least(1), "finite steps before the loss scale doubles (float16 only)"),
     "quant.targets": Field(

@@ -81,6 +81,7 @@ class Architecture:
     layers_as: str
     remat: Remat
     compute: str
+    cache: str
     transforms: tuple[Transform, ...] = ()
 
     @property
@@ -144,6 +145,7 @@ def resolve(config: ConfigDict, family: Family) -> Architecture:
         layers_as=model.layers_as,
         remat=remat.make(model),
         compute=config.precision.compute,
+        cache=config.precision.cache,
         transforms=adapt.make(config),
     )
     _check_positions(arch)

@@ -6,9 +6,13 @@ queries reads them: with the heads inside the slots a token costs several times 
 
 An encoder-decoder's cache also holds "cross_k" and "cross_v" a layer, made of the encoder's output, and "input_lengths".
 
+With precision.cache = "int8" keys and values are codes, and beside each of these arrays is one of scales, "k_scale" [..., S, 1] and so on:
+the largest number of a token's key (or value) in a head / 127.
+
 Rows differ in length. What lies behind a row's length is never read: a query sees only slots up to its own position.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +22,7 @@ from jaxllm.models.architecture import Architecture
 from jaxllm.types import Constrain
 
 Cache = dict[str, Any]
+SCALE = "_scale"
 
 
 class Slot(NamedTuple):
@@ -69,9 +74,32 @@ def _zeros(arch: Architecture, layers: int, rows: int, tokens: int, names: tuple
     axes = ("batch", *(("layers",) if stacked else ()), "kv_heads", None, "head_dim")
 
     def one() -> dict[str, jax.Array]:
-        return {name: constrain(jnp.zeros(shape, arch.dtype), axes) for name in names}
+        if arch.cache != "int8":
+            return {name: constrain(jnp.zeros(shape, arch.dtype), axes) for name in names}
+        codes = {name: constrain(jnp.zeros(shape, jnp.int8), axes) for name in names}
+        return codes | {name + SCALE: constrain(jnp.zeros((*shape[:-1], 1), arch.dtype), axes) for name in names}
 
     return one() if stacked else [one() for _ in range(layers)]
+
+
+def _stored(slot: Slot, name: str, new: jax.Array) -> dict[str, jax.Array]:
+    """Keys or values [..., K] as the cache holds them, by the names of its arrays."""
+    if name + SCALE not in slot.arrays:
+        return {name: new}
+    wide = new.astype(jnp.float32)
+    scale = (jnp.abs(wide).max(-1, keepdims=True) / 127).astype(slot.arrays[name + SCALE].dtype)
+    steps = wide / jnp.where(scale > 0, scale.astype(jnp.float32), 1)
+    # Divided by a rounded scale, the largest may come out above 127.
+    return {name: jnp.clip(jnp.round(steps), -127, 127).astype(jnp.int8), name + SCALE: scale}
+
+
+def _get(slot: Slot, name: str, cut: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """cut(an array of the cache) of keys or values, in the compute dtype."""
+    codes = cut(slot.arrays[name])
+    if name + SCALE not in slot.arrays:
+        return codes
+    scale = cut(slot.arrays[name + SCALE])
+    return codes.astype(scale.dtype) * scale
 
 
 def write(slot: Slot, k_BTGK: jax.Array, v_BTGK: jax.Array, positions_BT: jax.Array) -> Slot:
@@ -85,8 +113,9 @@ def write(slot: Slot, k_BTGK: jax.Array, v_BTGK: jax.Array, positions_BT: jax.Ar
 
     # By vmap, which tells the partitioner that rows do not mix.
     rows = jax.vmap(one_row)
-    new = {"k": rows(slot.arrays["k"], k_BTGK, positions_BT), "v": rows(slot.arrays["v"], v_BTGK, positions_BT)}
-    return slot._replace(arrays={**slot.arrays, **new})
+    new = _stored(slot, "k", k_BTGK) | _stored(slot, "v", v_BTGK)
+    written = {name: rows(slot.arrays[name], array, positions_BT) for name, array in new.items()}
+    return slot._replace(arrays={**slot.arrays, **written})
 
 
 def fill(slot: Slot, k_BSGK: jax.Array, v_BSGK: jax.Array, prefix: str) -> Slot:
@@ -96,8 +125,8 @@ def fill(slot: Slot, k_BSGK: jax.Array, v_BSGK: jax.Array, prefix: str) -> Slot:
         old, new_BGSK = slot.arrays[name], new_BSGK.swapaxes(1, 2)
         return new_BGSK.astype(old.dtype) if slot.layer is None else old.at[:, slot.layer].set(new_BGSK)
 
-    new = {f"{prefix}k": one(f"{prefix}k", k_BSGK), f"{prefix}v": one(f"{prefix}v", v_BSGK)}
-    return slot._replace(arrays={**slot.arrays, **new})
+    new = _stored(slot, f"{prefix}k", k_BSGK) | _stored(slot, f"{prefix}v", v_BSGK)
+    return slot._replace(arrays={**slot.arrays, **{name: one(name, array) for name, array in new.items()}})
 
 
 def slots(slot: Slot) -> int:
@@ -114,15 +143,16 @@ def read_some(slot: Slot, start: jax.Array, count: int) -> tuple[jax.Array, jax.
         rows, _, heads, _, width = array.shape
         return jax.lax.dynamic_slice(array, (0, slot.layer, 0, start, 0), (rows, 1, heads, count, width))[:, 0]
 
-    return one(slot.arrays["k"]), one(slot.arrays["v"])
+    return _get(slot, "k", one), _get(slot, "v", one)
 
 
 def read(slot: Slot, prefix: str) -> tuple[jax.Array, jax.Array]:
     """All of this layer's (k_BSGK, v_BSGK), of the arrays whose names start with `prefix`."""
-    k_BGSK, v_BGSK = (slot.arrays[prefix + name] for name in ("k", "v"))
-    if slot.layer is not None:
-        k_BGSK, v_BGSK = k_BGSK[:, slot.layer], v_BGSK[:, slot.layer]
-    return k_BGSK.swapaxes(1, 2), v_BGSK.swapaxes(1, 2)
+
+    def one(array: jax.Array) -> jax.Array:
+        return (array if slot.layer is None else array[:, slot.layer]).swapaxes(1, 2)
+
+    return _get(slot, f"{prefix}k", one), _get(slot, f"{prefix}v", one)
 
 
 def last(x_BTD: jax.Array, lengths_B: jax.Array) -> jax.Array:

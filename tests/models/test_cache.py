@@ -14,8 +14,9 @@ from jaxllm.types import Model, Params
 TOKENS = np.random.default_rng(0).integers(0, 19, (3, 10)).astype(np.int32)
 
 
-def build(**switches: Any) -> tuple[Model, Params]:
+def build(cache: str = "compute", **switches: Any) -> tuple[Model, Params]:
     config = base()
+    config.precision.cache = cache
     config.model.update({"vocab_size": 19, "layers": 2, "width": 16, "heads": 4, "context_tokens": 12, **switches})
     model, rng = models.build(config), np.random.default_rng(0)
     # Large weights, so that attention is far from uniform. NumPy's, because compiling `init` costs seconds.
@@ -53,6 +54,43 @@ def test_decode_is_apply(switches: dict) -> None:
         for row in np.flatnonzero(lengths):
             np.testing.assert_allclose(logits[row], whole[row, held[row] - 1], rtol=1e-5, atol=1e-5)
     assert held[0] == 9
+
+
+@pytest.mark.parametrize("layers_as", ["unrolled", "scan"])
+def test_a_cache_in_8_bits(layers_as: str) -> None:
+    """Codes are the nearest, with a scale for each token and head; the logits are close to those without, and it holds 1 + 4 / 32 bytes."""
+    switches: dict[str, Any] = {"name": "llama", "kv_heads": 2, "head_dim": 32, "layers_as": layers_as}
+    (model, params), (plain, _) = build("int8", **switches), build(**switches)
+    lengths = jnp.array([10, 4, 0], jnp.int32)
+    logits, cache = jax.jit(model.decode)(params, TOKENS, lengths, model.init_cache(3, 12))
+    exact, wide = jax.jit(plain.decode)(params, TOKENS, lengths, plain.init_cache(3, 12))
+    first, of_wide = (each["layers"] if layers_as == "scan" else each["layers"][0] for each in (cache, wide))
+    for name in ("k", "v"):
+        codes, scale, given = (np.asarray(array) for array in (first[name], first[name + "_scale"], of_wide[name]))
+        if layers_as == "scan":  # the first layer reads what it did
+            codes, scale, given = codes[:, 0], scale[:, 0], given[:, 0]
+        assert (codes.dtype, scale.shape[-1]) == ("int8", 1)
+        expected = np.abs(given.astype(np.float64)).max(-1, keepdims=True) / 127
+        np.testing.assert_allclose(scale, expected, rtol=1e-6)
+        np.testing.assert_allclose(codes, given / np.where(expected > 0, expected, 1), atol=0.5 + 1e-4)
+    change = np.abs(np.asarray(logits - exact)[:2]).max() / np.abs(np.asarray(exact)).max()
+    assert 1e-5 < change < 0.03
+    held, before = (sum(leaf.nbytes for leaf in jax.tree.leaves(each["layers"])) for each in (cache, wide))
+    assert held / before == (32 + 4) / (4 * 32)
+
+
+@pytest.mark.parametrize("layers_as", ["unrolled", "scan"])
+def test_what_an_encoder_gave_in_8_bits(layers_as: str) -> None:
+    """The keys and values of cross-attention, too, are codes."""
+    found = []
+    for cache in ("int8", "compute"):
+        model, params = build(cache, name="t5", layers_as=layers_as, head_dim=32)
+        assert model.encode and model.init_cache and model.decode
+        state = jax.jit(model.encode)(params, TOKENS, jnp.array([10, 4, 7], jnp.int32), model.init_cache(3, 12))
+        layers = state["layers"] if layers_as == "scan" else state["layers"][0]
+        assert layers["cross_k"].dtype == layers["v"].dtype == ("int8" if cache == "int8" else "float32")
+        found.append(np.asarray(jax.jit(model.decode)(params, TOKENS, jnp.array([5, 1, 3], jnp.int32), state)[0]))
+    assert 1e-5 < np.abs(found[0] - found[1]).max() / np.abs(found[1]).max() < 0.03
 
 
 @pytest.mark.parametrize("layers_as", ["unrolled", "scan"])
