@@ -139,13 +139,13 @@ def of_codes(codes: jax.Array, scale: jax.Array, zero: jax.Array | None, inputs:
     packed = quantized.pack(codes, axis, grid.bits)
     if not grid.ordered:
         return Affine(packed, scale, zero, None, axis, grid.bits)
-    index = _runs(codes.shape[:inputs], grid) if groups is None else groups
+    index = runs(codes.shape[:inputs], grid) if groups is None else groups
     index = index.reshape(codes.shape[:inputs]).astype(jnp.int32)
     ordered = (*(1,) * (inputs - 1), -1, *codes.shape[inputs:])
     return Affine(packed, scale.reshape(ordered), None if zero is None else zero.reshape(ordered), index, axis, grid.bits)
 
 
-def _runs(shape: tuple[int, ...], grid: Grid) -> jax.Array:
+def runs(shape: tuple[int, ...], grid: Grid) -> jax.Array:
     every = math.prod(shape)
     return jnp.arange(every) // (grid.group or every)
 
