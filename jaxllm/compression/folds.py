@@ -45,6 +45,12 @@ def fold(layer: Params, group: tuple[str, ...], into: str, s_I: jax.Array, arch:
         layer = with_kernel(layer, name, kernel * s_I.reshape(shape))
     path = tuple(into.split("/"))
     before = tree.get(layer, path)
-    s = s_I.reshape(arch.kv_heads, -1, arch.head_dim)[:, 0] if into.endswith("/v") else s_I
+    shape = (arch.kv_heads, arch.head_dim) if into.endswith("/v") else s_I.shape
+    s = of_outputs(arch, into, s_I).reshape(shape)
     # The outputs of a kernel are its last axes; a norm has nothing else.
     return tree.replaced(layer, path, {name: array / s for name, array in before.items()})
+
+
+def of_outputs(arch: Architecture, into: str, s_I: jax.Array) -> jax.Array:
+    """s, once for each output of `into`."""
+    return s_I.reshape(arch.kv_heads, -1, arch.head_dim)[:, 0].reshape(-1) if into.endswith("/v") else s_I

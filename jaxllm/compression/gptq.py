@@ -1,11 +1,11 @@
 """GPTQ: weights rounded one input after the other, the rest making up for the error (Frantar et al. 2022, arXiv:2210.17323).
 
-The error of the outputs is d^T H d for each output, H the sum of x x^T over the calibration data. When input i is rounded, what is left is
-moved by the least squares solution for its error, which Cholesky's factor of H^-1 gives for all inputs at once (Algorithm 1). Blocks of inputs
-update what lies behind them once, with one product (section 3.3, step 2).
+The error of the outputs is d^T H d for each output, H the sum of x x^T over the calibration data. When input i is rounded, what is
+left is moved by the least squares solution for its error, which Cholesky's factor of H^-1 gives for all inputs at once (Algorithm 1).
+Blocks of inputs update what lies behind them once, with one product (section 3.3, step 2).
 
-Deviation from the authors' program: a block never begins inside a group, so that the scales of a group are those of weights that all earlier
-inputs have moved, as the paper has it. There, with groups smaller than a block, the moves within the block are not in yet.
+Deviation from the authors' program: a block never begins inside a group, so that the scales of a group are those of weights that all
+earlier inputs have moved, as the paper has it. There, with groups smaller than a block, the moves within the block are not in yet.
 """
 
 from functools import partial
@@ -115,10 +115,10 @@ def _sweep(
                 scale=put(state.scale, now[0]),
                 zero=None if state.zero is None or now[1] is None else put(state.zero, now[1]),
             )
-            scale_BO, zero_BO = (None if x is None else jnp.broadcast_to(x, (block, outputs)) for x in now)
+            scale_BO, zero_BO = jax.tree.map(lambda x: jnp.broadcast_to(x, (block, outputs)), now)
         else:
             group_B = jax.lax.dynamic_slice_in_dim(order_I, start, block) // group
-            scale_BO, zero_BO = (None if x is None else x[group_B] for x in static)
+            scale_BO, zero_BO = jax.tree.map(lambda x: x[group_B], static)
         rows_BI = jax.lax.dynamic_slice_in_dim(factor_II, start, block)
         codes_BO, errors_BO = _round_block(left_BO, jax.lax.dynamic_slice_in_dim(rows_BI, start, block, 1), scale_BO, zero_BO, grid)
         behind_BI = jnp.where(jnp.arange(padded) >= start + block, rows_BI, 0)

@@ -28,10 +28,10 @@ ROWS, INPUTS, TOKENS = 3, 9, 7
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
-def build(family: str) -> tuple[Any, Any]:
+def build(family: str, width: int = 16) -> tuple[Any, Any]:
     """A model and parameters that make attention and activations far from trivial."""
     config = schema.base()
-    fields = {"name": family, "layers": 2, "width": 16, "heads": 4, "context_tokens": 16, "vocab_size": 23, "dropout_frac": 0.1}
+    fields = {"name": family, "layers": 2, "width": width, "heads": 4, "context_tokens": 16, "vocab_size": 23, "dropout_frac": 0.1}
     config.model.update(fields | FAMILIES[family])
     config.train.objective = OBJECTIVES.get(config.model.name, "causal_lm")
     model, rng = models.build(config), np.random.default_rng(0)
