@@ -18,6 +18,8 @@ from jaxllm.types import Params
 
 # So many names of each kind are listed in an error.
 LISTED = 20
+# Rows of a transposed tensor that are laid out at once: a line of the cache has 16 float32.
+STRIP_ROWS = 16
 
 
 class Slot(NamedTuple):
@@ -64,19 +66,22 @@ def load(imported: Imported, place: Place = on_device) -> Loaded:
 
     def read(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> Any:
         parts = found[jax.tree_util.keystr(path)]
-        if len(parts) == 1:
-            host = _read(imported.tensors, stored, parts[0]).reshape(like.shape)
-        else:
-            host = np.empty(like.shape, np.float32)
-            for index, slot in enumerate(parts):
-                host[index] = _read(imported.tensors, stored, slot)
+        host = np.empty(like.shape, np.float32)
+        # Of an unrolled stack, and outside of stacks, a parameter is one tensor.
+        for slot, ours in zip(parts, [host] if len(parts) == 1 else host, strict=True):
+            _lay(to_ours(slot.rule, imported.tensors.read(stored[slot.name]), slot.shape), ours)
         return place(path, host)
 
     return Loaded(jax.tree.map_with_path(read, template), unused)
 
 
-def _read(tensors: Tensors, stored: Mapping[str, str], slot: Slot) -> np.ndarray:
-    return to_ours(slot.rule, tensors.read(stored[slot.name]), slot.shape).astype(np.float32, order="C")
+def _lay(view: np.ndarray, ours: np.ndarray) -> None:
+    """ours[...] = view, in float32. A transposed one comes in strips of what were its rows: read along its columns, each number would be
+    looked for in memory, which takes four times as long."""
+    strip = ours.shape[-1] if view.flags.c_contiguous else STRIP_ROWS
+    for begin in range(0, ours.shape[-1], strip):
+        part = (..., slice(begin, begin + strip))
+        ours[part] = view[part].astype(np.float32)
 
 
 def slots(template: Params, rules: Sequence[Rule]) -> dict[str, list[Slot]]:
