@@ -161,7 +161,8 @@ def _idle_tokens(session: Session) -> list[str]:
 
 def narrow_products(config: ConfigDict, device: jax.Device) -> list[str]:
     """A line where float32 is less than that on this device."""
-    if config.precision.compute != "float32" or jax.config.jax_default_matmul_precision or device.platform not in NARROWED:
+    told = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    if config.precision.compute != "float32" or told or device.platform not in NARROWED:
         return []
     return [
         f"precision.compute = 'float32' on {device.device_kind}: jax multiplies in {NARROWED[device.platform]} unless"
