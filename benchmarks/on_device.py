@@ -4,8 +4,9 @@
 
 The state is drawn array by array on the device: codes are random bytes, what is not quantized is normal with deviation 0.02. So no files
 are needed, nothing is ever dense, and what the device holds at most is a matter of the step; with train.start the model is read, and its
-reading counts too. Batches are random tokens. The first steps are left out of the times; the next one starts before the loss of one is
-read, as in training. Of a CPU, whose memory jax does not count, the lines "on the device" are missing.
+reading counts too. Batches are random tokens. The next step starts before the loss of one is read, as in training; the first steps are
+left out of the times, and the last one, behind which none starts. Of a CPU, whose memory jax does not count, the lines "on the device"
+are missing.
 """
 
 import argparse
@@ -118,8 +119,8 @@ def batches(session: Session) -> Any:
 
 
 def run(session: Session, compiled: Compiled, state: TrainState, steps: int) -> tuple[list[float], list[float]]:
-    """(seconds of each step but the first ones, losses of all)."""
-    given: list[Batch] = list(itertools.islice(batches(session), WARM_UP + steps))
+    """(seconds of each step but the first ones and the last one, losses of all)."""
+    given: list[Batch] = list(itertools.islice(batches(session), WARM_UP + steps + 1))
     ends, losses, waiting = [], [], None
     for batch in given:
         state, scalars = compiled(state, batch)
@@ -130,7 +131,7 @@ def run(session: Session, compiled: Compiled, state: TrainState, steps: int) -> 
     assert waiting is not None
     losses.append(float(waiting["loss"]))
     ends.append(time.perf_counter())
-    return [after - before for before, after in itertools.pairwise(ends[WARM_UP - 1 :])], losses
+    return [after - before for before, after in itertools.pairwise(ends[WARM_UP - 1 : -1])], losses
 
 
 def show_state(session: Session, state: TrainState) -> None:
