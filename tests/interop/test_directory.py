@@ -228,7 +228,7 @@ def test_loading_holds_a_few_tensors_beside_the_result(layers_as: str, place: we
         tracemalloc.stop()
     # Arrays of JAX are not counted here. The tensor as it is stored and in float32, and some that JAX has copied and not yet let go.
     tensor_bytes = 4 * 256 * 1024
-    assert peak_bytes < 20 * tensor_bytes < sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 4
+    assert peak_bytes < 20 * tensor_bytes < sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 3
 
 
 def test_labels_and_ids_travel_along(tmp_path: Path) -> None:
