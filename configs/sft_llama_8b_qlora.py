@@ -2,7 +2,8 @@
 
 The recipe is that of Dettmers et al. 2023, arXiv:2305.14314, section 5 and table 9: NF4 with double quantization, adapters of rank 64
 beside all kernels, alpha 16, dropout 0.1, a constant learning rate of 2e-4 and gradients cut to 0.3, rows of 512 tokens, 16 an update.
-Set train.start to the directory or the GGUF file of the model; without it --dry_run plans the sizes below. Not tried at this size.
+Set train.start to the directory or the GGUF file of the model; without it --dry_run plans the sizes below. Its step has run on one
+GPU, with random weights: docs/fine_tuning.md has memory and speed.
 """
 
 from ml_collections import ConfigDict

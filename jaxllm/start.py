@@ -1,12 +1,14 @@
 """Training that begins with the weights of a model: `train.start` is a run, a directory of transformers, a GGUF file or an adapter of PEFT.
 
 The model brings its architecture and its tokenizer, so a config need not repeat them. Its parameters are transformed and placed on the mesh
-one after the other. Those of a model of others are read so, too: no device, and no host, holds all of it dense when a quantized one is
-trained. A run is read as a whole, and so are an adapter and its base, into which it is folded.
+one after the other, those of a stack layer by layer. Those of a model of others are read so, too: no device, and no host, holds more than
+one kernel dense when a quantized one is trained. A run is read as a whole, and so are an adapter and its base, into which it is folded.
 """
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ from jaxllm.engine.session import Session
 from jaxllm.engine.workdir import Workdir
 from jaxllm.interop import peft, weights
 from jaxllm.interop.imported import Imported
+from jaxllm.interop.weights import OnHost
 from jaxllm.transforms import adapt, grown, tree
 from jaxllm.transforms.quantized import Quantized
 from jaxllm.types import Axes, Params, Tokenizer
@@ -206,11 +209,22 @@ def load(session: Session, say: Callable[[str], None]) -> Params:
         own.train.transforms = () if adapted else own.train.transforms
         own.model.layers_as = session.config.model.layers_as
         template = jax.eval_shape(models.build(own).init, jax.random.key(0))
-        host = jax.device_get(tree.unstack_like(stacked, template))
-        jax.tree.map_with_path(placing.place, host, is_leaf=lambda node: isinstance(node, Quantized))
+        whole = jax.device_get(tree.unstack_like(stacked, template))
+        jax.tree.map_with_path(lambda path, host: placing.place(path, _on_host(path, host)), whole, is_leaf=_has_codes)
     params, remarks = placing.finish()
     say(f"begins with {found.title}{remarks}")
     return params
+
+
+def _on_host(path: Any, host: Any) -> OnHost:
+    """An array or a quantized kernel, in layers where it is a stack of them."""
+    if not tree.is_stacked(path):
+        return OnHost(host.shape, (host,))
+    return OnHost(host.shape, (jax.tree.map(itemgetter(index), host) for index in range(host.shape[0])))
+
+
+def _has_codes(node: Any) -> bool:
+    return isinstance(node, Quantized)
 
 
 class _Placing:
@@ -245,39 +259,63 @@ class _Placing:
 
         jax.tree.map_with_path(target, self._dense.axes, template, model.axes, shardings, is_leaf=adapt.is_axes)
 
-    def place(self, path: Any, host: Any) -> None:
-        """Takes in the parameter at this key path, an array or a quantized kernel."""
+    def place(self, path: Any, host: OnHost) -> None:
+        """Takes in the parameter at this key path, dense or quantized."""
         name, target = tree.path_name(path), self._targets.get(jax.tree_util.keystr(path))
         if name.startswith("head/") and not self._same_head:  # its rows are other outputs
             target = None
         if target is not None and name in self._tables and host.shape[0] < target.shape[0]:
-            self._grown = target.shape[0] - host.shape[0]
-            host = np.concatenate([host, np.repeat(host.mean(0, keepdims=True), self._grown, axis=0)])
+            self._grown, (table,) = target.shape[0] - host.shape[0], host.arrays
+            table = np.concatenate([table, np.repeat(table.mean(0, keepdims=True), self._grown, axis=0)])
+            host = OnHost(table.shape, (table,))
         if target is None or host.shape != target.shape:
             self._unused.append(name)
             return
         self._lay(path, host)
 
-    def _lay(self, path: Any, host: Any) -> None:
-        key = jax.tree_util.keystr(path)
-        layer = next((part.idx for part in path if isinstance(part, jax.tree_util.SequenceKey)), 0)
-        # Waits, or copies of many parameters would be in memory at once.
-        self._placed[key] = jax.block_until_ready(self._program(path, layer)(host, np.int32(layer)))
+    def _lay(self, path: Any, host: OnHost) -> None:
+        key, first = jax.tree_util.keystr(path), next((part.idx for part in path if isinstance(part, jax.tree_util.SequenceKey)), 0)
+        program, whole = self._program(path, first), None
+        for layer, array in enumerate(host.arrays, start=first):
+            if layer == 0 and tree.is_stacked(path):
+                whole = self._empty(path, array)
+            # Waits, or copies of many arrays would be in memory at once.
+            whole = jax.block_until_ready(program(whole, array, np.int32(layer)))
+        self._placed[key] = whole
+
+    def _empty(self, path: Any, layer: Any) -> Any:
+        """Room for a transformed stack of such layers, laid out."""
+        target = self._targets[jax.tree_util.keystr(path)]
+        like = jax.eval_shape(partial(self._transform, path), layer, jax.ShapeDtypeStruct((), jnp.int32))
+
+        def make() -> Any:
+            return jax.tree.map(lambda part: jnp.zeros((target.shape[0], *part.shape), part.dtype), like)
+
+        return jax.jit(make, out_shardings=target.shardings)()
+
+    def _transform(self, path: Any, host: Any, layer: jax.Array) -> Any:
+        """What the session makes of a parameter that is none of a stack, or is one layer of it."""
+        target = self._targets[jax.tree_util.keystr(path)]
+        wide = host if _has_codes(host) else host.astype(jnp.float32)  # a run may have frozen it in bfloat16
+        node = self._adaptation.kernel(tree.path_name(path), False, wide, self._rng, layer)
+        return state.narrowed(node, target.node_axes, self._config, self._selects, under=path)
 
     def _program(self, path: Any, layer: int) -> Callable[..., Any]:
-        """What transforms and lays out the parameter: one for all layers of an unrolled stack, and for frozen ones."""
-        name = tree.path_name(path)
-        kind = (name, layer < self._config.train.frozen_layers)
+        """(room of a stack or None, array, layer) -> the stack with this layer in it, or the parameter, laid out.
+
+        One for all layers of an unrolled stack, and one for its frozen ones.
+        """
+        kind = (tree.path_name(path), layer < self._config.train.frozen_layers)
         if kind not in self._programs:
             target = self._targets[jax.tree_util.keystr(path)]
 
-            def one(host: Any, layer: jax.Array) -> Any:
-                # A run may have frozen it in bfloat16.
-                wide = host if isinstance(host, Quantized) else host.astype(jnp.float32)
-                node = self._adaptation.kernel(name, target.axes[0] == "layers", wide, self._rng, layer)
-                return state.narrowed(node, target.node_axes, self._config, self._selects, under=path)
+            def lay(whole: Any, host: Any, layer: jax.Array) -> Any:
+                node = self._transform(path, host, layer)
+                if whole is None:
+                    return node
+                return jax.tree.map(lambda room, part: jax.lax.dynamic_update_index_in_dim(room, part, layer, 0), whole, node)
 
-            self._programs[kind] = jax.jit(one, out_shardings=target.shardings)
+            self._programs[kind] = jax.jit(lay, out_shardings=target.shardings, donate_argnums=0)
         return self._programs[kind]
 
     def finish(self) -> tuple[Params, str]:
@@ -307,5 +345,5 @@ class _Placing:
                 "  Set lora.also (without adapters train.trainable), or begin with another model."
             )
         for path, host in fresh:
-            self._lay(path, host)
+            self._lay(path, _on_host(path, host))
         return drawn

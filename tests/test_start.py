@@ -184,6 +184,23 @@ def models_like(session: Any) -> Any:
     return jax.eval_shape(session.model.init, jax.random.key(0))
 
 
+def test_a_stack_is_transformed_layer_by_layer(sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No whole stack is dense on a device: what the transforms are given when a model is read is one layer."""
+    given, kernel = dict[str, tuple[int, ...]](), adapt.Adaptation.kernel
+
+    def watched(self: Any, name: str, stacked: bool, array: Any, rng: Any, layer: Any) -> Any:
+        if isinstance(layer, jax.core.Tracer):  # in shapes of a whole model it is a number
+            given[name] = array.shape
+        return kernel(self, name, stacked, array, rng, layer)
+
+    monkeypatch.setattr(adapt.Adaptation, "kernel", watched)
+    config = config_of(sources["hf"], model__layers_as="scan", train__transforms=("int8", "lora"), lora__rank=2)
+    session, params, _ = begin(config, tmp_path)
+    whole = {name: node.shape for name, node in tree.named_leaves(params, is_leaf=adapt.is_adapter)}
+    assert session.config.model.layers > 1 and any("layers" in name for name in given)
+    assert given == {name: shape[1:] if "layers" in name else shape for name, shape in whole.items()}
+
+
 def test_the_config_takes_what_the_model_says(sources: dict[str, Path], tmp_path: Path) -> None:
     config = start.resolve(config_of(sources["gguf"], model__dropout_frac=0.1), tmp_path)
     model = config.model

@@ -25,6 +25,8 @@ from jaxllm.types import Model, Params
 
 # Stands for a number of classes that only the data will tell.
 UNKNOWN_CLASSES = 2
+# What jax multiplies float32 matrices in where nobody says more.
+NARROWED = {"gpu": "TF32, with 10 bits of mantissa,", "tpu": "bfloat16, with 7 bits of mantissa,"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,10 @@ class Session:
 
     def notes(self) -> list[str]:
         """What fits, but is wasteful or of no effect, one line each."""
-        return [*fits.notes(self.config, self.plan.mesh.shape), *_idle_ranks(self), *_idle_tokens(self)]
+        found = [*fits.notes(self.config, self.plan.mesh.shape), *_idle_ranks(self), *_idle_tokens(self)]
+        if isinstance(self.plan.mesh, Mesh):
+            found += narrow_products(self.config, self.plan.mesh.devices.flat[0])
+        return found
 
     @property
     def eval_seqs(self) -> int:
@@ -151,6 +156,17 @@ def _idle_tokens(session: Session) -> list[str]:
     tokens = model.vocab_size - model.start_rows
     return [
         f"{tokens} new tokens stay the mean of the others in {', '.join(idle)}: train.trainable or train.frozen_layers freezes them"
+    ]
+
+
+def narrow_products(config: ConfigDict, device: jax.Device) -> list[str]:
+    """A line where float32 is less than that on this device."""
+    told = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    if config.precision.compute != "float32" or told or device.platform not in NARROWED:
+        return []
+    return [
+        f"precision.compute = 'float32' on {device.device_kind}: jax multiplies in {NARROWED[device.platform]} unless"
+        " JAX_DEFAULT_MATMUL_PRECISION=highest is set, which is slower; precision.compute=bfloat16 is faster"
     ]
 
 

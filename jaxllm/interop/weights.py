@@ -1,7 +1,7 @@
 """Parameters from foreign tensors and back: the one walk over a name table, in either direction, one tensor at a time."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +13,13 @@ from jaxllm.interop.family import Family
 from jaxllm.interop.imported import Imported, Tensors
 from jaxllm.interop.rules import Rule, stored_shape, to_ours, to_theirs
 from jaxllm.models.architecture import Architecture
-from jaxllm.transforms.tree import path_name
+from jaxllm.transforms.tree import is_stacked, path_name
 from jaxllm.types import Params
 
 # So many names of each kind are listed in an error.
 LISTED = 20
+# Rows of a transposed tensor that are laid out at once: a line of the cache has 16 float32.
+STRIP_ROWS = 16
 
 
 class Slot(NamedTuple):
@@ -39,21 +41,30 @@ class Loaded(NamedTuple):
     unused: tuple[str, ...]
 
 
-# (key path, array on the host) -> what stands in its place
-Place = Callable[[Any, np.ndarray], Any]
+class OnHost(NamedTuple):
+    """A parameter on its way to a device: float32 arrays, one a layer where a stack of layers is one parameter, else the only one. They are
+    read when it is their turn."""
+
+    shape: tuple[int, ...]
+    arrays: Iterable[np.ndarray]
 
 
-def on_device(path: Any, host: np.ndarray) -> jax.Array:
-    """The array on the first device."""
-    del path
+# (key path, parameter on the host) -> what stands in its place
+Place = Callable[[Any, OnHost], Any]
+
+
+def on_device(path: Any, host: OnHost) -> jax.Array:
+    """The whole parameter on the first device."""
+    arrays = list(host.arrays)
+    whole = np.stack(arrays) if is_stacked(path) else arrays[0]
     # Waits for the copy to the device, or copies of many tensors would be in memory at once.
-    return jax.device_put(host).block_until_ready()
+    return jax.device_put(whole).block_until_ready()
 
 
 def load(imported: Imported, place: Place = on_device) -> Loaded:
     """The parameters, each given to `place`; ValueError that lists every missing, unexpected and mis-shaped tensor, before one is read.
 
-    Beside the result one tensor is held, or one parameter of all layers where config.model.layers_as is "scan".
+    Beside the result one tensor is held, by `on_device` one parameter of all layers where config.model.layers_as is "scan".
     """
     family = families.find(imported.architecture)
     model = models.build(imported.config)
@@ -64,19 +75,21 @@ def load(imported: Imported, place: Place = on_device) -> Loaded:
 
     def read(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> Any:
         parts = found[jax.tree_util.keystr(path)]
-        if len(parts) == 1:
-            host = _read(imported.tensors, stored, parts[0]).reshape(like.shape)
-        else:
-            host = np.empty(like.shape, np.float32)
-            for index, slot in enumerate(parts):
-                host[index] = _read(imported.tensors, stored, slot)
-        return place(path, host)
+        return place(path, OnHost(like.shape, (_read(imported.tensors, stored, slot) for slot in parts)))
 
     return Loaded(jax.tree.map_with_path(read, template), unused)
 
 
 def _read(tensors: Tensors, stored: Mapping[str, str], slot: Slot) -> np.ndarray:
-    return to_ours(slot.rule, tensors.read(stored[slot.name]), slot.shape).astype(np.float32, order="C")
+    """Our form of a tensor. A transposed one is laid out in strips of what were its rows: along its columns each number would be looked for
+    in memory, which takes four times as long."""
+    view = to_ours(slot.rule, tensors.read(stored[slot.name]), slot.shape)
+    ours = np.empty(slot.shape, np.float32)
+    strip = slot.shape[-1] if view.flags.c_contiguous else STRIP_ROWS
+    for begin in range(0, slot.shape[-1], strip):
+        part = (..., slice(begin, begin + strip))
+        ours[part] = view[part].astype(np.float32)
+    return ours
 
 
 def slots(template: Params, rules: Sequence[Rule]) -> dict[str, list[Slot]]:

@@ -1,6 +1,7 @@
 """What a setup says of itself before it trains: how much is trained, and what is wasteful."""
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_training as tiny
 
-from jaxllm.engine.session import build_session
+from jaxllm.engine.session import build_session, narrow_products
 from jaxllm.parallel import plan
 
 WIDTH, MLP, KV, HEADS = 32, 48, 16, 32
@@ -94,3 +95,21 @@ def test_a_rank_that_no_product_has_is_said_of_each_kernel_once(layers_as: str, 
     _, *found = session_of(**fields, model__layers_as=layers_as).notes()  # the first one: random weights
     line = f"lora.rank = {rank} is more than the smaller side of {kernels}: a product of A and B has no higher rank than that"
     assert found == ([line] if kernels else [])
+
+
+@pytest.mark.parametrize(
+    ("platform", "compute", "precision", "said"),
+    [
+        ("gpu", "float32", None, "TF32"),
+        ("tpu", "float32", None, "bfloat16, with 7 bits"),
+        ("gpu", "float32", "highest", ""),
+        ("gpu", "bfloat16", None, ""),
+        ("cpu", "float32", None, ""),
+    ],
+)
+def test_float32_that_is_none_is_said(platform: str, compute: str, precision: str | None, said: str) -> None:
+    device: Any = SimpleNamespace(platform=platform, device_kind="some device")
+    with jax.default_matmul_precision(precision):
+        found = narrow_products(tiny.config_of({"precision.compute": compute}), device)
+        assert len(found) == bool(said) and all(said in line and "on some device" in line for line in found)
+        assert not session_of(precision__compute=compute).notes()  # this device is a CPU

@@ -206,21 +206,29 @@ def test_what_a_decoder_behind_an_encoder_begins_with(pads: bool, tmp_path: Path
     assert (found.bos_id, tokenize.start_id(found)) == ((None, tokenizer.pad_id) if pads else (tokenizer.bos_id, tokenizer.bos_id))
 
 
-def test_loading_holds_a_few_tensors_beside_the_result(tmp_path: Path) -> None:
+def sum_each(path: Any, host: weights.OnHost) -> list[float]:
+    """Takes the layers of a stack one after the other, as start.py does."""
+    del path
+    return [float(array.sum()) for array in host.arrays]
+
+
+@pytest.mark.parametrize(("layers_as", "place"), [("unrolled", weights.on_device), ("scan", sum_each)])
+def test_loading_holds_a_few_tensors_beside_the_result(layers_as: str, place: weights.Place, tmp_path: Path) -> None:
     config, model, params = make(MODELS["llama"][1], width=256, mlp_width=1024, layers=24)
     del config
     directory.write(tmp_path, params, model.config, None, {}, dtype="bfloat16")
     imported = directory.read(tmp_path)
-    weights.load(imported)  # What is traced and compiled stays in memory.
+    imported.config.model.layers_as = layers_as
+    weights.load(imported, place)  # What is traced and compiled stays in memory.
     tracemalloc.start()
     try:
-        weights.load(imported)
+        weights.load(imported, place)
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     # Arrays of JAX are not counted here. The tensor as it is stored and in float32, and some that JAX has copied and not yet let go.
     tensor_bytes = 4 * 256 * 1024
-    assert peak_bytes < 10 * tensor_bytes < sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 7
+    assert peak_bytes < 20 * tensor_bytes < sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 3
 
 
 def test_labels_and_ids_travel_along(tmp_path: Path) -> None:
