@@ -1,6 +1,7 @@
 """Directories as transformers writes them: config.json, tensors, and files that travel along. Read into our terms, and written."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,11 +9,14 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from jaxllm import config as schema
+from jaxllm import models
 from jaxllm.data import tokenize
 from jaxllm.data.tokenizers import file as tokenizer_file
 from jaxllm.interop import families, safetensors, tokenizer_files, weights
-from jaxllm.interop.family import Settings
-from jaxllm.interop.imported import Imported
+from jaxllm.interop.family import Family, Settings
+from jaxllm.interop.imported import Imported, Tensors
+from jaxllm.interop.packed import formats
+from jaxllm.interop.packed.dense import Dense
 from jaxllm.models.architecture import Architecture
 from jaxllm.types import Params, Tokenizer
 
@@ -58,7 +62,6 @@ def read(path: str | Path) -> Imported:
     values = _config(path / CONFIG)
     given = Settings(values, str(path / CONFIG))
     architecture = families.identify(values, given.where)
-    given.only("quantization_config", None)
     family = families.find(architecture)
     fields, head = family.read(given, architecture), family.classes[architecture]
     _check_range(fields, given.where)
@@ -67,10 +70,21 @@ def read(path: str | Path) -> Imported:
     config.model.init_std = given.number("initializer_range", 0.0)
     config.train.objective = OBJECTIVES.get(head) or LM_OBJECTIVES.get(config.model.name, "causal_lm")
     config.data.row_tokens = min(config.model.context_tokens, ROW_TOKENS)
-    tensors = safetensors.Files(safetensors.find(path))
+    tensors = _tensors(path, given, family, config, architecture)
     files = {name: (path / name).read_bytes() for name in (CONFIG, *CARRIED) if (path / name).is_file()}
     tokenizer = _tokenizer(path, config, values)
     return Imported(path, architecture, config, tokenizer, tensors, files, tuple(given.notes))
+
+
+def _tensors(path: Path, given: Settings, family: Family, config: ConfigDict, architecture: str) -> Tensors:
+    """Those of the files; where they are quantized, as if they were not."""
+    quantized = formats.identify(path, given)
+    files = safetensors.Files(safetensors.find(path))
+    if quantized is None:
+        return files
+    rules = family.rules(architecture, models.build(config).config)
+    patterns = [re.escape(rule.name).replace(r"\{layer\}", r"\d+") for rule in rules if rule.inputs and not rule.transposed]
+    return Dense(files, quantized, lambda name: any(re.fullmatch(pattern, family.canonical(name)) for pattern in patterns))
 
 
 def _check_range(fields: Mapping[str, Any], where: str) -> None:

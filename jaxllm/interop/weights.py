@@ -124,6 +124,7 @@ def _check(imported: Imported, family: Family, expected: Mapping[str, tuple[int,
     }
     spare = {found[copy]: found[name] for copy, name in copies.items() if name in found}
     ignored = [name for theirs, name in found.items() if theirs not in expected and re.fullmatch(family.unused, theirs)]
+    ignored += [name for theirs, name in found.items() if theirs not in expected and _adds_nothing(imported.tensors, name)]
     missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in stored]
     known = {*stored.values(), *spare, *ignored}
     unexpected = [f"{name} {list(shape)}" for name, shape in shapes.items() if name not in known]
@@ -141,6 +142,12 @@ def _check(imported: Imported, family: Family, expected: Mapping[str, tuple[int,
 
 def _equal(tensors: Tensors, one: str, other: str) -> bool:
     return tensors.shapes[one] == tensors.shapes[other] and np.array_equal(tensors.read(one), tensors.read(other))
+
+
+def _adds_nothing(tensors: Tensors, name: str) -> bool:
+    """Whether it is a bias of zeros, which AutoGPTQ gives to every Linear."""
+    beside = f"{name.removesuffix('.bias')}.weight"
+    return name.endswith(".bias") and len(tensors.shapes.get(beside, ())) == 2 and not tensors.read(name).any()
 
 
 def _mismatch(imported: Imported, family: Family, kinds: Mapping[str, list[str]]) -> str:
