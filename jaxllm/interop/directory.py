@@ -16,6 +16,7 @@ from jaxllm.interop import families, safetensors, tokenizer_files, weights
 from jaxllm.interop.family import Family, Settings
 from jaxllm.interop.imported import Imported, Tensors
 from jaxllm.interop.packed import formats
+from jaxllm.interop.packed import write as write_packed
 from jaxllm.interop.packed.dense import Dense
 from jaxllm.models.architecture import Architecture
 from jaxllm.types import Params, Tokenizer
@@ -169,8 +170,13 @@ def write(
     classes: Sequence[str] = (),
     dtype: str = "float32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    packing: str = "",
+    forced: bool = False,
 ) -> Written:
     """Writes what transformers (4 and 5) and this package read; ValueError if no class there can express `arch`.
+
+    packing: one of packed.formats.WRITTEN, in which quantized kernels are written; else they are written dense. forced: also what no
+    other tool would load.
 
     carried: files of the model that this one comes from, name -> bytes: its tokenizer is written as it was, and of its config.json
     what no computation here reads. Without tokenizer files among them, they are made from `tokenizer`. classes: names of the classes
@@ -178,6 +184,7 @@ def write(
     """
     architecture = families.choose(arch)
     export = weights.export(params, architecture, arch)
+    packed = write_packed.pack(export, families.find(architecture), packing, dtype, forced) if packing else None
     made = tokenizer_files.NOTHING
     if tokenizer is not None and not any(name in carried for name in tokenizer_files.DEFINITIONS):
         made = tokenizer_files.make(tokenizer, arch.context_tokens, arch.family.kind)
@@ -188,14 +195,20 @@ def write(
     if arch.bidirectional_prompt:
         notes += ("transformers attends causally to a prompt, whose tokens see each other in prefix_lm",)
     values |= {"torch_dtype": dtype, "dtype": dtype}
+    if packed:
+        values[formats.CONFIG] = packed.config
     texts = {CONFIG: _json(values), GENERATION: _json(_generation(values))}
     contents = {**texts, **made.files, **{name: data for name, data in carried.items() if name in CARRIED}}
+    if packed:
+        contents |= packed.files
+        notes += packed.notes
     directory.mkdir(parents=True, exist_ok=True)
     for name, data in contents.items():
         (directory / name).write_bytes(data)
-    paths = safetensors.write(directory, export.shapes, export.make, dtype, max_shard_bytes)
+    shapes, make, dtypes = (packed.shapes, packed.make, packed.dtypes) if packed else (export.shapes, export.make, dtype)
+    paths = safetensors.write(directory, shapes, make, dtypes, max_shard_bytes)
     names = [*(file.name for file in paths), *([safetensors.INDEX] if len(paths) > 1 else []), *contents]
-    return Written(architecture, export.shapes, tuple(names), notes)
+    return Written(architecture, shapes, tuple(names), notes)
 
 
 def tokenizer_alone(tokenizer: Tokenizer, arch: Architecture) -> tokenizer_files.Made:

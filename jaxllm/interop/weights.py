@@ -13,6 +13,8 @@ from jaxllm.interop.family import Family
 from jaxllm.interop.imported import Imported, Tensors
 from jaxllm.interop.rules import Rule, stored_shape, to_ours, to_theirs
 from jaxllm.models.architecture import Architecture
+from jaxllm.transforms import leaf
+from jaxllm.transforms.quantized import Quantized
 from jaxllm.transforms.tree import path_name
 from jaxllm.types import Params
 
@@ -84,15 +86,15 @@ def slots(template: Params, rules: Sequence[Rule]) -> dict[str, list[Slot]]:
     table = {rule.path: rule for rule in rules}
     found: dict[str, list[Slot]] = {}
     unknown = []
-    for path, leaf in jax.tree.leaves_with_path(template):
+    for path, node in jax.tree.leaves_with_path(template, is_leaf=_is_quantized):
         name = path_name(path)
         indices = [key.idx for key in path if isinstance(key, jax.tree_util.SequenceKey)]
         if name not in table:
             unknown.append(name)
         elif indices or "layers" not in name.split("/"):
-            found[jax.tree_util.keystr(path)] = [Slot(table[name], indices[0] if indices else None, leaf.shape)]
+            found[jax.tree_util.keystr(path)] = [Slot(table[name], indices[0] if indices else None, node.shape)]
         else:
-            found[jax.tree_util.keystr(path)] = [Slot(table[name], layer, leaf.shape[1:]) for layer in range(leaf.shape[0])]
+            found[jax.tree_util.keystr(path)] = [Slot(table[name], layer, node.shape[1:]) for layer in range(node.shape[0])]
     if unknown:
         raise ValueError(
             f"parameters without a counterpart in transformers: {listing(unknown)}.\n  Accepted: those of {', '.join(table)}.\n"
@@ -167,30 +169,44 @@ def listing(names: Sequence[str]) -> str:
 
 
 class Exported(NamedTuple):
-    """shapes: name -> shape of every tensor to write, in order. make(name) -> the tensor, in the dtype of the parameters."""
+    """shapes: name -> shape of every tensor to write, in order. make(name) -> the tensor, in the dtype of the parameters.
+
+    rules: name -> the rule of the tensor (of its first parameter). pieces(name) -> our parameters of one layer that it holds, in order:
+    arrays, or kernels that are quantized, which `make` makes dense.
+    """
 
     shapes: dict[str, tuple[int, ...]]
     make: Callable[[str], np.ndarray]
+    rules: dict[str, Rule]
+    pieces: Callable[[str], list[Any]]
 
 
 def export(params: Params, architecture: str, arch: Architecture) -> Exported:
     """The tensors of the class `architecture` that these parameters of `arch` are, made one at a time when they are asked for."""
     rules = families.find(architecture).rules(architecture, arch)
     table = slots(params, rules)
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    params_by_key = {jax.tree_util.keystr(path): node for path, node in jax.tree.leaves_with_path(params, is_leaf=_is_quantized)}
     parts: dict[str, list[tuple[Slot, str]]] = {}
     for key, found in table.items():
         for slot in found:
             parts.setdefault(slot.name, []).append((slot, key))
+    for chosen in parts.values():
+        chosen.sort(key=lambda part: part[0].rule.part)
+    expected = _expected(table, rules)
+
+    def pieces(name: str) -> list[Any]:
+        return [_piece(params_by_key[key], slot) for slot, key in parts[name]]
 
     def make(name: str) -> np.ndarray:
-        chosen = sorted(parts[name], key=lambda part: part[0].rule.part)
-        ours = [_piece(leaves[key], slot) for slot, key in chosen]
-        return to_theirs(chosen[0][0].rule, ours)
+        return to_theirs(parts[name][0][0].rule, [np.asarray(leaf.dense(piece)) for piece in pieces(name)])
 
-    return Exported(_expected(table, rules), make)
+    return Exported(expected, make, {name: parts[name][0][0].rule for name in expected}, pieces)
 
 
-def _piece(leaf: jax.Array, slot: Slot) -> np.ndarray:
+def _is_quantized(node: Any) -> bool:
+    return isinstance(node, Quantized)
+
+
+def _piece(node: Any, slot: Slot) -> Any:
     """The parameter, or one layer of it where the layers are stacked."""
-    return np.asarray(leaf if leaf.shape == slot.shape else leaf[slot.layer])
+    return node if node.shape == slot.shape else jax.tree.map(lambda x: x[slot.layer], node)

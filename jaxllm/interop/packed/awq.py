@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxllm.interop import family
 from jaxllm.interop.packed import words
-from jaxllm.interop.packed.codes import Codes, Parts, index, runs, take
+from jaxllm.interop.packed.codes import Codes, Parts, index, runs, take, zeros
 from jaxllm.interop.packed.settings import Settings
 
 METHOD, MARKS = "awq", ("qweight",)
@@ -66,8 +66,8 @@ def read(name: str, parts: Parts, settings: Settings) -> Codes:
     codes = words.natural_order(words.unpack(take(name, parts, "qweight", "i", (inputs, None)), BITS, 1, outputs))
     zero = None
     if not settings.symmetric or "qzeros" in parts:
-        zeros = take(name, parts, "qzeros", "i", (count, outputs // 8))
-        zero = words.natural_order(words.unpack(zeros, BITS, 1, outputs)).T
+        stored = take(name, parts, "qzeros", "i", (count, outputs // 8))
+        zero = words.natural_order(words.unpack(stored, BITS, 1, outputs)).T
     if zero is not None and (zero == 2 ** (BITS - 1)).all():
         zero = None
     return Codes(codes.T, scale.T, zero, index(runs(inputs, group), count), BITS)
@@ -86,9 +86,8 @@ def layout(outputs: int, inputs: int, groups: int, settings: Settings) -> dict[s
 def write(codes: Codes, settings: Settings) -> dict[str, np.ndarray]:
     """The parts of a Linear."""
     del settings
-    zero = np.full(codes.scale.shape, 2 ** (BITS - 1), np.uint8) if codes.zero is None else codes.zero
     return {
         "qweight": words.pack(words.awq_order(codes.codes.T), BITS, 1),
-        "qzeros": words.pack(words.awq_order(zero.T), BITS, 1),
+        "qzeros": words.pack(words.awq_order(zeros(codes).T), BITS, 1),
         "scales": codes.scale.T,
     }

@@ -70,6 +70,11 @@ class NormalFloat(NamedTuple):
         return table[self.absmax] * np.repeat(absmax, block)[: self.absmax.size] + np.float32(offset)
 
 
+def zeros(codes: Codes) -> np.ndarray:
+    """uint8 [O, G], also where all are the middle code."""
+    return np.full(codes.scale.shape, 2 ** (codes.bits - 1), np.uint8) if codes.zero is None else codes.zero
+
+
 def runs(inputs: int, group: int) -> np.ndarray:
     """int32 [inputs]: the group of each, where groups are runs of `group`."""
     return np.arange(inputs, dtype=np.int32) // group

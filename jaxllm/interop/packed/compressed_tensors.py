@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxllm.interop import family
 from jaxllm.interop.packed import words
-from jaxllm.interop.packed.codes import Codes, Parts, index, runs, take
+from jaxllm.interop.packed.codes import Codes, Parts, index, runs, take, zeros
 from jaxllm.interop.packed.settings import Settings
 
 METHOD, MARKS = "compressed-tensors", ("weight_scale",)
@@ -160,8 +160,7 @@ def write(codes: Codes, settings: Settings) -> dict[str, np.ndarray]:
         "weight_shape": np.array([outputs, inputs], np.int64),
     }
     if not settings.symmetric:
-        zero = np.full(codes.scale.shape, 2 ** (codes.bits - 1), np.uint8) if codes.zero is None else codes.zero
-        parts["weight_zero_point"] = words.pack(zero, codes.bits, 0)
+        parts["weight_zero_point"] = words.pack(zeros(codes), codes.bits, 0)
     if settings.ordered:
         count = codes.scale.shape[1]
         parts["weight_g_idx"] = runs(inputs, inputs // count) if codes.groups is None else codes.groups

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jaxllm.interop import family
+from jaxllm.interop import family, safetensors
 from jaxllm.interop.packed import awq, bitsandbytes, compressed_tensors, gptq
 from jaxllm.interop.packed.codes import Codes, NormalFloat, Parts
 from jaxllm.interop.packed.settings import Settings
@@ -61,6 +61,8 @@ class Format(Protocol):
         ...
 
 
+# Types of the scales, by name.
+FLOATS = {dtype.name: dtype for dtype in safetensors.TYPES.values()}
 METHODS: tuple[Format, ...] = (compressed_tensors, gptq, awq, bitsandbytes)
 # Settings.format of what is written -> its module.
 WRITTEN: dict[str, Format] = {

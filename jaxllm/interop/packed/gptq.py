@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxllm.interop import family
 from jaxllm.interop.packed import words
-from jaxllm.interop.packed.codes import Codes, Parts, index, runs, take
+from jaxllm.interop.packed.codes import Codes, Parts, index, runs, take, zeros
 from jaxllm.interop.packed.settings import Settings
 
 METHOD, MARKS = "gptq", ("qweight",)
@@ -75,8 +75,7 @@ def read(name: str, parts: Parts, settings: Settings) -> Codes:
     count = -(-inputs // (settings.group or inputs))
     scale = take(name, parts, "scales", "f", (count, outputs))
     codes = words.unpack(take(name, parts, "qweight", "i", (None, outputs)), bits, 0, inputs)
-    zeros = take(name, parts, "qzeros", "i", (count, words.count(outputs, bits)))
-    zero = _zeros(zeros, outputs, settings)
+    zero = _zero(take(name, parts, "qzeros", "i", (count, words.count(outputs, bits))), outputs, settings)
     groups = runs(inputs, settings.group or inputs)
     if "g_idx" in parts:
         given = take(name, parts, "g_idx", "i", (inputs,))
@@ -95,7 +94,7 @@ def _ones(bits: int) -> np.ndarray:
     return words.pack(np.ones(words.WORD_BITS // bits, np.uint8), bits, 0)
 
 
-def _zeros(packed: np.ndarray, outputs: int, settings: Settings) -> np.ndarray | None:
+def _zero(packed: np.ndarray, outputs: int, settings: Settings) -> np.ndarray | None:
     """uint8 [G, O], or None if all are the middle code.
 
     Of a symmetric grid the zero is known, and what is stored says which version it is: files that say "gptq" hold zeros of the other one.
@@ -123,8 +122,7 @@ def write(codes: Codes, settings: Settings) -> dict[str, np.ndarray]:
     """The parts of a Linear."""
     outputs, inputs = codes.codes.shape
     count = codes.scale.shape[1]
-    zero = np.full(codes.scale.shape, 2 ** (codes.bits - 1), np.uint8) if codes.zero is None else codes.zero
-    packed = words.pack(zero.T, codes.bits, 1)
+    packed = words.pack(zeros(codes).T, codes.bits, 1)
     return {
         "qweight": words.pack(codes.codes.T, codes.bits, 0),
         "qzeros": packed - _ones(codes.bits) if settings.format == "gptq" else packed,
