@@ -38,6 +38,7 @@ def quantize(kernel: jax.Array, inputs: int, kind: str, **grid: Any) -> Quantize
 def quantized(fields: dict[str, Any], kind: str, **grid: Any) -> tuple[Any, Model, Params]:
     """(config, model, parameters) with the kernels of all layers quantized."""
     config, model, params = make(fields, **sizes(fields))
+
     def one(path: Any, leaf: jax.Array) -> Any:
         name = path_name(path).split("/")
         if "layers" not in name or name[-1] != "kernel":

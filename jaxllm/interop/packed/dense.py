@@ -19,6 +19,11 @@ class Dense:
         self._files, self._found, self._inputs_first = files, found, inputs_first
         marks = tuple(f".{mark}" for mark in found.format.MARKS)
         linears = {name.removesuffix(mark): None for name in files.shapes for mark in marks if name.endswith(mark)}
+        if not linears:
+            raise ValueError(
+                f"the quantization_config says {found.format.METHOD}, and no tensor is named {' or '.join(f'*{mark}' for mark in marks)}.\n"
+                "  Accepted: config and tensors of one model.\n  Fetch them again; if the tensors are dense, take the section out."
+            )
         # The weight -> the parts that there are of it, by the names behind that of the Linear.
         self._parts = {
             f"{linear}.weight": {part: f"{linear}.{part}" for part in found.format.PARTS if f"{linear}.{part}" in files.shapes}

@@ -23,14 +23,14 @@ class Limit(NamedTuple):
     change: str
 
 
-def check(settings: Settings, sizes: Mapping[str, Size], convolutions: bool, forced: bool) -> None:
+def check(settings: Settings, sizes: Mapping[str, Size], family: str, forced: bool) -> None:
     """ValueError for what the format cannot hold, and, unless forced, for what its readers do not load.
 
-    sizes: of every quantized Linear. convolutions: they are layers of GPT-2's own kind (Conv1D).
+    sizes: of every quantized Linear. family: the name of the Family.
     """
     for limit in _of_format(settings, sizes):
         raise ValueError(f"{settings.format} files cannot hold {limit.given}.\n  Accepted: {limit.accepted}.\n  {limit.change}.")
-    for limit in () if forced else _of_readers(settings, convolutions):
+    for limit in () if forced else _of_readers(settings, sizes, family):
         raise ValueError(
             f"{limit.given} is not loaded from {settings.format} files by the tools that read them.\n"
             f"  Accepted: {limit.accepted}.\n  {limit.change}; or force it, for a reader of your own."
@@ -57,7 +57,7 @@ def _of_format(settings: Settings, sizes: Mapping[str, Size]) -> Iterator[Limit]
             )
 
 
-def _of_readers(settings: Settings, convolutions: bool) -> Iterator[Limit]:
+def _of_readers(settings: Settings, sizes: Mapping[str, Size], family: str) -> Iterator[Limit]:
     """What has a place, and no reader."""
     kind, bits = settings.format, settings.bits
     if kind in ("gptq", "gptq_v2", "pack-quantized") and bits not in (4, 8):
@@ -68,11 +68,13 @@ def _of_readers(settings: Settings, convolutions: bool) -> Iterator[Limit]:
         yield Limit(
             "an index of groups", "groups that are runs (compressed-tensors 0.20)", "Quantize without quant.ordered, or write gptq"
         )
-    if kind in ("pack-quantized", "int-quantized") and convolutions:
+    if kind in ("pack-quantized", "int-quantized") and family == "GPT-2":
         yield Limit("GPT-2, whose layers are Conv1D,", "models of Linear layers (transformers)", "Write gptq or nf4")
+    if kind == "nf4" and family == "T5" and any(name.endswith(".wo.weight") for name in sizes):
+        yield Limit("T5 with wo in nf4", "wo in float32 (transformers)", "Leave mlp/down/kernel out of quant.targets")
 
 
-def notes(settings: Settings, sizes: Mapping[str, Size]) -> tuple[str, ...]:
+def notes(settings: Settings, sizes: Mapping[str, Size], family: str) -> tuple[str, ...]:
     """Lines for the user: what its readers must be told, and over how many devices they can share it out."""
     lines = []
     if settings.format == "pack-quantized" and not settings.symmetric:
@@ -82,7 +84,7 @@ def notes(settings: Settings, sizes: Mapping[str, Size]) -> tuple[str, ...]:
     if settings.format == "int-quantized":
         lines.append("transformers and vLLM round what these layers multiply to 8 bits, each token by itself")
     shared = [size for size in sizes.values() if size.shared and size.groups > 1]
-    if settings.group and shared:
+    if settings.format != "nf4" and settings.group and shared:
         devices = [number for number in (2, 4, 8) if all(size.groups % number == 0 for size in shared)]
         fits = f"over {', '.join(map(str, devices))} devices" if devices else "over no number of devices"
         lines.append(f"groups of {settings.group} inputs: tensor parallelism can share the model out {fits}")

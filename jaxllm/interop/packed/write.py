@@ -36,7 +36,7 @@ def pack(exported: Exported, family: Family, kind: str, dtype: str, forced: bool
     forms = {name: found for name in exported.shapes if (found := _forms(exported, name))}
     sizes = {name: _size(exported, name, found[0].groups) for name, found in forms.items()}
     settings = _settings(forms, sizes, kind)._replace(ignore=_ignored(exported, family, forms), dtype=dtype)
-    limits.check(settings, sizes, not all(exported.rules[name].transposed for name in forms), forced)
+    limits.check(settings, sizes, family.name, forced)
     format = formats.WRITTEN[kind]
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
@@ -63,7 +63,9 @@ def pack(exported: Exported, family: Family, kind: str, dtype: str, forced: bool
             last[name] = format.write(_codes(exported, name, settings, forced), settings)
         return last[name][part]
 
-    return Packed(shapes, dtypes, make, format.config(settings), format.beside(settings), limits.notes(settings, sizes))
+    return Packed(
+        shapes, dtypes, make, format.config(settings), format.beside(settings), limits.notes(settings, sizes, family.name)
+    )
 
 
 def _forms(exported: Exported, name: str) -> list[leaves.Form]:

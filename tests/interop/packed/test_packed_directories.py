@@ -43,7 +43,7 @@ def test_out_and_back(name: str, case: str, tmp_path: Path) -> None:
     """What is read is what the codes stand for, bit for bit."""
     packing, kind, grid, forced = FORMATS[name]
     _, model, params = quantized(MODELS[case][1], kind, **grid)
-    forced |= case == "gpt2" and packing in ("pack-quantized", "int-quantized")
+    forced |= case == "gpt2" and packing in ("pack-quantized", "int-quantized") or case == "t5 1.1" and packing == "nf4"
     directory.write(tmp_path, params, model.config, None, {}, packing=packing, forced=forced)
     imported = directory.read(tmp_path)
     loaded = weights.load(imported)
