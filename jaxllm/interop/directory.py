@@ -85,6 +85,7 @@ def _tensors(path: Path, given: Settings, family: Family, config: ConfigDict, ar
         return files
     rules = family.rules(architecture, models.build(config).config)
     patterns = [re.escape(rule.name).replace(r"\{layer\}", r"\d+") for rule in rules if rule.inputs and not rule.transposed]
+    given.notes.append(f"weights are quantized ({quantized.settings.words}); they are read as dense ones")
     return Dense(files, quantized, lambda name: any(re.fullmatch(pattern, family.canonical(name)) for pattern in patterns))
 
 

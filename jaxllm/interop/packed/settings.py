@@ -20,3 +20,8 @@ class Settings(NamedTuple):
     double: bool = False
     ignore: tuple[str, ...] = ()
     dtype: str = "float32"
+
+    @property
+    def words(self) -> str:
+        """For the user."""
+        return f"{self.format}, {self.bits} bits" + (f", groups of {self.group} inputs" if self.group else "")
