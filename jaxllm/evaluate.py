@@ -16,7 +16,6 @@ import json
 import math
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,9 +29,7 @@ from rich.text import Text
 
 from jaxllm import command, runs
 from jaxllm import config as schema
-from jaxllm.data import clean, documents, examples, folder, loader, prepare, shards
-from jaxllm.data.documents import Document
-from jaxllm.data.examples import labels
+from jaxllm.data import examples, folder, foreign, loader, prepare, shards
 from jaxllm.data.examples.contract import MakeBatch
 from jaxllm.engine import compilation
 from jaxllm.evals import baseline, exact, perplexity, recall
@@ -128,9 +125,7 @@ def evaluate_split(run: Run, split: str, max_seqs: int = MOST_SEQS) -> dict[str,
 def evaluate_source(run: Run, source: str, max_seqs: int = MOST_SEQS) -> dict[str, Any]:
     """The result on all text of `source`, packed into rows of the length that the run was trained with."""
     with tempfile.TemporaryDirectory() as directory:
-        documents = _documents(run, source, run.classes)
-        rows = examples.write(run.config, Path(directory, "rows"), documents, run.tokenizer, run.classes, shards.Totals())
-        _tell_dropped(rows.dropped, source)
+        rows = foreign.pack(run.config, run.tokenizer, run.classes, source, Path(directory, "rows"), setting="--data")
         return _measure(run, rows, _train_rows(run), source, max_seqs)
 
 
@@ -151,27 +146,6 @@ def _train_rows(run: Run) -> shards.Shards | None:
         return None
     rows = shards.Shards(directory)
     return rows if rows.fingerprint == _fingerprint(run, "train") else None
-
-
-def _documents(run: Run, source: str, classes: tuple[str, ...]) -> Iterator[Document]:
-    """All documents, cleaned, however few of its own data the run used."""
-    config = run.config.copy_and_resolve_references()
-    config.data.max_documents = 0
-    cleaner, dropped = clean.make(config), Counter[str]()
-    for document in documents.open(source, config, setting="--data"):
-        cleaned = cleaner(document)
-        if isinstance(cleaned, clean.Dropped):
-            dropped[cleaned.reason] += 1
-        else:
-            if classes:
-                labels.check_known(labels.of(cleaned), classes, cleaned.origin)
-            yield cleaned
-    _tell_dropped(dropped, source)
-
-
-def _tell_dropped(dropped: Mapping[str, int], source: str) -> None:
-    if dropped:
-        logging.warning("documents dropped from %s: %s", source, ", ".join(f"{count} by {name}" for name, count in dropped.items()))
 
 
 def _measure(run: Run, rows: shards.Shards, train: shards.Shards | None, data: str, max_seqs: int) -> dict[str, Any]:

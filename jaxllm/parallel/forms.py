@@ -40,7 +40,7 @@ def of(params: Params, trained: Iterable[str]) -> list[Form]:
     for path, node in jax.tree.leaves_with_path(params, is_leaf=lambda node: isinstance(node, Quantized)):
         name = tree.path_name(path)
         if isinstance(node, Quantized):
-            add(f"kernels in {type(node).__name__.lower()}, with their scales", False, math.prod(node.shape), node)
+            add(f"kernels in {node.form}, with their scales", False, math.prod(node.shape), node)
         else:
             kind = "adapters" if name in adapt.adapters(params) and name in names else _kind(name, node, path)
             add(f"{kind} in {node.dtype.name}", name in names, node.size, node)

@@ -63,6 +63,10 @@ class Affine(quantized.Quantized):
     kind: str = "affine"
 
     @property
+    def form(self) -> str:
+        return f"int{self.bits}"
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return quantized.unpacked_shape(self.codes, self.axis, self.bits)
 

@@ -25,6 +25,11 @@ class Quantized(abc.ABC):
     codes: Any
 
     @property
+    def form(self) -> str:
+        """What it is called."""
+        return type(self).__name__.lower()
+
+    @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Of the dense kernel."""

@@ -177,7 +177,7 @@ def test_transforms_are_made_of_a_config_and_know_their_axes(name, fields, alone
     named = transform.axes(axes, inputs)
     assert (transform.targets, transform.adapts) == (settings.quant.targets, False)
     assert jax.tree.structure(named, is_leaf=lambda node: type(node) is tuple) == jax.tree.structure(kernel)
-    assert named.codes == axes
+    assert named.codes == axes and kernel.form == name
     scales = named.absmax if name == "nf4" else named.scale
     assert scales == ("groups",) * inputs + axes[inputs:]
     for array, names in zip(jax.tree.leaves(kernel), jax.tree.leaves(named, is_leaf=lambda node: type(node) is tuple), strict=True):
