@@ -77,7 +77,7 @@ def open_start(path: str) -> Start:
     if peft.is_one(path):
         return _open_adapter(peft.read(path))
     if runs.is_foreign(path):
-        imported = runs.read_imported(path)
+        imported = runs.read_imported(path, keep_codes=True)
         return Start(imported.path, imported.config, imported.tokenizer, imported.path, str(imported.path), imported)
     workdir = runs.find(path)
     config, tokenizer = schema.load(workdir.config), tokenize.load(workdir.tokenizer)

@@ -15,7 +15,7 @@ from jaxllm.data.tokenizers import file as tokenizer_file
 from jaxllm.interop import families, safetensors, tokenizer_files, weights
 from jaxllm.interop.family import Family, Settings
 from jaxllm.interop.imported import Imported, Tensors
-from jaxllm.interop.packed import formats
+from jaxllm.interop.packed import formats, keep
 from jaxllm.interop.packed import write as write_packed
 from jaxllm.interop.packed.dense import Dense
 from jaxllm.models.architecture import Architecture
@@ -53,8 +53,11 @@ def is_one(path: Path) -> bool:
     return isinstance(values, dict) and not isinstance(values.get("model"), dict)
 
 
-def read(path: str | Path) -> Imported:
+def read(path: str | Path, *, keep_codes: bool = False) -> Imported:
     """The model in a directory, its tensors still on disk.
+
+    keep_codes: where a transform has kernels in such codes as the directory holds, the config has that transform, and `weights.load` gives
+    kernels in these codes; else they are dense.
 
     ValueError for a directory without config.json or tensors, an architecture that is not known, a value in config.json that has no
     counterpart here, damaged files, and a tokenizer with more tokens than the embedding has rows.
@@ -72,6 +75,12 @@ def read(path: str | Path) -> Imported:
     config.train.objective = OBJECTIVES.get(head) or LM_OBJECTIVES.get(config.model.name, "causal_lm")
     config.data.row_tokens = min(config.model.context_tokens, ROW_TOKENS)
     tensors = _tensors(path, given, family, config, architecture)
+    if keep_codes and isinstance(tensors, Dense):
+        kept = keep.plan(tensors, weights.kernels(config, family, architecture, tensors.shapes))
+        config.update_from_flattened_dict(kept or {})
+    if isinstance(tensors, Dense):
+        how = "kept in their codes" if config.train.transforms else "read as dense ones"
+        given.notes.append(f"weights are quantized ({tensors.settings.words}); they are {how}")
     files = {name: (path / name).read_bytes() for name in (CONFIG, *CARRIED) if (path / name).is_file()}
     tokenizer = _tokenizer(path, config, values)
     return Imported(path, architecture, config, tokenizer, tensors, files, tuple(given.notes))
@@ -85,7 +94,6 @@ def _tensors(path: Path, given: Settings, family: Family, config: ConfigDict, ar
         return files
     rules = family.rules(architecture, models.build(config).config)
     patterns = [re.escape(rule.name).replace(r"\{layer\}", r"\d+") for rule in rules if rule.inputs and not rule.transposed]
-    given.notes.append(f"weights are quantized ({quantized.settings.words}); they are read as dense ones")
     return Dense(files, quantized, lambda name: any(re.fullmatch(pattern, family.canonical(name)) for pattern in patterns))
 
 

@@ -1,16 +1,19 @@
 """Parameters from foreign tensors and back: the one walk over a name table, in either direction, one tensor at a time."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from jaxllm import models
 from jaxllm.interop import families
 from jaxllm.interop.family import Family
 from jaxllm.interop.imported import Imported, Tensors
+from jaxllm.interop.packed import keep, leaves
+from jaxllm.interop.packed.dense import Dense
 from jaxllm.interop.rules import Rule, stored_shape, to_ours, to_theirs
 from jaxllm.models.architecture import Architecture
 from jaxllm.transforms import leaf
@@ -35,21 +38,24 @@ class Slot(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """params: float32, in the form of config.model.layers_as. unused: names of tensors that no computation needs."""
+    """params: float32, in the form of config.model.layers_as; where directory.read has kept codes, with quantized kernels.
+
+    unused: names of tensors that no computation needs.
+    """
 
     params: Params
     unused: tuple[str, ...]
 
 
-# (key path, array on the host) -> what stands in its place
-Place = Callable[[Any, np.ndarray], Any]
+# (key path, array or quantized kernel on the host) -> what stands in its place
+Place = Callable[[Any, Any], Any]
 
 
-def on_device(path: Any, host: np.ndarray) -> jax.Array:
-    """The array on the first device."""
+def on_device(path: Any, host: Any) -> Any:
+    """The array, or the quantized kernel, on the first device."""
     del path
     # Waits for the copy to the device, or copies of many tensors would be in memory at once.
-    return jax.device_put(host).block_until_ready()
+    return jax.block_until_ready(jax.device_put(host))
 
 
 def load(imported: Imported, place: Place = on_device) -> Loaded:
@@ -64,8 +70,10 @@ def load(imported: Imported, place: Place = on_device) -> Loaded:
     found = slots(template, rules)
     stored, unused = _check(imported, family, _expected(found, rules))
 
-    def read(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> Any:
+    def read(path: tuple[Any, ...], like: Any) -> Any:
         parts = found[jax.tree_util.keystr(path)]
+        if isinstance(like, Quantized):
+            return place(path, _codes(imported.tensors, stored, parts, like))
         if len(parts) == 1:
             host = _read(imported.tensors, stored, parts[0]).reshape(like.shape)
         else:
@@ -74,7 +82,38 @@ def load(imported: Imported, place: Place = on_device) -> Loaded:
                 host[index] = _read(imported.tensors, stored, slot)
         return place(path, host)
 
-    return Loaded(jax.tree.map_with_path(read, template), unused)
+    return Loaded(jax.tree.map_with_path(read, template, is_leaf=_is_quantized), unused)
+
+
+def kernels(config: ConfigDict, family: Family, architecture: str, names: Iterable[str]) -> dict[str, keep.Kernel]:
+    """Path name -> the tensors, by their `names` in the files, of every kernel in the layers of a model."""
+    model = models.build(config)
+    template = jax.eval_shape(model.init, jax.random.key(0))
+    stored = {family.canonical(name): name for name in names}
+    found: dict[str, list[Slot]] = {}
+    for parts in slots(template, family.rules(architecture, model.config)).values():
+        found.setdefault(parts[0].rule.path, []).extend(parts)
+    return {
+        path: keep.Kernel(
+            [stored.get(slot.name, "") for slot in parts], parts[0].shape, parts[0].rule.inputs, parts[0].rule.part[1] > 1
+        )
+        for path, parts in found.items()
+        if "layers" in path.split("/")
+    }
+
+
+def _codes(tensors: Tensors, stored: Mapping[str, str], parts: Sequence[Slot], like: Quantized) -> Quantized:
+    """A kernel in the codes of the files, of one layer or of a stack."""
+    assert isinstance(tensors, Dense), "only where directory.read has kept codes does a config ask for them"
+    stacked = like.shape != parts[0].shape
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), like) if stacked else like
+    layers = []
+    for slot in parts:
+        name = stored[slot.name]
+        codes = tensors.codes(name)
+        assert codes is not None, f"{name} is dense"
+        layers.append(leaves.make(name, codes, one, slot.shape, slot.rule.part))
+    return jax.tree.map(lambda *each: np.stack(each), *layers) if stacked else layers[0]
 
 
 def _read(tensors: Tensors, stored: Mapping[str, str], slot: Slot) -> np.ndarray:

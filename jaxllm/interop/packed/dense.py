@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxllm.interop.packed.codes import Codes, NormalFloat
 from jaxllm.interop.packed.formats import Found
+from jaxllm.interop.packed.settings import Settings
 from jaxllm.interop.safetensors import Files
 
 
@@ -44,6 +45,15 @@ class Dense:
 
     def _stored(self, name: str) -> dict[str, np.ndarray]:
         return {part: self._files.stored(stored) for part, stored in self._parts[name].items()}
+
+    @property
+    def settings(self) -> Settings:
+        """What the quantization_config says."""
+        return self._found.settings
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor is a weight in codes."""
+        return name in self._parts
 
     def codes(self, name: str) -> Codes | NormalFloat | None:
         """What is stored of a weight, or None if it is dense."""

@@ -1,13 +1,15 @@
 """Quantized kernels of a parameter tree as the codes of a Linear, and back."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.interop.packed.codes import Codes, Nested, NormalFloat, zeros
+from jaxllm.interop.packed.codes import Codes, Nested, NormalFloat, runs, zeros
 from jaxllm.transforms import nf4, quantized
 from jaxllm.transforms.affine import Affine
 from jaxllm.transforms.int8 import Int8
@@ -87,3 +89,45 @@ def _normal_float(parts: Sequence[Nf4], inputs: int) -> NormalFloat:
     (part,) = parts
     nested = Nested(nf4.DYNAMIC, np.asarray(part.nested), float(part.offset), nf4.SCALES)
     return NormalFloat(codes, nf4.TABLE, _matrix(part.absmax, inputs).reshape(-1), nf4.BLOCK, nested)
+
+
+def make(name: str, codes: Codes | NormalFloat, like: Any, shape: tuple[int, ...], part: tuple[int, int]) -> Quantized:
+    """The kernel of one layer, of this `shape`, with arrays on the host; its codes are those of the Linear `name`.
+
+    like: the same with the shapes and types of its arrays. part: (index, count) where outputs of other kernels are beside its own.
+    ValueError if the codes have zeros or an index of groups, and the kernel has no place for them.
+    """
+    index, count = part
+    width = len(codes.codes) // count
+    mine = slice(index * width, (index + 1) * width)
+    dense = jnp.asarray(codes.codes[mine].T.reshape(shape))
+    if isinstance(codes, NormalFloat):
+        return jax.device_get(_make_normal_float(codes, dense, like, mine))
+    scale = codes.scale[mine].T.reshape(like.scale.shape).astype(like.scale.dtype)
+    zero, groups = getattr(like, "zero", None), getattr(like, "groups", None)
+    if (codes.zero is not None and zero is None) or (codes.groups is not None and groups is None):
+        what = "zeros" if codes.zero is not None and zero is None else "an index of groups"
+        raise ValueError(
+            f"{name} has {what}, which quantization_config says there are not.\n  Accepted: tensors and config of one model.\n"
+            "  Correct sym or desc_act in quantization_config, or fetch the files again."
+        )
+    if isinstance(like, Int8):
+        return dataclasses.replace(like, codes=(np.asarray(dense).astype(np.int16) - 128).astype(np.int8), scale=scale)
+    if zero is not None:
+        zero = zeros(codes)[mine].T.reshape(zero.shape)
+    if groups is not None:
+        inputs, number = codes.codes.shape[1], codes.scale.shape[1]
+        groups = (runs(inputs, inputs // number) if codes.groups is None else codes.groups).reshape(groups.shape)
+    packed = quantized.pack(dense, like.axis, like.bits)
+    return jax.device_get(dataclasses.replace(like, codes=packed, scale=scale, zero=zero, groups=groups))
+
+
+def _make_normal_float(codes: NormalFloat, dense: jax.Array, like: Any, mine: slice) -> Nf4:
+    packed = quantized.pack(dense, like.axis, 4, high_first=True)
+    nested, offset, absmax = None, None, codes.absmax
+    if like.nested is None:
+        absmax = codes.scale()
+    elif codes.nested is not None:
+        nested, offset = codes.nested.absmax, np.float32(codes.nested.offset)
+    absmax = absmax.reshape(len(codes.codes), -1)[mine].T.reshape(like.absmax.shape)
+    return dataclasses.replace(like, codes=packed, absmax=absmax, nested=nested, offset=offset)

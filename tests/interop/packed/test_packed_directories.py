@@ -10,8 +10,9 @@ import pytest
 from foreign_models import MODELS
 from quantized_models import quantized
 
+from jaxllm import models
 from jaxllm.interop import directory, weights
-from jaxllm.transforms import leaf
+from jaxllm.transforms import leaf, tree
 from jaxllm.transforms.quantized import Quantized
 from jaxllm.types import Params
 
@@ -33,8 +34,12 @@ FORMATS: dict[str, tuple[str, str, dict[str, Any], bool]] = {
 }
 
 
+def is_quantized(node: Any) -> bool:
+    return isinstance(node, Quantized)
+
+
 def dense(params: Params) -> Params:
-    return jax.tree.map(lambda node: np.asarray(leaf.dense(node)), params, is_leaf=lambda node: isinstance(node, Quantized))
+    return jax.tree.map(lambda node: np.asarray(leaf.dense(node)), params, is_leaf=is_quantized)
 
 
 @pytest.mark.parametrize("case", ["gpt2", "llama tied", "bert classes", "t5 1.1"])
@@ -51,3 +56,43 @@ def test_out_and_back(name: str, case: str, tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, loaded.params, dense(params))
     values = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert values
+
+
+# What a transform here has codes for.
+KEPT = [name for name in FORMATS if "2 bits" not in name]
+
+
+@pytest.mark.parametrize(
+    ("case", "layers_as"), [("gpt2", "scan"), ("llama tied", "unrolled"), ("bert classes", "scan"), ("t5 1.1", "unrolled")]
+)
+@pytest.mark.parametrize("name", KEPT)
+def test_codes_are_kept(name: str, layers_as: str, case: str, tmp_path: Path) -> None:
+    """The kernels that were written come back, array for array, and are those that the transforms of the config make a place for."""
+    packing, kind, grid, _ = FORMATS[name]
+    _, model, params = quantized(MODELS[case][1], kind, **grid)
+    directory.write(tmp_path, params, model.config, None, {}, packing=packing, forced=True)
+    imported = directory.read(tmp_path, keep_codes=True)
+    imported.config.model.layers_as = layers_as
+    loaded = weights.load(imported).params
+    template = jax.eval_shape(models.build(imported.config).init, jax.random.key(0))
+    jax.tree.map(lambda x, like: np.testing.assert_equal((x.shape, x.dtype), (like.shape, like.dtype)), loaded, template)
+    stacked = layers_as == "scan"
+    jax.tree.map(
+        np.testing.assert_array_equal, layer_by_layer(loaded), tree.stack_layers(dense(params)) if stacked else dense(params)
+    )
+    expected = tree.stack_layers(params) if stacked else params
+    if jax.tree.structure(loaded) == jax.tree.structure(expected):
+        jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+    else:  # AWQ stores all zeros, 8 bits an output are Int8, and joined kernels have scales of their own
+        assert packing == "awq" or grid.get("bits") == 8 or (case, kind) == ("gpt2", "double")
+
+
+def layer_by_layer(params: Params) -> Params:
+    """Dense, each kernel by a program of its own: in a larger one products and sums are rounded together."""
+
+    def one(path: Any, node: Any) -> Any:
+        if is_quantized(node) and tree.is_stacked(path):
+            return np.stack([leaf.dense(jax.tree.map(lambda x, index=index: x[index], node)) for index in range(2)])
+        return np.asarray(leaf.dense(node))
+
+    return jax.tree.map_with_path(one, params, is_leaf=is_quantized)
