@@ -12,8 +12,8 @@ from jaxllm.transforms.tree import path_name
 from jaxllm.types import Model, Params
 
 # A multiple of every block, and of the codes of a word.
-SIZES = {"width": 64, "heads": 2, "head_dim": 64, "mlp_width": 128, "vocab_size": 40}
-GPT_SIZES = {"width": 128, "heads": 2, "mlp_width": 192, "vocab_size": 40}
+SIZES = {"width": 64, "heads": 2, "head_dim": 64, "mlp_width": 128}
+GPT_SIZES = {"width": 128, "heads": 2, "mlp_width": 192}
 
 
 def sizes(fields: dict[str, Any]) -> dict[str, Any]:
@@ -35,9 +35,9 @@ def quantize(kernel: jax.Array, inputs: int, kind: str, **grid: Any) -> Quantize
     return affine.Affine(leaf.codes, leaf.scale, leaf.zero, jax.numpy.asarray(groups), leaf.axis, leaf.bits)
 
 
-def quantized(fields: dict[str, Any], kind: str, **grid: Any) -> tuple[Any, Model, Params]:
+def quantized(fields: dict[str, Any], kind: str, vocab_size: int = 40, **grid: Any) -> tuple[Any, Model, Params]:
     """(config, model, parameters) with the kernels of all layers quantized."""
-    config, model, params = make(fields, **sizes(fields))
+    config, model, params = make(fields, **sizes(fields), vocab_size=vocab_size)
 
     def one(path: Any, leaf: jax.Array) -> Any:
         name = path_name(path).split("/")
