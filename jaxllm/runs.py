@@ -113,15 +113,18 @@ def is_foreign(path: str | Path) -> bool:
     return path.is_file() or path.suffix == GGUF or (bool(str(path)) and hf.is_one(path))
 
 
-def read_imported(path: str | Path, step: int | None = None) -> Imported:
-    """The model of another tool at `path`, its weights still on disk; ValueError for anything else, and for a `step`."""
+def read_imported(path: str | Path, step: int | None = None, *, keep_codes: bool = False) -> Imported:
+    """The model of another tool at `path`, its weights still on disk; ValueError for anything else, and for a `step`.
+
+    keep_codes: of a quantized directory, where a transform here has such codes; else its kernels are dense.
+    """
     path = Path(path).expanduser()
     if step is not None:
         raise ValueError(
             f"step {step} of '{path}', which is no run of this package.\n  Accepted: no step, as it holds one model.\n"
             "  Leave out the step."
         )
-    return hf.read(path) if path.is_dir() else gguf.read(path)
+    return hf.read(path, keep_codes=keep_codes) if path.is_dir() else gguf.read(path)
 
 
 def no_tokenizer(imported: Imported) -> str:

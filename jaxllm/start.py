@@ -5,7 +5,7 @@ one after the other, those of a stack layer by layer. Those of a model of others
 one kernel dense when a quantized one is trained. A run is read as a whole, and so are an adapter and its base, into which it is folded.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -75,12 +75,16 @@ class Start:
     run: runs.Run | None = None
 
 
-def open_start(path: str) -> Start:
-    """The model at `path`, its weights still on disk but for those of an adapter and its base; ValueError if there is none."""
+def open_start(path: str, transforms: Sequence[str] = ()) -> Start:
+    """The model at `path`, its weights still on disk but for those of an adapter and its base; ValueError if there is none.
+
+    transforms: what is made of it. Of a quantized directory of another tool the codes are kept where there are any; else it is dense, as
+    all of it is trained.
+    """
     if peft.is_one(path):
         return _open_adapter(peft.read(path))
     if runs.is_foreign(path):
-        imported = runs.read_imported(path)
+        imported = runs.read_imported(path, keep_codes=bool(transforms))
         return Start(imported.path, imported.config, imported.tokenizer, imported.path, str(imported.path), imported)
     workdir = runs.find(path)
     config, tokenizer = schema.load(workdir.config), tokenize.load(workdir.tokenizer)
@@ -116,7 +120,7 @@ def resolve(config: ConfigDict, workdir: Path) -> ConfigDict:
             config = _with_architecture(config, stored.model, stored.model.start_rows, str(begun.config))
             config.tokenizer.update(stored.tokenizer)
             return _with_codes(config, stored)
-    found = open_start(config.train.start)
+    found = open_start(config.train.start, config.train.transforms)
     config = _with_architecture(config, found.config.model, found.config.model.vocab_size, config.train.start)
     return _with_tokenizer(_with_codes(config, found.config), found)
 
@@ -195,9 +199,11 @@ def _with_tokenizer(config: ConfigDict, found: Start) -> ConfigDict:
 
 def load(session: Session, say: Callable[[str], None]) -> Params:
     """The parameters of the model that the config begins with, transformed, on the mesh of the session."""
-    found = open_start(session.config.train.start)
+    found = open_start(session.config.train.start, session.config.train.transforms)
     placing = _Placing(session, found.config.model.head)
     if found.imported is not None:
+        for note in found.imported.notes:
+            say(f"note: {note}")
         found.imported.config.model.layers_as = session.config.model.layers_as
         weights.load(found.imported, placing.place)
     else:

@@ -1,6 +1,7 @@
 """Directories as transformers writes them: config.json, tensors, and files that travel along. Read into our terms, and written."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,11 +9,15 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from jaxllm import config as schema
+from jaxllm import models
 from jaxllm.data import tokenize
 from jaxllm.data.tokenizers import file as tokenizer_file
 from jaxllm.interop import families, safetensors, tokenizer_files, weights
-from jaxllm.interop.family import Settings
-from jaxllm.interop.imported import Imported
+from jaxllm.interop.family import Family, Settings
+from jaxllm.interop.imported import Imported, Tensors
+from jaxllm.interop.packed import formats, keep
+from jaxllm.interop.packed import write as write_packed
+from jaxllm.interop.packed.dense import Dense
 from jaxllm.models.architecture import Architecture
 from jaxllm.types import Params, Tokenizer
 
@@ -48,8 +53,11 @@ def is_one(path: Path) -> bool:
     return isinstance(values, dict) and not isinstance(values.get("model"), dict)
 
 
-def read(path: str | Path) -> Imported:
+def read(path: str | Path, *, keep_codes: bool = False) -> Imported:
     """The model in a directory, its tensors still on disk.
+
+    keep_codes: where a transform has kernels in such codes as the directory holds, the config has that transform, and `weights.load` gives
+    kernels in these codes; else they are dense.
 
     ValueError for a directory without config.json or tensors, an architecture that is not known, a value in config.json that has no
     counterpart here, damaged files, and a tokenizer with more tokens than the embedding has rows.
@@ -58,7 +66,6 @@ def read(path: str | Path) -> Imported:
     values = _config(path / CONFIG)
     given = Settings(values, str(path / CONFIG))
     architecture = families.identify(values, given.where)
-    given.only("quantization_config", None)
     family = families.find(architecture)
     fields, head = family.read(given, architecture), family.classes[architecture]
     _check_range(fields, given.where)
@@ -67,10 +74,27 @@ def read(path: str | Path) -> Imported:
     config.model.init_std = given.number("initializer_range", 0.0)
     config.train.objective = OBJECTIVES.get(head) or LM_OBJECTIVES.get(config.model.name, "causal_lm")
     config.data.row_tokens = min(config.model.context_tokens, ROW_TOKENS)
-    tensors = safetensors.Files(safetensors.find(path))
+    tensors = _tensors(path, given, family, config, architecture)
+    if keep_codes and isinstance(tensors, Dense):
+        kept = keep.plan(tensors, weights.kernels(config, family, architecture, tensors.shapes))
+        config.update_from_flattened_dict(kept or {})
+    if isinstance(tensors, Dense):
+        how = "kept in their codes" if config.train.transforms else "read as dense ones"
+        given.notes.append(f"weights are quantized ({tensors.settings.words}); they are {how}")
     files = {name: (path / name).read_bytes() for name in (CONFIG, *CARRIED) if (path / name).is_file()}
     tokenizer = _tokenizer(path, config, values)
     return Imported(path, architecture, config, tokenizer, tensors, files, tuple(given.notes))
+
+
+def _tensors(path: Path, given: Settings, family: Family, config: ConfigDict, architecture: str) -> Tensors:
+    """Those of the files; where they are quantized, as if they were not."""
+    quantized = formats.identify(path, given)
+    files = safetensors.Files(safetensors.find(path))
+    if quantized is None:
+        return files
+    rules = family.rules(architecture, models.build(config).config)
+    patterns = [re.escape(rule.name).replace(r"\{layer\}", r"\d+") for rule in rules if rule.inputs and not rule.transposed]
+    return Dense(files, quantized, lambda name: any(re.fullmatch(pattern, family.canonical(name)) for pattern in patterns))
 
 
 def _check_range(fields: Mapping[str, Any], where: str) -> None:
@@ -155,8 +179,13 @@ def write(
     classes: Sequence[str] = (),
     dtype: str = "float32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    packing: str = "",
+    forced: bool = False,
 ) -> Written:
     """Writes what transformers (4 and 5) and this package read; ValueError if no class there can express `arch`.
+
+    packing: one of packed.formats.WRITTEN, in which quantized kernels are written; else they are written dense. forced: also what no
+    other tool would load.
 
     carried: files of the model that this one comes from, name -> bytes: its tokenizer is written as it was, and of its config.json
     what no computation here reads. Without tokenizer files among them, they are made from `tokenizer`. classes: names of the classes
@@ -164,6 +193,7 @@ def write(
     """
     architecture = families.choose(arch)
     export = weights.export(params, architecture, arch)
+    packed = write_packed.pack(export, families.find(architecture), packing, dtype, forced) if packing else None
     made = tokenizer_files.NOTHING
     if tokenizer is not None and not any(name in carried for name in tokenizer_files.DEFINITIONS):
         made = tokenizer_files.make(tokenizer, arch.context_tokens, arch.family.kind)
@@ -174,14 +204,20 @@ def write(
     if arch.bidirectional_prompt:
         notes += ("transformers attends causally to a prompt, whose tokens see each other in prefix_lm",)
     values |= {"torch_dtype": dtype, "dtype": dtype}
+    if packed:
+        values[formats.CONFIG] = packed.config
     texts = {CONFIG: _json(values), GENERATION: _json(_generation(values))}
     contents = {**texts, **made.files, **{name: data for name, data in carried.items() if name in CARRIED}}
+    if packed:
+        contents |= packed.files
+        notes += packed.notes
     directory.mkdir(parents=True, exist_ok=True)
     for name, data in contents.items():
         (directory / name).write_bytes(data)
-    paths = safetensors.write(directory, export.shapes, export.make, dtype, max_shard_bytes)
+    shapes, make, dtypes = (packed.shapes, packed.make, packed.dtypes) if packed else (export.shapes, export.make, dtype)
+    paths = safetensors.write(directory, shapes, make, dtypes, max_shard_bytes)
     names = [*(file.name for file in paths), *([safetensors.INDEX] if len(paths) > 1 else []), *contents]
-    return Written(architecture, export.shapes, tuple(names), notes)
+    return Written(architecture, shapes, tuple(names), notes)
 
 
 def tokenizer_alone(tokenizer: Tokenizer, arch: Architecture) -> tokenizer_files.Made:

@@ -25,7 +25,9 @@ ITEM_BYTES = {
 }
 # The types that weights may have here.
 TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-NAMES = {dtype.name: name for name, dtype in TYPES.items()}
+# Those that parts of a quantized weight have beside them.
+WHOLE = {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
+NAMES = {dtype.name: name for name, dtype in (TYPES | WHOLE).items()}
 ALIGNMENT_BYTES = 8
 # As the format's own library has it.
 MOST_HEADER_BYTES = 100_000_000
@@ -65,9 +67,21 @@ class Files:
         if entry.dtype not in TYPES:
             raise ValueError(
                 f"tensor '{name}' in '{entry.path}' is stored as {entry.dtype}.\n  Accepted: {', '.join(TYPES)}.\n"
-                "  Save the model in one of these; quantized files are not read."
+                "  Save the model in one of these; of quantized files the quantization_config in config.json says how they are read."
             )
         return np.fromfile(entry.path, TYPES[entry.dtype], math.prod(entry.shape), offset=entry.begin).reshape(entry.shape)
+
+    def stored(self, name: str) -> np.ndarray:
+        """A part of a quantized weight, whose bytes are read when they are used; ValueError for a type that is in neither table."""
+        entry, types = self.entries[name], TYPES | WHOLE
+        if entry.dtype not in types:
+            raise ValueError(
+                f"tensor '{name}' in '{entry.path}' is stored as {entry.dtype}.\n  Accepted: {', '.join(types)}.\n"
+                "  Take a model that is quantized in another way."
+            )
+        if not math.prod(entry.shape):
+            return np.empty(entry.shape, types[entry.dtype])
+        return np.memmap(entry.path, types[entry.dtype], "r", entry.begin, entry.shape or (1,)).reshape(entry.shape)
 
 
 def find(directory: Path) -> list[Path]:
@@ -162,16 +176,16 @@ def write(
     directory: Path,
     shapes: Mapping[str, tuple[int, ...]],
     make: Callable[[str], np.ndarray],
-    dtype: str,
+    dtype: str | Mapping[str, str],
     max_shard_bytes: int,
 ) -> list[Path]:
     """Writes `make(name)`, cast to `dtype`, for every name of `shapes`, and returns the files. One tensor at a time is in memory.
 
-    A shard holds at most `max_shard_bytes`, unless a single tensor is larger. A NaN or an infinity that the cast would make of a
-    finite number is a ValueError.
+    dtype: of all tensors, or of each by its name. A shard holds at most `max_shard_bytes`, unless a single tensor is larger. A NaN or an
+    infinity that the cast would make of a finite number is a ValueError.
     """
-    item_bytes = TYPES[NAMES[dtype]].itemsize
-    sizes = {name: item_bytes * math.prod(shape) for name, shape in shapes.items()}
+    dtypes = _of_each(shapes, dtype)
+    sizes = {name: ITEM_BYTES[NAMES[dtypes[name]]] * math.prod(shape) for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -183,7 +197,7 @@ def write(
     count = len(shards)
     names = [SINGLE] if count == 1 else [SHARD.format(number=number + 1, count=count) for number in range(count)]
     for file_name, shard in zip(names, shards, strict=True):
-        write_file(directory / file_name, {name: shapes[name] for name in shard}, make, dtype)
+        write_file(directory / file_name, {name: shapes[name] for name in shard}, make, dtypes)
     if count > 1:
         total = {"total_parameters": sum(map(math.prod, shapes.values())), "total_size": sum(sizes.values())}
         weight_map = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
@@ -192,20 +206,28 @@ def write(
     return [directory / name for name in names]
 
 
-def write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], np.ndarray], dtype: str) -> None:
+def _of_each(shapes: Mapping[str, tuple[int, ...]], dtype: str | Mapping[str, str]) -> Mapping[str, str]:
+    return dict.fromkeys(shapes, dtype) if isinstance(dtype, str) else dtype
+
+
+def write_file(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], np.ndarray], dtype: str | Mapping[str, str]
+) -> None:
     """One file with `make(name)`, cast to `dtype`, for every name of `shapes`; see `write`."""
+    dtypes = _of_each(shapes, dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
-        begin, end = end, end + TYPES[NAMES[dtype]].itemsize * math.prod(shape)
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        kind = NAMES[dtypes[name]]
+        begin, end = end, end + ITEM_BYTES[kind] * math.prod(shape)
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT_BYTES)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
             # A function of its own, so that one tensor is gone before the next one is made.
-            _write_tensor(file, name, make(name), shape, dtype)
+            _write_tensor(file, name, make(name), shape, dtypes[name])
         file.flush()
         os.fsync(file.fileno())
 
@@ -219,7 +241,7 @@ def _write_tensor(file: BinaryIO, name: str, tensor: np.ndarray, shape: tuple[in
 def cast(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
     """The tensor in `dtype`, a name of NAMES; ValueError for a finite number that float16 cannot hold."""
     with np.errstate(over="ignore"):
-        out = tensor.astype(TYPES[NAMES[dtype]], copy=False)
+        out = tensor.astype((TYPES | WHOLE)[NAMES[dtype]], copy=False)
     if dtype == "float16" and not np.isfinite(out).all() and np.isfinite(tensor).all():
         raise ValueError(
             f"tensor '{name}' has numbers up to {np.abs(tensor).max():.3g}, which float16 cannot hold.\n"

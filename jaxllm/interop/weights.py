@@ -6,13 +6,18 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from jaxllm import models
 from jaxllm.interop import families
 from jaxllm.interop.family import Family
 from jaxllm.interop.imported import Imported, Tensors
+from jaxllm.interop.packed import keep, leaves
+from jaxllm.interop.packed.dense import Dense
 from jaxllm.interop.rules import Rule, stored_shape, to_ours, to_theirs
 from jaxllm.models.architecture import Architecture
+from jaxllm.transforms import leaf
+from jaxllm.transforms.quantized import Quantized
 from jaxllm.transforms.tree import is_stacked, path_name
 from jaxllm.types import Params
 
@@ -35,30 +40,33 @@ class Slot(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """params: float32, in the form of config.model.layers_as. unused: names of tensors that no computation needs."""
+    """params: float32, in the form of config.model.layers_as; where directory.read has kept codes, with quantized kernels.
+
+    unused: names of tensors that no computation needs.
+    """
 
     params: Params
     unused: tuple[str, ...]
 
 
 class OnHost(NamedTuple):
-    """A parameter on its way to a device: float32 arrays, one a layer where a stack of layers is one parameter, else the only one. They are
-    read when it is their turn."""
+    """A parameter on its way to a device: float32 arrays or quantized kernels, one a layer where a stack of layers is one parameter, else
+    the only one. They are read when it is their turn."""
 
     shape: tuple[int, ...]
-    arrays: Iterable[np.ndarray]
+    arrays: Iterable[Any]
 
 
 # (key path, parameter on the host) -> what stands in its place
 Place = Callable[[Any, OnHost], Any]
 
 
-def on_device(path: Any, host: OnHost) -> jax.Array:
+def on_device(path: Any, host: OnHost) -> Any:
     """The whole parameter on the first device."""
     arrays = list(host.arrays)
-    whole = np.stack(arrays) if is_stacked(path) else arrays[0]
+    whole = jax.tree.map(lambda *layers: np.stack(layers), *arrays) if is_stacked(path) else arrays[0]
     # Waits for the copy to the device, or copies of many tensors would be in memory at once.
-    return jax.device_put(whole).block_until_ready()
+    return jax.block_until_ready(jax.device_put(whole))
 
 
 def load(imported: Imported, place: Place = on_device) -> Loaded:
@@ -73,11 +81,40 @@ def load(imported: Imported, place: Place = on_device) -> Loaded:
     found = slots(template, rules)
     stored, unused = _check(imported, family, _expected(found, rules))
 
-    def read(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> Any:
+    def read(path: tuple[Any, ...], like: Any) -> Any:
         parts = found[jax.tree_util.keystr(path)]
+        if isinstance(like, Quantized):
+            one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), like) if is_stacked(path) else like
+            return place(path, OnHost(like.shape, (_codes(imported.tensors, stored, slot, one) for slot in parts)))
         return place(path, OnHost(like.shape, (_read(imported.tensors, stored, slot) for slot in parts)))
 
-    return Loaded(jax.tree.map_with_path(read, template), unused)
+    return Loaded(jax.tree.map_with_path(read, template, is_leaf=_is_quantized), unused)
+
+
+def kernels(config: ConfigDict, family: Family, architecture: str, names: Iterable[str]) -> dict[str, keep.Kernel]:
+    """Path name -> the tensors, by their `names` in the files, of every kernel in the layers of a model."""
+    model = models.build(config)
+    template = jax.eval_shape(model.init, jax.random.key(0))
+    stored = {family.canonical(name): name for name in names}
+    found: dict[str, list[Slot]] = {}
+    for parts in slots(template, family.rules(architecture, model.config)).values():
+        found.setdefault(parts[0].rule.path, []).extend(parts)
+    return {
+        path: keep.Kernel(
+            [stored.get(slot.name, "") for slot in parts], parts[0].shape, parts[0].rule.inputs, parts[0].rule.part[1] > 1
+        )
+        for path, parts in found.items()
+        if "layers" in path.split("/")
+    }
+
+
+def _codes(tensors: Tensors, stored: Mapping[str, str], slot: Slot, like: Quantized) -> Quantized:
+    """The kernel of one layer in the codes of the files."""
+    assert isinstance(tensors, Dense), "only where directory.read has kept codes does a config ask for them"
+    name = stored[slot.name]
+    codes = tensors.codes(name)
+    assert codes is not None, f"{name} is dense"
+    return leaves.make(name, codes, like, slot.shape, slot.rule.part)
 
 
 def _read(tensors: Tensors, stored: Mapping[str, str], slot: Slot) -> np.ndarray:
@@ -97,15 +134,15 @@ def slots(template: Params, rules: Sequence[Rule]) -> dict[str, list[Slot]]:
     table = {rule.path: rule for rule in rules}
     found: dict[str, list[Slot]] = {}
     unknown = []
-    for path, leaf in jax.tree.leaves_with_path(template):
+    for path, node in jax.tree.leaves_with_path(template, is_leaf=_is_quantized):
         name = path_name(path)
         indices = [key.idx for key in path if isinstance(key, jax.tree_util.SequenceKey)]
         if name not in table:
             unknown.append(name)
         elif indices or "layers" not in name.split("/"):
-            found[jax.tree_util.keystr(path)] = [Slot(table[name], indices[0] if indices else None, leaf.shape)]
+            found[jax.tree_util.keystr(path)] = [Slot(table[name], indices[0] if indices else None, node.shape)]
         else:
-            found[jax.tree_util.keystr(path)] = [Slot(table[name], layer, leaf.shape[1:]) for layer in range(leaf.shape[0])]
+            found[jax.tree_util.keystr(path)] = [Slot(table[name], layer, node.shape[1:]) for layer in range(node.shape[0])]
     if unknown:
         raise ValueError(
             f"parameters without a counterpart in transformers: {listing(unknown)}.\n  Accepted: those of {', '.join(table)}.\n"
@@ -137,6 +174,7 @@ def _check(imported: Imported, family: Family, expected: Mapping[str, tuple[int,
     }
     spare = {found[copy]: found[name] for copy, name in copies.items() if name in found}
     ignored = [name for theirs, name in found.items() if theirs not in expected and re.fullmatch(family.unused, theirs)]
+    ignored += [name for theirs, name in found.items() if theirs not in expected and _adds_nothing(imported.tensors, name)]
     missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in stored]
     known = {*stored.values(), *spare, *ignored}
     unexpected = [f"{name} {list(shape)}" for name, shape in shapes.items() if name not in known]
@@ -156,6 +194,12 @@ def _equal(tensors: Tensors, one: str, other: str) -> bool:
     return tensors.shapes[one] == tensors.shapes[other] and np.array_equal(tensors.read(one), tensors.read(other))
 
 
+def _adds_nothing(tensors: Tensors, name: str) -> bool:
+    """Whether it is a bias of zeros, which AutoGPTQ gives to every Linear."""
+    beside = f"{name.removesuffix('.bias')}.weight"
+    return name.endswith(".bias") and len(tensors.shapes.get(beside, ())) == 2 and not tensors.read(name).any()
+
+
 def _mismatch(imported: Imported, family: Family, kinds: Mapping[str, list[str]]) -> str:
     lines = [f"{imported.path}: its tensors are not those of {imported.architecture} by its config; nothing was loaded."]
     lines += [f"  {kind} ({len(names)}): {listing(names)}" for kind, names in kinds.items() if names]
@@ -173,30 +217,44 @@ def listing(names: Sequence[str]) -> str:
 
 
 class Exported(NamedTuple):
-    """shapes: name -> shape of every tensor to write, in order. make(name) -> the tensor, in the dtype of the parameters."""
+    """shapes: name -> shape of every tensor to write, in order. make(name) -> the tensor, in the dtype of the parameters.
+
+    rules: name -> the rule of the tensor (of its first parameter). pieces(name) -> our parameters of one layer that it holds, in order:
+    arrays, or kernels that are quantized, which `make` makes dense.
+    """
 
     shapes: dict[str, tuple[int, ...]]
     make: Callable[[str], np.ndarray]
+    rules: dict[str, Rule]
+    pieces: Callable[[str], list[Any]]
 
 
 def export(params: Params, architecture: str, arch: Architecture) -> Exported:
     """The tensors of the class `architecture` that these parameters of `arch` are, made one at a time when they are asked for."""
     rules = families.find(architecture).rules(architecture, arch)
     table = slots(params, rules)
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    params_by_key = {jax.tree_util.keystr(path): node for path, node in jax.tree.leaves_with_path(params, is_leaf=_is_quantized)}
     parts: dict[str, list[tuple[Slot, str]]] = {}
     for key, found in table.items():
         for slot in found:
             parts.setdefault(slot.name, []).append((slot, key))
+    for chosen in parts.values():
+        chosen.sort(key=lambda part: part[0].rule.part)
+    expected = _expected(table, rules)
+
+    def pieces(name: str) -> list[Any]:
+        return [_piece(params_by_key[key], slot) for slot, key in parts[name]]
 
     def make(name: str) -> np.ndarray:
-        chosen = sorted(parts[name], key=lambda part: part[0].rule.part)
-        ours = [_piece(leaves[key], slot) for slot, key in chosen]
-        return to_theirs(chosen[0][0].rule, ours)
+        return to_theirs(parts[name][0][0].rule, [np.asarray(leaf.dense(piece)) for piece in pieces(name)])
 
-    return Exported(_expected(table, rules), make)
+    return Exported(expected, make, {name: parts[name][0][0].rule for name in expected}, pieces)
 
 
-def _piece(leaf: jax.Array, slot: Slot) -> np.ndarray:
+def _is_quantized(node: Any) -> bool:
+    return isinstance(node, Quantized)
+
+
+def _piece(node: Any, slot: Slot) -> Any:
     """The parameter, or one layer of it where the layers are stacked."""
-    return np.asarray(leaf if leaf.shape == slot.shape else leaf[slot.layer])
+    return node if node.shape == slot.shape else jax.tree.map(lambda x: x[slot.layer], node)
