@@ -105,7 +105,7 @@ def convert(
     """
     wanted = _format(wanted, path, target)
     _check_options(wanted, dtype, max_shard_bytes)
-    _check_free(target, wanted)
+    check_free(target, wanted)
     if wanted == GGUF:
         gguf_file.require()
     source = open_source(path, step, wanted, base)
@@ -114,21 +114,21 @@ def convert(
     check_space(target, int(needed_bytes), what="the weights", change="give another --to")
     # Beside DST, so that a rename completes it.
     partial = target.absolute().with_name(f".{target.absolute().name}.converting")
-    _remove(partial)
+    remove(partial)
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         if wanted == HF:
-            rows = _write_hf(partial, source, dtype, max_shard_bytes or directory.MAX_SHARD_BYTES)
+            rows = write_hf(partial, source, dtype, max_shard_bytes or directory.MAX_SHARD_BYTES)
         elif wanted == GGUF:
             rows = _write_gguf(partial, target.stem, source, dtype)
         else:
-            rows = _write_run(partial, target, source)
+            rows = write_run(partial, target, source)
         if target.is_dir():
             target.rmdir()
         partial.rename(target)
         sync_directory(target.absolute().parent)
     finally:
-        _remove(partial)
+        remove(partial)
     show({"from": source.title, "to": f"{target} ({wanted})", **rows, "tensors not used": _listing(source.unused)}, console)
     for note in source.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
@@ -176,7 +176,7 @@ def _check_options(wanted: str, dtype: str | None, max_shard_bytes: int | None) 
         )
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Removes the file or directory if it is there."""
     shutil.rmtree(path, ignore_errors=True)
     path.unlink(missing_ok=True)
@@ -193,7 +193,7 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _check_free(target: Path, wanted: str) -> None:
+def check_free(target: Path, wanted: str) -> None:
     if target.exists() and not (wanted != GGUF and target.is_dir() and not any(target.iterdir())):
         accepted = "a file that does not exist" if wanted == GGUF else "a directory that does not exist, or an empty one"
         raise ValueError(f"--to {target} is there already.\n  Accepted: {accepted}.\n  Give another path, or delete this one.")
@@ -209,7 +209,7 @@ def open_source(path: Path, step: int | None, wanted: str, base: str = "") -> So
         return Source(f"{path}, step {run.step}", config, run.tokenizer, params, dtype, (), carried, run.classes, notes)
     imported = runs.read_imported(path, step)
     if wanted != HF and imported.tokenizer is None:
-        raise ValueError(runs.no_tokenizer(imported))
+        raise ValueError(runs.no_tokenizer(imported.path))
     # Checkpoints hold stacked layers.
     imported.config.model.layers_as = "scan" if wanted == RUN else "unrolled"
     loaded = weights.load(imported)
@@ -247,8 +247,16 @@ def _dtype(tensors: Tensors, wanted: str) -> str:
     return largest if largest in known and all(dtype in known for dtype in dtypes.values()) else "float32"
 
 
-def _write_hf(partial: Path, source: Source, dtype: str, max_shard_bytes: int) -> dict[str, str]:
-    """Writes the directory and returns what there is to say about it."""
+def write_hf(
+    partial: Path,
+    source: Source,
+    dtype: str,
+    max_shard_bytes: int = directory.MAX_SHARD_BYTES,
+    *,
+    packing: str = "",
+    forced: bool = False,
+) -> dict[str, str]:
+    """Writes the directory and returns what there is to say about it. packing, forced: as `directory.write` has them."""
     arch = models.build(source.config).config
     written = directory.write(
         partial,
@@ -259,6 +267,8 @@ def _write_hf(partial: Path, source: Source, dtype: str, max_shard_bytes: int) -
         classes=source.classes,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
+        packing=packing,
+        forced=forced,
     )
     carried = [name for name in written.files if name in source.carried and name != directory.CONFIG]
     return {
@@ -285,7 +295,7 @@ def _write_gguf(partial: Path, name: str, source: Source, dtype: str) -> dict[st
     }
 
 
-def _write_run(partial: Path, target: Path, source: Source) -> dict[str, str]:
+def write_run(partial: Path, target: Path, source: Source) -> dict[str, str]:
     """Writes the run directory and returns what there is to say about it."""
     config = source.config.copy_and_resolve_references()
     config.model.layers_as = "unrolled"

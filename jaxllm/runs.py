@@ -127,17 +127,17 @@ def read_imported(path: str | Path, step: int | None = None, *, keep_codes: bool
     return hf.read(path, keep_codes=keep_codes) if path.is_dir() else gguf.read(path)
 
 
-def no_tokenizer(imported: Imported) -> str:
+def no_tokenizer(path: Path) -> str:
     """The error text for a model without one."""
     return (
-        f"'{imported.path}' has no tokenizer.\n  Accepted: {', '.join(hf.tokenizer_files.DEFINITIONS)} beside its config.json.\n"
+        f"'{path}' has no tokenizer.\n  Accepted: {', '.join(hf.tokenizer_files.DEFINITIONS)} beside its config.json.\n"
         "  Fetch the tokenizer files of the model."
     )
 
 
 def _load_imported(imported: Imported, cache: str) -> Run:
     if imported.tokenizer is None:
-        raise ValueError(no_tokenizer(imported))
+        raise ValueError(no_tokenizer(imported.path))
     for note in imported.notes:
         logging.info("%s: %s", imported.path, note)
     loaded = weights.load(imported)

@@ -12,9 +12,9 @@ from jaxllm.compression.report import KernelError
 from jaxllm.compression.statistics import Moments
 from jaxllm.compression.walk import Compress, Site, groups, kernel_of, with_kernel
 from jaxllm.models.architecture import Architecture
-from jaxllm.transforms import nf4
+from jaxllm.transforms import adapt, nf4
 from jaxllm.transforms.affine import Grid
-from jaxllm.types import Params
+from jaxllm.types import Params, Transform
 
 # Method -> what it is, in words.
 METHODS = {
@@ -63,10 +63,13 @@ class _Scaled(NamedTuple):
         return hessian_II if s_I is None else hessian_II * s_I[:, None] * s_I
 
 
-def make(recipe: Recipe, arch: Architecture, chosen: Callable[[str], bool], found: list[KernelError]) -> Compress:
-    """What compresses a layer of a model (walk.py): its kernels "attention/q", ... that are `chosen`; their errors are added to `found`."""
+def make(recipe: Recipe, arch: Architecture, chooses: Callable[[str, Site], bool], found: list[KernelError]) -> Compress:
+    """What compresses a layer of a model (walk.py): its kernels "attention/q", ... that it chooses; their errors are added to `found`."""
 
     def compress(layer: Params, site: Site) -> Params:
+        def chosen(name: str) -> bool:
+            return chooses(name, site)
+
         scaled = _scaled(recipe, arch, chosen, layer, site)
         layer = scaled.layer
         for group in groups(layer, chosen):
@@ -82,6 +85,11 @@ def make(recipe: Recipe, arch: Architecture, chosen: Callable[[str], bool], foun
         return layer
 
     return compress
+
+
+def transformed(axes: Any, params: Params, transforms: tuple[Transform, ...]) -> Params:
+    """Dense parameters with these axes, each kernel by itself: for methods without data."""
+    return jax.jit(adapt.Adaptation(axes, transforms).params)(params, jax.random.key(0))
 
 
 def inputs_of(name: str) -> int:

@@ -57,8 +57,13 @@ def _facts(session: Session, compiled: Compiled) -> Mapping[str, Any]:
         "devices": [device.device_kind for device in session.plan.mesh.devices.flat],
         "mesh": dict(session.plan.mesh.shape),
         "processes": jax.process_count(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that numbers depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def _sessions(path: Path) -> list[dict[str, Any]]:

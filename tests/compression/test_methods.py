@@ -32,7 +32,7 @@ def compress(family: str, method: str, grid: Grid) -> tuple[Any, Any, Any, list[
     before, found = jax.tree.map(jnp.asarray, params), list[KernelError]()
     recipe = methods.Recipe(method, grid, "group" if grid.ordered else "static")
     batches = batches_of(model, 6)
-    after = walk.walk(model, params, batches, methods.make(recipe, model.config, lambda name: True, found))
+    after = walk.walk(model, params, batches, methods.make(recipe, model.config, lambda name, site: True, found))
     return model, before, after, found, batches
 
 
@@ -86,7 +86,7 @@ def test_eight_bits_are_close_to_the_model(family: str, method: str, bits: int) 
 def test_only_what_is_chosen_is_compressed() -> None:
     model, params = build("llama", width=32)
     found: list[KernelError] = []
-    compress = methods.make(methods.Recipe("awq", GRID), model.config, lambda name: name == "mlp/down", found)
+    compress = methods.make(methods.Recipe("awq", GRID), model.config, lambda name, site: name == "mlp/down", found)
     layer = tree.get(walk.walk(model, params, batches_of(model), compress), ("layers",))[0]
     assert {each.name for each in found} == {"layers/mlp/down/kernel"}
     assert isinstance(walk.kernel_of(layer, "mlp/down"), Affine) and isinstance(walk.kernel_of(layer, "mlp/up"), jax.Array)

@@ -1,0 +1,331 @@
+"""Compresses a model: its kernels in 8, 4 or 3 bits, as a run or in the files of other tools, with a report of what that cost.
+
+  python -m jaxllm.quantize --model SRC --to DST [--method gptq] [--bits 4] [--group 128] [--nosymmetric] [--order static]
+                            [--calibrate SOURCE] [--rows 128] [--tokens 512] [--seed 0] [--evaluate SOURCE]
+                            [--format jaxllm|compressed-tensors|gptq|gptq_v2|awq|bitsandbytes] [--dtype float16] [--check] [--force]
+
+SRC is a run directory, a directory of transformers, a GGUF file, or an adapter of PEFT beside its base; adapters are folded in. Methods:
+nearest (each weight to the nearest code), clip (of ranges that are clipped to fit), gptq, awq, awq+gptq, smoothquant (int8 kernels that
+round what they multiply), nf4. All but nearest and nf4 are fitted to --calibrate: a text, anything that data.source may be, or
+`samples` for what the model writes itself. --evaluate measures the model before and after on another text. Nothing but DST is written:
+the model, and compression.json and compression.png beside it.
+"""
+
+import dataclasses
+import re
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from jaxllm import command, convert, evaluate, logits, models, runs
+from jaxllm.compression import calibration, gptq, methods, report, walk
+from jaxllm.compression.calibration import Calibration
+from jaxllm.compression.methods import METHODS, Recipe
+from jaxllm.compression.report import KernelError, Report
+from jaxllm.convert import Source
+from jaxllm.decode import generate
+from jaxllm.engine import compilation
+from jaxllm.engine.environment import versions
+from jaxllm.engine.workdir import Workdir, check_space, sync_directory
+from jaxllm.interop import weights
+from jaxllm.ops import sampling
+from jaxllm.transforms import tree
+from jaxllm.transforms.affine import Grid
+from jaxllm.types import Params
+
+RUN = "jaxllm"
+# --format -> of interop/packed, by whether activations are rounded, too.
+PACKINGS = {
+    "compressed-tensors": ("pack-quantized", "int-quantized"),
+    "gptq": ("gptq",),
+    "gptq_v2": ("gptq_v2",),
+    "awq": ("awq",),
+    "bitsandbytes": ("nf4",),
+}
+# Need no data.
+DATALESS = ("nearest", "nf4")
+SPEED_TOKENS = 64
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("model", "", "run directory, directory of transformers, GGUF file, or adapter of PEFT")
+    flags.DEFINE_integer("step", None, "checkpoint of a run to use; default: the newest")
+    flags.DEFINE_string("base", "", "of an adapter: the model that it stands beside; default: the path that the adapter names")
+    flags.DEFINE_string("to", "", "directory to write, which must not exist or be empty")
+    flags.DEFINE_enum("method", "gptq", list(METHODS), "how codes are found")
+    flags.DEFINE_enum("bits", "4", ["8", "4", "3"], "of a code")
+    flags.DEFINE_integer("group", None, "inputs that share a scale, 0 for all; default: 128, of smoothquant all", lower_bound=0)
+    flags.DEFINE_bool("symmetric", True, "codes reach as far below 0 as above; --nosymmetric: groups have zeros of their own")
+    flags.DEFINE_enum(
+        "order", "static", list(gptq.ORDERS), "of gptq: none; static, the largest inputs first; group, and they share scales"
+    )
+    flags.DEFINE_float("damp", 0.01, "of gptq: added to the Hessian's diagonal, as a share of its mean", lower_bound=0)
+    flags.DEFINE_string("targets", ".*layers/.*/kernel", "regular expression over parameter paths: the kernels to compress")
+    flags.DEFINE_string("calibrate", "", f"text to fit to: a file, a folder, a glob, hf:OWNER/NAME; or {calibration.SAMPLES}")
+    flags.DEFINE_integer("rows", 128, "of --calibrate", lower_bound=1)
+    flags.DEFINE_integer("tokens", 512, "a row of --calibrate; at most the context", lower_bound=2)
+    flags.DEFINE_integer("seed", 0, "which rows, and what is sampled", lower_bound=0)
+    flags.DEFINE_string("evaluate", "", "text on which the model is measured before and after")
+    flags.DEFINE_enum("format", RUN, [RUN, *PACKINGS], "of what is written: a run of this package, or a directory for other tools")
+    flags.DEFINE_enum(
+        "dtype", "float16", ["float32", "bfloat16", "float16"], "of the scales, and in files of what is not compressed"
+    )
+    flags.DEFINE_bool("check", False, "reload what was written and compare its logits; exit code 2 if they differ")
+    flags.DEFINE_bool("force", False, "write what no other tool is known to load, too")
+
+
+class Options(NamedTuple):
+    """Beside the recipe. Paths and sources as they were given."""
+
+    source: Path
+    target: Path
+    step: int | None
+    base: str
+    targets: str
+    calibrate: str
+    rows: int
+    tokens: int
+    seed: int
+    evaluate: str
+    format: str
+    dtype: str
+    check: bool
+    force: bool
+
+
+def main(arguments: list[str]) -> int:
+    del arguments
+    given = flags.FLAGS
+    if not given.model or not given.to:
+        raise ValueError(
+            f"--{'to' if given.model else 'model'} is not given.\n  Accepted: --model SRC --to DST.\n  Give both; see --help."
+        )
+    names = ("step", "base", "targets", "calibrate", "rows", "tokens", "seed", "evaluate", "format", "dtype", "check", "force")
+    chosen: dict[str, Any] = {name: given[name].value for name in names}
+    options = Options(Path(given.model).expanduser(), Path(given.to).expanduser(), **chosen)
+    compilation.use_cache()
+    return quantize(read_recipe(options), options, Console(soft_wrap=True))
+
+
+def read_recipe(options: Options) -> Recipe:
+    """The recipe that the flags describe; ValueError for flags that do not go together."""
+    given = flags.FLAGS
+    method, bits, group = given.method, int(given.bits), given.group
+    if method == "smoothquant":
+        if (given["bits"].present and bits != 8) or group or not given.symmetric:
+            raise ValueError(
+                "--method smoothquant with other codes than 8 bits with one symmetric scale an output.\n  Accepted: --bits 8 --group 0,"
+                " which need not be given.\n  Leave out --bits, --group and --nosymmetric."
+            )
+        bits, group = 8, 0
+    if method not in DATALESS and not options.calibrate:
+        raise ValueError(
+            f"--method {method} without --calibrate, and it is fitted to data.\n  Accepted: a text such as the model was trained on;"
+            f" {calibration.SAMPLES}; --method nearest, which needs none.\n  Add --calibrate SOURCE."
+        )
+    order = given.order if "gptq" in method else "static"
+    group = 128 if group is None else group
+    if options.format != RUN and method == "nf4" and options.format != "bitsandbytes":
+        raise ValueError(f"--format {options.format} with --method nf4.\n  Accepted: bitsandbytes, {RUN}.\n  Change one of them.")
+    grid = Grid(bits, group, given.symmetric, order == "group" and bool(group), options.dtype)
+    return Recipe(method, grid, order, given.damp)
+
+
+def quantize(recipe: Recipe, options: Options, console: Console) -> int:
+    """Compresses, writes and reports; the exit code, which only --check makes other than 0. ValueError for what cannot be done."""
+    convert.check_free(options.target, options.format)
+    source = convert.open_source(options.source, options.step, convert.HF, options.base)
+    run = _run(source, options.source)
+    calibrated = None
+    if options.calibrate:
+        calibrated = calibration.make(run, options.calibrate, options.rows, options.tokens, options.seed)
+    before, bytes_before = _measure(run, options.evaluate), _bytes(run.params)
+    began = time.perf_counter()
+    params, errors = _compress(run, recipe, options.targets, calibrated, console)
+    secs = time.perf_counter() - began
+    config = _config(run.config, recipe, options.targets)
+    after = dataclasses.replace(run, config=config, model=models.build(config), params=params)
+    found = Report(
+        model=source.title,
+        what=words(recipe),
+        calibration=calibrated.what if calibrated else "",
+        kernels=errors,
+        bytes_before=bytes_before,
+        bytes_after=_bytes(params),
+        before=before,
+        after=_measure(after, options.evaluate),
+        versions=versions(),
+    )
+    result = dataclasses.replace(source, config=config, params=params)
+    rows = _write(result, options, found)
+    report.show(found, console)
+    convert.show({"to": f"{options.target} ({options.format})", "seconds of compression": f"{secs:.1f}", **rows}, console)
+    return _check(after, options.target, console) if options.check else 0
+
+
+def words(recipe: Recipe) -> str:
+    """The recipe for a reader."""
+    what, grid = METHODS[recipe.method], recipe.grid
+    if recipe.method == "nf4":
+        return what
+    group = f"groups of {grid.group}" if grid.group else "a scale an output"
+    order = f", order {recipe.order}" if "gptq" in recipe.method else ""
+    return f"{what}, {grid.bits} bits, {group}, {'symmetric' if grid.symmetric else 'with zeros'}{order}"
+
+
+def _run(source: Source, path: Path) -> runs.Run:
+    """The model with unrolled layers; ValueError for one without a tokenizer."""
+    if source.tokenizer is None:
+        raise ValueError(runs.no_tokenizer(path))
+    config = source.config.copy_and_resolve_references()
+    config.model.layers_as = "unrolled"
+    model = models.build(config)
+    template = jax.eval_shape(model.init, jax.random.key(0))
+    params = (
+        tree.unstack_like(tree.stack_layers(source.params), template) if source.config.model.layers_as == "scan" else source.params
+    )
+    imported = runs.read_imported(path) if runs.is_foreign(path) else None
+    return runs.Run(Workdir(path), config, source.tokenizer, model, params, 0, source.classes, imported)
+
+
+def _compress(
+    run: runs.Run, recipe: Recipe, targets: str, calibrated: Calibration | None, console: Console
+) -> tuple[Params, list[KernelError]]:
+    """(parameters, errors of their kernels). Without data kernel by kernel, by the transform that rounds."""
+    kernels = _kernels(run, targets)
+    errors: list[KernelError] = []
+    params = jax.tree.map(lambda leaf: leaf, run.params)  # lists of its own, whose layers are let go one by one
+    if calibrated is None:
+        config = _config(run.config, recipe, targets)
+        adaptation = models.build(config).config.transforms
+        return methods.transformed(run.model.axes, params, adaptation), errors
+
+    def chosen(name: str, site: walk.Site) -> bool:
+        return "/".join((*site.path, name, "kernel")) in kernels
+
+    compress = methods.make(recipe, run.model.config, chosen, errors)
+    columns = (TextColumn("layer"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        params = walk.walk(
+            run.model, params, calibrated.batches, compress, lambda done, of: progress.update(task, completed=done, total=of)
+        )
+    return params, errors
+
+
+def _kernels(run: runs.Run, targets: str) -> set[str]:
+    """Names of the kernels to compress; ValueError for a pattern that selects none, or something else."""
+    every = {name for name in tree.names(run.model.axes) if name.endswith("/kernel") and "layers" in name.split("/")}
+    found = {name for name in tree.names(run.model.axes) if re.fullmatch(targets, name)}
+    if not found or found - every:
+        what = f"selects {', '.join(sorted(found - every)[:4])}" if found else "selects nothing"
+        raise ValueError(
+            f"--targets '{targets}' {what}.\n  Accepted: a regular expression that matches whole names among {', '.join(sorted(every))}.\n"
+            "  Change the pattern."
+        )
+    return found
+
+
+def _config(config: ConfigDict, recipe: Recipe, targets: str) -> ConfigDict:
+    """That of the compressed model: its transforms make the same tree."""
+    config, grid = config.copy_and_resolve_references(), recipe.grid
+    config.train.transforms = ("nf4",) if recipe.method == "nf4" else (f"int{grid.bits}",)
+    config.quant.targets = targets
+    config.quant.double = recipe.double
+    config.quant.group = grid.group or -1
+    config.quant.update({"symmetric": grid.symmetric, "ordered": grid.ordered, "scale_dtype": grid.scale_dtype})
+    config.quant.activations = "int8" if recipe.method == "smoothquant" else "float"
+    return config
+
+
+def _measure(run: runs.Run, source: str) -> dict[str, Any]:
+    """The row of `evaluate`, and how fast it writes; nothing without a text."""
+    if not source:
+        return {}
+    row = evaluate.evaluate_source(run, source)
+    return {**row, **_speed(run)}
+
+
+def _speed(run: runs.Run) -> dict[str, float]:
+    """Tokens a second of one row, compiled before."""
+    tokenizer = run.tokenizer
+    first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    if run.model.decode is None or run.model.encode is not None or first is None:
+        return {}
+    count = min(SPEED_TOKENS, run.config.model.context_tokens - 1)
+
+    def write() -> float:
+        began = time.perf_counter()
+        settings = sampling.Settings(temperature=0.0)
+        generate.generate(
+            run.model, run.params, [[first]], settings, max_new_tokens=count, stop_ids=(), vocab_size=tokenizer.vocab_size, seed=0
+        )
+        return time.perf_counter() - began
+
+    write()
+    return {"tokens_per_sec": count / min(write() for _ in range(3))}
+
+
+def _bytes(params: Params) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def _write(source: Source, options: Options, found: Report) -> dict[str, str]:
+    """Writes the directory, which appears when it is complete, and returns what there is to say about it."""
+    target = options.target
+    check_space(target, found.bytes_after, what="the model", change="give another --to")
+    partial = target.absolute().with_name(f".{target.absolute().name}.quantizing")
+    convert.remove(partial)
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        if options.format == RUN:
+            stacked = dataclasses.replace(source, params=tree.stack_layers(source.params))
+            rows = convert.write_run(partial, target, stacked)
+        else:
+            packing = PACKINGS[options.format][-1 if source.config.quant.activations == "int8" else 0]
+            rows = convert.write_hf(partial, source, options.dtype, packing=packing, forced=options.force)
+        found.save(partial)
+        if target.is_dir():
+            target.rmdir()
+        partial.rename(target)
+        sync_directory(target.absolute().parent)
+    finally:
+        convert.remove(partial)
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    return {**rows, "bytes on disk": f"{size:,}"}
+
+
+def _check(run: runs.Run, target: Path, console: Console) -> int:
+    """Prints the largest difference of the logits of what was written; 0, or 2 if it is too large."""
+    expected = logits.of(run.config, run.params)
+    if runs.is_foreign(target):
+        imported = runs.read_imported(target, keep_codes=True)
+        imported.config.model.layers_as = run.config.model.layers_as
+        found = logits.of(imported.config, weights.load(imported).params)
+    else:
+        again = runs.load(target)
+        found = logits.of(again.config, again.params)
+    difference, largest = logits.largest_difference(found, expected), float(abs(expected).max())
+    # In files what is not compressed is rounded to --dtype.
+    accepted = (convert.TOLERANCE if not runs.is_foreign(target) else ROUNDED) * largest
+    console.print(
+        f"check: largest difference of logits {difference:.3g}; the largest logit is {largest:.3g}:"
+        f" {'ok' if difference <= accepted else f'TOO LARGE, up to {accepted:.3g} is accepted'}",
+        highlight=False,
+    )
+    return 0 if difference <= accepted else command.FAILED
+
+
+# Share of the largest logit by which logits may differ where embeddings and norms are written in 16 bits.
+ROUNDED = 0.02
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.run(main)
