@@ -1,18 +1,20 @@
 """Converts a model between a run directory, a directory of transformers (safetensors) and a GGUF file.
 
   python -m jaxllm.convert --from SRC --to DST [--format hf|jaxllm|gguf] [--dtype float32|bfloat16|float16|q8_0] [--step N]
-                           [--max_shard_size 5GB] [--check]
+                           [--max_shard_size 5GB] [--packing NAME [--force]] [--check]
 
 SRC is a run directory (its newest checkpoint, or that of --step), a directory with config.json and safetensors, or a .gguf file.
 A DST that ends in .gguf is a file that llama.cpp and Ollama load (gguf). Else a run becomes a directory that transformers and other
 tools load (hf), and anything else a run directory (jaxllm), which generate, evaluate and jaxllm.load open. Nothing but DST is
-written, and DST appears when it is complete.
+written, and DST appears when it is complete. What is quantized becomes dense, but with --packing: then its codes stay what they are, in
+the files of another tool: pack-quantized or int-quantized (compressed-tensors), gptq, gptq_v2, awq, nf4 (bitsandbytes).
 """
 
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,9 @@ from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.workdir import Workdir, check_space, sync_directory, write_text
 from jaxllm.interop import directory, gguf_export, gguf_file, gguf_write, weights
 from jaxllm.interop.imported import Tensors
+from jaxllm.interop.packed import formats
+from jaxllm.transforms import adapt
+from jaxllm.transforms.quantized import Quantized
 from jaxllm.types import Params, Tokenizer
 
 HF, RUN, GGUF = "hf", "jaxllm", "gguf"
@@ -62,8 +67,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "to", "", "directory to write, which must not exist or be empty; or .gguf file to write, which must not exist"
     )
-    formats = "hf (for transformers), jaxllm (a run directory) or gguf (for llama.cpp and Ollama)"
-    flags.DEFINE_string("format", "", f"{formats}; default: gguf for a --to that ends in .gguf, else hf for a run, else jaxllm")
+    names = "hf (for transformers), jaxllm (a run directory) or gguf (for llama.cpp and Ollama)"
+    flags.DEFINE_string("format", "", f"{names}; default: gguf for a --to that ends in .gguf, else hf for a run, else jaxllm")
     flags.DEFINE_enum(
         "dtype",
         None,
@@ -73,6 +78,10 @@ def define_flags() -> None:
     flags.DEFINE_integer("step", None, "checkpoint of a run to use; default: the newest")
     flags.DEFINE_string("base", "", "of an adapter: the model that it stands beside; default: the path that the adapter names")
     flags.DEFINE_string("max_shard_size", None, "bytes of a safetensors file, at most; KB, MB, GB, KiB, MiB, GiB; default: 5GB")
+    flags.DEFINE_enum(
+        "packing", None, list(formats.WRITTEN), "of a quantized model: how its codes are written; default: dense weights"
+    )
+    flags.DEFINE_bool("force", False, "with --packing: also what no other tool would load")
     flags.DEFINE_bool(
         "check", False, "reload what was written and compare its logits with the source's; exit code 2 if they differ"
     )
@@ -84,6 +93,7 @@ def main(arguments: list[str]) -> int:
     path, target = _paths(str(given["from"].value), given.to)
     most = None if given.max_shard_size is None else parse_size(given.max_shard_size)
     options = {"step": given.step, "base": given.base, "max_shard_bytes": most, "checked": given.check}
+    options |= {"packing": given.packing or "", "forced": given.force}
     return convert(path, target, given.format, given.dtype, Console(soft_wrap=True), **options)
 
 
@@ -98,17 +108,20 @@ def convert(
     base: str = "",
     max_shard_bytes: int | None = None,
     checked: bool = False,
+    packing: str = "",
+    forced: bool = False,
 ) -> int:
     """Writes the model at `path` to `target` and prints what was done; the exit code, which only `checked` makes other than 0.
 
-    wanted: the format, "" for the default. ValueError for what cannot be read or converted; then `target` is as it was.
+    wanted: the format, "" for the default. packing, forced: see directory.write. ValueError for what cannot be read or converted; then
+    `target` is as it was.
     """
-    wanted = _format(wanted, path, target)
-    _check_options(wanted, dtype, max_shard_bytes)
+    wanted = _format(wanted or (HF if packing else ""), path, target)
+    _check_options(wanted, dtype, max_shard_bytes, packing)
     check_free(target, wanted)
     if wanted == GGUF:
         gguf_file.require()
-    source = open_source(path, step, wanted, base)
+    source = open_source(path, step, wanted, base, keep_codes=bool(packing))
     dtype = dtype or source.dtype
     needed_bytes = sum(leaf.size for leaf in jax.tree.leaves(source.params)) * ITEM_BYTES[dtype]
     check_space(target, int(needed_bytes), what="the weights", change="give another --to")
@@ -118,7 +131,7 @@ def convert(
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         if wanted == HF:
-            rows = write_hf(partial, source, dtype, max_shard_bytes or directory.MAX_SHARD_BYTES)
+            rows = write_hf(partial, source, dtype, max_shard_bytes or directory.MAX_SHARD_BYTES, packing=packing, forced=forced)
         elif wanted == GGUF:
             rows = _write_gguf(partial, target.stem, source, dtype)
         else:
@@ -160,7 +173,7 @@ def _format(given: str, path: Path, target: Path) -> str:
     return wanted
 
 
-def _check_options(wanted: str, dtype: str | None, max_shard_bytes: int | None) -> None:
+def _check_options(wanted: str, dtype: str | None, max_shard_bytes: int | None, packing: str) -> None:
     """ValueError for options that the format has no use for."""
     if dtype is not None and dtype not in DTYPES[wanted]:
         why = ", whose checkpoints hold float32" if wanted == RUN else ""
@@ -168,6 +181,10 @@ def _check_options(wanted: str, dtype: str | None, max_shard_bytes: int | None) 
         raise ValueError(
             f"--dtype {dtype} with --format {wanted}{why}.\n  Accepted: {', '.join(DTYPES[wanted])}, or --format {' or '.join(others)}."
             "\n  Change one of them, or leave out --dtype."
+        )
+    if packing and wanted != HF:
+        raise ValueError(
+            f"--packing {packing} with --format {wanted}.\n  Accepted: --packing with --format {HF}.\n  Leave one of them out."
         )
     if max_shard_bytes is not None and wanted != HF:
         raise ValueError(
@@ -199,15 +216,16 @@ def check_free(target: Path, wanted: str) -> None:
         raise ValueError(f"--to {target} is there already.\n  Accepted: {accepted}.\n  Give another path, or delete this one.")
 
 
-def open_source(path: Path, step: int | None, wanted: str, base: str = "") -> Source:
-    """The model at `path`, loaded; in the form in which it is written without a second copy."""
+def open_source(path: Path, step: int | None, wanted: str, base: str = "", *, keep_codes: bool = False) -> Source:
+    """The model at `path`, loaded; in the form in which it is written without a second copy. keep_codes: quantized, if it is."""
     if not runs.is_foreign(path):
         run = runs.load(path, step, base=base)
         carried = runs.carried(run.workdir)
         dtype = "float32" if wanted == RUN else directory.dtype_of(carried)
-        config, params, notes = (run.config, run.params, ()) if not run.config.train.transforms else _merge(run)
+        coded = keep_codes and not adapt.adapters(run.params)
+        config, params, notes = (run.config, run.params, ()) if coded or not run.config.train.transforms else _merge(run)
         return Source(f"{path}, step {run.step}", config, run.tokenizer, params, dtype, (), carried, run.classes, notes)
-    imported = runs.read_imported(path, step)
+    imported = runs.read_imported(path, step, keep_codes=keep_codes)
     if wanted != HF and imported.tokenizer is None:
         raise ValueError(runs.no_tokenizer(imported.path))
     # Checkpoints hold stacked layers.
@@ -218,7 +236,7 @@ def open_source(path: Path, step: int | None, wanted: str, base: str = "") -> So
         imported.config,
         imported.tokenizer,
         loaded.params,
-        _dtype(imported.tensors, wanted),
+        directory.dtype_of(imported.files) if keep_codes else _dtype(imported.tensors, wanted),
         loaded.unused,
         imported.files,
         directory.classes_of(imported.files),
@@ -273,12 +291,17 @@ def write_hf(
     carried = [name for name in written.files if name in source.carried and name != directory.CONFIG]
     return {
         "architecture": written.architecture,
-        "parameters": f"{sum(int(np.prod(shape)) for shape in written.shapes.values()):,}",
+        "parameters": f"{sum(int(np.prod(node.shape)) for node in jax.tree.leaves(source.params, is_leaf=_is_quantized)):,}",
+        "packing": packing,
         "tensors": f"{len(written.shapes)} in {sum(name.endswith('.safetensors') for name in written.files)} file(s), {dtype}",
         "files as they were": _listing(carried),
         "files made": _listing([name for name in written.files if name not in carried and not name.endswith(".safetensors")]),
-        "notes": _listing(written.notes),
+        "notes": "\n".join(written.notes),
     }
+
+
+def _is_quantized(node: Any) -> bool:
+    return isinstance(node, Quantized)
 
 
 def _write_gguf(partial: Path, name: str, source: Source, dtype: str) -> dict[str, str]:
@@ -325,7 +348,7 @@ def check(source: Source, target: Path, dtype: str, console: Console) -> int:
     if target.suffix == runs.GGUF:
         rounded = logits.of(source.config, gguf_export.as_stored(source.config, source.params, dtype))
     elif dtype != "float32":
-        rounded = logits.of(source.config, jax.tree.map(lambda leaf: leaf.astype(dtype).astype(leaf.dtype), source.params))
+        rounded = logits.of(source.config, jax.tree.map(partial(_rounded, dtype), source.params, is_leaf=_is_quantized))
     if runs.is_foreign(target):
         imported = runs.read_imported(target)
         imported.config.model.layers_as = source.config.model.layers_as
@@ -342,6 +365,11 @@ def check(source: Source, target: Path, dtype: str, console: Console) -> int:
         highlight=False,
     )
     return 0 if good else command.FAILED
+
+
+def _rounded(dtype: str, node: Any) -> Any:
+    """The parameter as a file in `dtype` holds it; codes and their scales lose nothing."""
+    return node if _is_quantized(node) else node.astype(dtype).astype(node.dtype)
 
 
 def _listing(names: Any) -> str:

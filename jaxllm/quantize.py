@@ -14,6 +14,7 @@ the model, and compression.json and compression.png beside it.
 import dataclasses
 import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from jaxllm.interop import weights
 from jaxllm.ops import sampling
 from jaxllm.transforms import tree
 from jaxllm.transforms.affine import Grid
+from jaxllm.transforms.quantized import Quantized
 from jaxllm.types import Params
 
 RUN = "jaxllm"
@@ -166,7 +168,7 @@ def quantize(recipe: Recipe, options: Options, console: Console) -> int:
     rows = _write(result, options, found)
     report.show(found, console)
     convert.show({"to": f"{options.target} ({options.format})", "seconds of compression": f"{secs:.1f}", **rows}, console)
-    return _check(after, options.target, console) if options.check else 0
+    return _check(after, options, console) if options.check else 0
 
 
 def words(recipe: Recipe) -> str:
@@ -202,9 +204,7 @@ def _compress(
     errors: list[KernelError] = []
     params = jax.tree.map(lambda leaf: leaf, run.params)  # lists of its own, whose layers are let go one by one
     if calibrated is None:
-        config = _config(run.config, recipe, targets)
-        adaptation = models.build(config).config.transforms
-        return methods.transformed(run.model.axes, params, adaptation), errors
+        return methods.without_data(recipe, params, kernels), errors
 
     def chosen(name: str, site: walk.Site) -> bool:
         return "/".join((*site.path, name, "kernel")) in kernels
@@ -301,29 +301,32 @@ def _write(source: Source, options: Options, found: Report) -> dict[str, str]:
     return {**rows, "bytes on disk": f"{size:,}"}
 
 
-def _check(run: runs.Run, target: Path, console: Console) -> int:
+def _check(run: runs.Run, options: Options, console: Console) -> int:
     """Prints the largest difference of the logits of what was written; 0, or 2 if it is too large."""
-    expected = logits.of(run.config, run.params)
-    if runs.is_foreign(target):
-        imported = runs.read_imported(target, keep_codes=True)
+    params = run.params
+    if options.format != RUN:
+        # What is not compressed is rounded in files.
+        params = jax.tree.map(partial(_stored, options.dtype), params, is_leaf=lambda node: isinstance(node, Quantized))
+    expected = logits.of(run.config, params)
+    if options.format == RUN:
+        again = runs.load(options.target)
+        found = logits.of(again.config, again.params)
+    else:
+        imported = runs.read_imported(options.target, keep_codes=True)
         imported.config.model.layers_as = run.config.model.layers_as
         found = logits.of(imported.config, weights.load(imported).params)
-    else:
-        again = runs.load(target)
-        found = logits.of(again.config, again.params)
     difference, largest = logits.largest_difference(found, expected), float(abs(expected).max())
-    # In files what is not compressed is rounded to --dtype.
-    accepted = (convert.TOLERANCE if not runs.is_foreign(target) else ROUNDED) * largest
+    good = difference <= convert.TOLERANCE * largest
     console.print(
         f"check: largest difference of logits {difference:.3g}; the largest logit is {largest:.3g}:"
-        f" {'ok' if difference <= accepted else f'TOO LARGE, up to {accepted:.3g} is accepted'}",
+        f" {'ok' if good else f'TOO LARGE, up to {convert.TOLERANCE * largest:.3g} is accepted'}",
         highlight=False,
     )
-    return 0 if difference <= accepted else command.FAILED
+    return 0 if good else command.FAILED
 
 
-# Share of the largest logit by which logits may differ where embeddings and norms are written in 16 bits.
-ROUNDED = 0.02
+def _stored(dtype: str, node: Any) -> Any:
+    return node if isinstance(node, Quantized) else node.astype(dtype).astype(node.dtype)
 
 
 if __name__ == "__main__":

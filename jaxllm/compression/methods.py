@@ -12,9 +12,9 @@ from jaxllm.compression.report import KernelError
 from jaxllm.compression.statistics import Moments
 from jaxllm.compression.walk import Compress, Site, groups, kernel_of, with_kernel
 from jaxllm.models.architecture import Architecture
-from jaxllm.transforms import adapt, nf4
+from jaxllm.transforms import nf4, tree
 from jaxllm.transforms.affine import Grid
-from jaxllm.types import Params, Transform
+from jaxllm.types import Params
 
 # Method -> what it is, in words.
 METHODS = {
@@ -87,9 +87,14 @@ def make(recipe: Recipe, arch: Architecture, chooses: Callable[[str, Site], bool
     return compress
 
 
-def transformed(axes: Any, params: Params, transforms: tuple[Transform, ...]) -> Params:
-    """Dense parameters with these axes, each kernel by itself: for methods without data."""
-    return jax.jit(adapt.Adaptation(axes, transforms).params)(params, jax.random.key(0))
+def without_data(recipe: Recipe, params: Params, kernels: set[str]) -> Params:
+    """The parameters with the kernels of these path names compressed, each by itself: for methods that need no data."""
+
+    def one(path: Any, kernel: jax.Array) -> Any:
+        name = tree.path_name(path)
+        return _leaf(recipe, name.removesuffix("/kernel"), kernel, None) if name in kernels else kernel
+
+    return jax.tree.map_with_path(one, params)
 
 
 def inputs_of(name: str) -> int:
@@ -97,12 +102,14 @@ def inputs_of(name: str) -> int:
     return 2 if name.endswith("/o") else 1
 
 
-def _leaf(recipe: Recipe, name: str, kernel: jax.Array, moments: Moments) -> Any:
-    """The compressed kernel."""
+def _leaf(recipe: Recipe, name: str, kernel: jax.Array, moments: Moments | None) -> Any:
+    """The compressed kernel; moments: None for methods that need no data."""
     inputs, grid, matrix = inputs_of(name), recipe.grid, grids.matrix(kernel, inputs_of(name))
     if recipe.method == "nf4":
         return jax.jit(nf4.quantize, static_argnums=(1, 2))(kernel, inputs, recipe.double)
-    if recipe.method in ("gptq", "awq+gptq"):
+    if moments is None:
+        rounded = grids.round_to_nearest(matrix, grid)
+    elif recipe.method in ("gptq", "awq+gptq"):
         rounded = gptq.solve(matrix, moments.second_II, grid, recipe.damp, recipe.order).rounded
     elif recipe.method == "clip" or (recipe.method == "awq" and name.split("/")[1] not in NOT_CLIPPED):
         rounded = grids.clipped(matrix, moments.second_II, grid)

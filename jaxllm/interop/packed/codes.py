@@ -24,13 +24,18 @@ class Codes(NamedTuple):
 
     def dense(self) -> np.ndarray:
         """float32 [O, I]."""
-        zero = np.float32(2 ** (self.bits - 1)) if self.zero is None else self._spread(self.zero)
-        return (self.codes.astype(np.float32) - zero) * self._spread(self.scale)
+        outputs, inputs = self.codes.shape
+        # [O, G, inputs of a group] where groups are runs, so that nothing is spread; else [O, I, 1].
+        shape = (outputs, self.scale.shape[1], -1) if self.groups is None else (outputs, inputs, 1)
+        steps = self.codes.reshape(shape).astype(np.float32)
+        steps -= np.float32(2 ** (self.bits - 1)) if self.zero is None else self._of_groups(self.zero)
+        steps *= self._of_groups(self.scale)
+        return steps.reshape(outputs, inputs)
 
-    def _spread(self, x: np.ndarray) -> np.ndarray:
-        """What groups share, for each weight."""
-        inputs, groups = self.codes.shape[1], x.shape[1]
-        return x.astype(np.float32)[:, runs(inputs, inputs // groups) if self.groups is None else self.groups]
+    def _of_groups(self, x: np.ndarray) -> np.ndarray:
+        """What groups share, as it goes with `dense`."""
+        wide = x.astype(np.float32)
+        return (wide if self.groups is None else wide[:, self.groups])[:, :, None]
 
 
 class Nested(NamedTuple):

@@ -31,6 +31,10 @@ FORMATS = {PACKED: PACKED, WHOLE: WHOLE, "naive-quantized": WHOLE}
 BITS = (2, 4, 8)
 
 
+# Of activations: each token by itself.
+TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
 def settings(given: family.Settings) -> Settings:
     """Of a quantization_config. ValueError for groups of layers that are quantized in different ways."""
     given.only("quantization_status", "compressed")
@@ -42,9 +46,14 @@ def settings(given: family.Settings) -> Settings:
     for name in groups.values:
         group = groups.section(name)
         kind = group.choice("format", FORMATS, given.get("format", PACKED))
-        found[_of_weights(group.section("weights"), kind, tuple(given.get("ignore", ())))] = name
-        if group.get("input_activations", None):
-            given.notes.append("other tools that read it round activations, too; here they are not")
+        settings = _of_weights(group.section("weights"), kind, tuple(given.get("ignore", ())))
+        activations = group.get("input_activations", None)
+        rounds = kind == WHOLE and isinstance(activations, dict) and TOKEN.items() <= activations.items()
+        found[settings._replace(rounds=rounds)] = name
+        if activations and not rounds:
+            given.notes.append(
+                "other tools that read it round activations, too, in a way that is not known here: here they are not"
+            )
     if len(found) != 1:
         raise given.refuse("config_groups", dict(groups.values), "one way for all layers that are quantized")
     return next(iter(found))
@@ -75,8 +84,7 @@ def config(settings: Settings) -> dict[str, Any]:
         "dynamic": False,
         **({"actorder": "group"} if settings.ordered else {}),
     }
-    token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": token if settings.format == WHOLE else None}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": TOKEN if settings.format == WHOLE else None}
     return {
         "quant_method": METHOD,
         "format": settings.format,

@@ -23,7 +23,7 @@ class Dense:
         if not linears:
             raise ValueError(
                 f"the quantization_config says {found.format.METHOD}, and no tensor is named {' or '.join(f'*{mark}' for mark in marks)}.\n"
-                "  Accepted: config and tensors of one model.\n  Fetch them again; if the tensors are dense, take the section out."
+                "  Accepted: config and tensors of one model.\n  Fetch them again; if the tensors are dense, take it out."
             )
         # The weight -> the parts that there are of it, by the names behind that of the Linear.
         self._parts = {

@@ -52,6 +52,7 @@ def _grid(first: Codes, tensors: Dense, kernels: Mapping[str, Kernel]) -> dict[s
         "quant.group": settings.group or -1,
         "quant.symmetric": settings.symmetric,
         "quant.ordered": settings.ordered,
+        "quant.activations": "int8" if settings.rounds else "float",
         "quant.scale_dtype": first.scale.dtype.name,
     }
 

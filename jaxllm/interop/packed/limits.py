@@ -77,12 +77,12 @@ def _of_readers(settings: Settings, sizes: Mapping[str, Size], family: str) -> I
 def notes(settings: Settings, sizes: Mapping[str, Size], family: str) -> tuple[str, ...]:
     """Lines for the user: what its readers must be told, and over how many devices they can share it out."""
     lines = []
-    if settings.format == "pack-quantized" and not settings.symmetric:
-        lines.append(
-            "transformers reads zeros of compressed-tensors with CompressedTensorsConfig(dequantize=True) alone; vLLM reads them"
-        )
+    whole = settings.format in ("pack-quantized", "int-quantized")
+    if whole and (family == "T5" or not settings.symmetric):
+        what = "T5" if family == "T5" else "grids with zeros"
+        lines.append(f"transformers reads {what} in this format with CompressedTensorsConfig(dequantize=True) alone")
     if settings.format == "int-quantized":
-        lines.append("transformers and vLLM round what these layers multiply to 8 bits, each token by itself")
+        lines.append("other tools round what these layers multiply to 8 bits, each token by itself")
     shared = [size for size in sizes.values() if size.shared and size.groups > 1]
     if settings.format != "nf4" and settings.group and shared:
         devices = [number for number in (2, 4, 8) if all(size.groups % number == 0 for size in shared)]

@@ -9,7 +9,8 @@ class Settings(NamedTuple):
     format: "pack-quantized" or "int-quantized" (compressed-tensors), "gptq" or "gptq_v2", "awq", "nf4" (bitsandbytes); read, not
     written: "fp4" and "llm_int8" (bitsandbytes).
     group: inputs that share a scale, 0 for all. symmetric: every zero is the middle code. ordered: groups are given by an index.
-    double: the scales of nf4 are quantized, too. ignore: names or patterns of what is not quantized. dtype: of the other tensors.
+    double: the scales of nf4 are quantized, too. rounds: so are activations, to 8 bits, each token by itself.
+    ignore: names or patterns of what is not quantized. dtype: of the other tensors.
     """
 
     format: str
@@ -18,6 +19,7 @@ class Settings(NamedTuple):
     symmetric: bool = True
     ordered: bool = False
     double: bool = False
+    rounds: bool = False
     ignore: tuple[str, ...] = ()
     dtype: str = "float32"
 

@@ -125,6 +125,6 @@ def _codes(exported: Exported, name: str, settings: Settings, forced: bool) -> C
             raise ValueError(
                 f"the scales of {name} are no {dtype} numbers, as which {settings.format} files hold them.\n"
                 f"  Accepted: scales that are rounded already: quant.scale_dtype = '{dtype}'.\n"
-                "  Quantize again with it; or force it, which rounds them and changes the model."
+                "  Quantize again with it, or write another dtype; or force it, which rounds them and changes the model."
             )
     return codes if settings.ordered else codes._replace(groups=None)

@@ -75,7 +75,7 @@ def test_read(values: dict[str, Any], expected: Settings, tmp_path: Path) -> Non
         Settings("awq", 4, 32, False, ignore=("lm_head", "score")),
         Settings("pack-quantized", 4, 128, False, ignore=("lm_head",)),
         Settings("pack-quantized", 4, 64, True, True),
-        Settings("int-quantized", 8, ignore=("lm_head",)),
+        Settings("int-quantized", 8, rounds=True, ignore=("lm_head",)),
         Settings("nf4", 4, double=True, ignore=("lm_head",)),
     ],
 )
