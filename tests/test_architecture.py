@@ -19,7 +19,7 @@ LEVELS = (
     ("types", "schema", "config", "consistency", "registry", "ops", "data", "__init__"),
     ("transforms", "optim"),
     ("models", "parallel", "pipeline"),
-    ("objectives", "decode", "evals", "report", "interop"),
+    ("objectives", "decode", "evals", "report", "interop", "compression"),
     ("engine",),
     (
         "command",
@@ -37,6 +37,7 @@ LEVELS = (
         "evaluate",
         "compare",
         "convert",
+        "quantize",
         "fill_mask",
         "classify",
         "schedules",

@@ -3,23 +3,42 @@
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from jaxllm.data import examples, foreign
 from jaxllm.data.examples.contract import row_tokens
 from jaxllm.decode import generate
 from jaxllm.ops import sampling
-from jaxllm.runs import Run
-from jaxllm.types import Batch
+from jaxllm.types import Batch, Model, Params
 
 # Text is read until there is so much more than needed to choose from; and so long a token is, at most, on the average.
 CHOICE, TOKEN_CHARACTERS = 4, 8
 # Of a batch, at most.
 BATCH_TOKENS = 4096
 SAMPLES = "samples"
+
+
+class Opened(Protocol):
+    """A model, as `runs.load` gives it."""
+
+    @property
+    def config(self) -> ConfigDict: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def model(self) -> Model: ...
+
+    @property
+    def params(self) -> Params: ...
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
 
 
 class Calibration(NamedTuple):
@@ -29,7 +48,7 @@ class Calibration(NamedTuple):
     what: str
 
 
-def make(run: Run, source: str, rows: int, tokens: int, seed: int) -> Calibration:
+def make(run: Opened, source: str, rows: int, tokens: int, seed: int) -> Calibration:
     """So many rows of so many tokens, or of the context where that is shorter, of `source`: anything that data.source may be, with the
     run's objective, cleaning and tokenizer; or "samples" for what the model writes. The same for the same seed.
 
@@ -60,7 +79,7 @@ def make(run: Run, source: str, rows: int, tokens: int, seed: int) -> Calibratio
     return Calibration(batches, f"{rows} rows of {row_tokens(config)} tokens of {source}")
 
 
-def _samples(run: Run, rows: int, tokens: int, seed: int) -> Calibration:
+def _samples(run: Opened, rows: int, tokens: int, seed: int) -> Calibration:
     tokenizer = run.tokenizer
     first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     if run.model.decode is None or run.model.encode is not None or first is None:
