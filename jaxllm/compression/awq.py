@@ -39,6 +39,6 @@ def linear_loss(kernel_IO: jax.Array, hessian_II: jax.Array, grid: Grid) -> Call
 
 
 def search(scales: jax.Array, loss: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The row of `scales` with the least loss."""
+    """The row of `scales` with the least loss; a loss that is NaN is never the least."""
     losses = jnp.stack([loss(each) for each in scales])
-    return scales[jnp.argmin(losses)]
+    return scales[jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))]

@@ -19,6 +19,8 @@ from jaxllm.transforms import affine
 from jaxllm.transforms.affine import Grid
 
 BLOCK = 128
+# Damping is raised to this at least: about what float32 can tell from the diagonal.
+LEAST_RAISED = 1e-7
 # In which order inputs are rounded: as they lie; those with the largest H_ii first, in groups of neighbours, whose scales are those of the
 # weights as they were; or so, in groups of what follows each other in that order.
 ORDERS = ("none", "static", "group")
@@ -35,7 +37,8 @@ class Solved(NamedTuple):
 def solve(kernel_IO: jax.Array, hessian_II: jax.Array, grid: Grid, damp: float = 0.01, order: str = "static") -> Solved:
     """Codes of a kernel [I, O] for inputs with this sum of x x^T. `grid.ordered` goes with the order "group".
 
-    Inputs that are always 0 keep no weight. Where rounding makes H + damp x mean(diagonal) indefinite, damp is raised tenfold, until not.
+    Inputs that are always 0 keep no weight. Where rounding makes H + damp x mean(diagonal) indefinite, damp is raised tenfold, to 1e-7 at
+    least, until not.
     """
     inputs = len(kernel_IO)
     diagonal_I = jnp.diagonal(hessian_II)
@@ -69,7 +72,9 @@ def _factor(hessian_II: jax.Array, damp: float) -> tuple[jax.Array, jax.Array]:
         return jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
 
     def more(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return upper(state[1] * 10), state[1] * 10
+        # Ten times nothing is nothing: without a least share, damp = 0 would never end.
+        raised = jnp.maximum(state[1] * 10, LEAST_RAISED)
+        return upper(raised), raised
 
     first = jnp.asarray(damp, jnp.float32)
     v_II, used = jax.lax.while_loop(lambda state: ~jnp.isfinite(state[0]).all() & (state[1] < 1e3), more, (upper(first), first))
