@@ -39,7 +39,7 @@ def weights_of(path: Path) -> Any:
         ("llama", "grid", {}, ["gptq", "pack-quantized", "gptq_v2", "awq"]),
         ("bert", "grid", {"ordered": True}, ["gptq", "gptq_v2"]),
         ("gpt2", "nf4", {}, ["nf4", "nf4"]),
-        ("llama", "int8", {}, ["int-quantized", "gptq", "int-quantized"]),
+        ("llama", "int8", {}, ["pack-quantized", "gptq", "pack-quantized"]),
     ],
 )
 def test_from_format_to_format(case: str, kind: str, grid: dict[str, Any], trail: list[str], tmp_path: Path) -> None:

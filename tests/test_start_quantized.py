@@ -48,7 +48,9 @@ def test_adapters_stand_beside_the_codes(
     for sub, kernel in (("attention", "q"), ("attention", "o"), ("mlp", "down")):
         base = layers[sub][kernel]["kernel"].base
         assert isinstance(base, Quantized)
-        jax.tree.map(np.testing.assert_array_equal, base, source["layers"][sub][kernel]["kernel"])
+        # Of int-quantized files what the kernels multiply is rounded, too: the same arrays in a leaf that says so.
+        expected = jax.tree.leaves(source["layers"][sub][kernel]["kernel"])
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(base), expected)
 
 
 def test_without_adapters_it_is_dense(tmp_path: Path) -> None:
