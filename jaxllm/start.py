@@ -5,6 +5,7 @@ one after the other. Those of a model of others are read so, too: no device, and
 trained. A run is read as a whole, and so are an adapter and its base, into which it is folded.
 """
 
+import shlex
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,9 @@ from jaxllm.engine import state
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.session import Session
 from jaxllm.engine.workdir import Workdir
-from jaxllm.interop import peft, weights
+from jaxllm.interop import peft, peft_attach, peft_tokenizer, weights
 from jaxllm.interop.imported import Imported
-from jaxllm.transforms import adapt, grown, tree
+from jaxllm.transforms import adapt, grown, leaf, tree
 from jaxllm.types import Axes, Params, Tokenizer
 
 # Fields of config.model that say how a model is run, or what is put on top of it: the config's own, whatever the model had.
@@ -59,7 +60,7 @@ class _Target(NamedTuple):
 class Start:
     """A model to begin with. config: its own; files: where its tokenizer is; title: what it is called.
 
-    imported: None for a run of this package, and for an adapter. run: of an adapter, with its base.
+    imported: None for a run of this package, and for an adapter.
     """
 
     path: Path
@@ -68,11 +69,10 @@ class Start:
     files: Path
     title: str
     imported: Imported | None = None
-    run: runs.Run | None = None
 
 
 def open_start(path: str) -> Start:
-    """The model at `path`, its weights still on disk but for those of an adapter and its base; ValueError if there is none."""
+    """The model at `path`, its weights still on disk; ValueError if there is none, and for an adapter that does not fit its base."""
     if peft.is_one(path):
         return _open_adapter(peft.read(path))
     if runs.is_foreign(path):
@@ -85,16 +85,28 @@ def open_start(path: str) -> Start:
 
 
 def _open_adapter(adapter: peft.Adapter) -> Start:
-    path, base = Path(adapter.where), runs.find_base(adapter)
-    if base is None:
+    path, place = Path(adapter.where), runs.find_base(adapter)
+    if place is None:
         what = f"its base '{adapter.base}' is not a path here, nor beside it" if adapter.base else "it names no base"
         raise ValueError(
             f"'{path}' is an adapter, and {what}.\n  Accepted: to begin with, an adapter whose base is found, or a whole model.\n"
-            f"  Fold it into its base (python -m jaxllm.convert --from {path} --base BASE --to MERGED), and begin with MERGED."
+            f"  Fold it into its base (python -m jaxllm.convert --from {shlex.quote(str(path))} --base BASE --to MERGED), and begin with"
+            " MERGED."
         )
-    run = runs.load(path)
-    files = path if tokenizer_file.has_one(path) else open_start(str(base)).files
-    return Start(path, run.config, run.tokenizer, files, f"{path} merged into {base}", run=run)
+    base = open_start(str(place))
+    if base.imported is not None and base.tokenizer is None:
+        raise ValueError(runs.no_tokenizer(base.imported))
+    dense = base.config.copy_and_resolve_references()
+    dense.train.transforms = ()
+    shapes = jax.eval_shape(models.build(dense).init, jax.random.key(0))
+    # Numbers that take no memory: what the model is hangs on the base's own in one rare case, and is asked for there.
+    empty = jax.tree.map(lambda like: np.broadcast_to(np.zeros((), like.dtype), like.shape), shapes)
+    config = peft_attach.attach(
+        empty, dense, adapter, lambda: np.asarray(leaf.dense(runs.load(place).params["embed"]["tokens"]))
+    ).config
+    tokenizer = peft_tokenizer.choose(path, config, base.tokenizer)
+    files = path if tokenizer_file.has_one(path) else base.files
+    return Start(path, config, tokenizer, files, f"{path} merged into {place}")
 
 
 def resolve(config: ConfigDict, workdir: Path) -> ConfigDict:
@@ -169,7 +181,7 @@ def load(session: Session, say: Callable[[str], None]) -> Params:
         found.imported.config.model.layers_as = session.config.model.layers_as
         weights.load(found.imported, placing.place)
     else:
-        run = found.run or runs.load(found.path)
+        run = runs.load(found.path)
         stacked = tree.stack_layers(jax.device_get(adapt.merged(run.params)))
         # The form of the session's layers; another head may have other parameters beside them.
         own = run.config.copy_and_resolve_references()

@@ -95,13 +95,13 @@ def get_ready(config: ConfigDict, workdir: Workdir, say: Callable[[str], None]) 
     """Prepares the data of the run in an open run directory. ValueError for what cannot be trained, or not be continued like this."""
     checkpoints = Checkpoints(workdir.checkpoints, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best)
     newest = _newest(checkpoints)
-    resuming, rows = newest is not None, _rows(checkpoints, newest, workdir)
-    workdir.adopt_config(config, resuming=resuming)
+    rows = _rows(checkpoints, newest, workdir)
+    workdir.adopt_config(config, newest)
     mesh_plan = plan.make(config)
     check(config, mesh_plan)  # before hours may go into the preparation of data
     prepared = _prepare(config, workdir, rows, say)
     config = with_classes(with_vocabulary(config, prepared.tokenizer.vocab_size), len(prepared.labels))
-    workdir.adopt_config(config, resuming=resuming)
+    workdir.adopt_config(config, newest)
     return Ready(config, mesh_plan, prepared, checkpoints, newest)
 
 
@@ -122,7 +122,7 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
     if begin >= config.train.steps:
         beyond = f"this run is at step {begin}, beyond train.steps = {config.train.steps}"
         where = f"this run is at step {begin} of {begin} already" if begin == config.train.steps else beyond
-        say(f"{where}. Raise train.steps to go on. Writing its report again.")
+        say(f"{where}: nothing is left to train. Raise train.steps to go on. Writing its report again.")
         _report(workdir, say)
         return 0
     session = build_session(config, mesh_plan)
