@@ -109,11 +109,12 @@ def _open_adapter(adapter: peft.Adapter) -> Start:
     return Start(path, config, tokenizer, files, f"{path} merged into {place}")
 
 
-def resolve(config: ConfigDict, workdir: Path) -> ConfigDict:
+def resolve(config: ConfigDict, workdir: Path, asked: Collection[str] = ()) -> ConfigDict:
     """A copy with the architecture and the tokenizer of `train.start`; the same config where that is empty.
 
     A run in `workdir` that has begun has what it needs: the model need not be there any more. ValueError for a field of config.model that
-    contradicts the model.
+    contradicts the model, and for a tokenizer other than its own: a field with another value than its default, or one of `asked`, whose
+    default is meant, too.
     """
     if not config.train.start:
         return config
@@ -121,22 +122,24 @@ def resolve(config: ConfigDict, workdir: Path) -> ConfigDict:
     if Checkpoints(begun.checkpoints).steps() and begun.config.is_file():
         stored = schema.load(begun.config)
         if stored.train.start == config.train.start:
-            config = _with_architecture(config, stored.model, stored.model.start_rows, str(begun.config))
-            config.tokenizer.update(stored.tokenizer)
-            return config
+            config = _with_architecture(config, stored.model, stored.model.start_rows, str(begun.config), asked)
+            return _with_tokenizer(config, stored.tokenizer.kind, stored.tokenizer.path, asked)
     found = open_start(config.train.start)
-    config = _with_architecture(config, found.config.model, found.config.model.vocab_size, config.train.start)
-    return _with_tokenizer(config, found)
+    config = _with_architecture(config, found.config.model, found.config.model.vocab_size, config.train.start, asked)
+    kind, path = "gguf" if found.files.is_file() else "file", str(found.files.absolute())
+    if found.tokenizer is None:
+        kind = path = ""
+    return _with_tokenizer(config, kind, path, asked)
 
 
-def _with_architecture(config: ConfigDict, model: ConfigDict, rows: int, where: str) -> ConfigDict:
+def _with_architecture(config: ConfigDict, model: ConfigDict, rows: int, where: str, asked: Collection[str]) -> ConfigDict:
     config = config.copy_and_resolve_references()
     contradictions = []
     for name, value in model.items():
         if name in FREE or name in FILLED_IN:
             continue
         given, default = config.model[name], schema.SCHEMA[f"model.{name}"].default
-        if given not in (default, value):
+        if given != value and (given != default or f"model.{name}" in asked):
             contradictions.append(f"model.{name} = {given!r}, there {value!r}")
         config.model[name] = value
     if contradictions:
@@ -154,22 +157,26 @@ def _with_architecture(config: ConfigDict, model: ConfigDict, rows: int, where: 
     return config
 
 
-def _with_tokenizer(config: ConfigDict, found: Start) -> ConfigDict:
-    kind = config.tokenizer.kind
-    if kind in LOADED:
+def _with_tokenizer(config: ConfigDict, kind: str, path: str, asked: Collection[str]) -> ConfigDict:
+    """The config with the tokenizer of the model, if it has one ("": none) and no file is given."""
+    given = config.tokenizer
+    if given.kind in LOADED:
         return config
-    if kind != schema.SCHEMA["tokenizer.kind"].default:
+    wrong = f"tokenizer.path = '{given.path}' and no tokenizer.kind" if given.path else ""
+    if given.kind != schema.SCHEMA["tokenizer.kind"].default or "tokenizer.kind" in asked:
+        wrong = f"tokenizer.kind = '{given.kind}'"
+    if wrong:
         raise ValueError(
-            f"tokenizer.kind = '{kind}' with train.start = '{config.train.start}', whose embeddings belong to its tokenizer's ids.\n"
-            "  Accepted: nothing, which takes that tokenizer; file, with a tokenizer.path that has the same ids.\n"
-            "  Leave out tokenizer.kind."
+            f"{wrong} with train.start = '{config.train.start}', whose embeddings belong to its tokenizer's ids.\n"
+            "  Accepted: neither, which takes that tokenizer; file, with a tokenizer.path that has the same ids.\n"
+            "  Leave out tokenizer.kind and tokenizer.path, or set both."
         )
-    if found.tokenizer is None:
+    if not kind:
         raise ValueError(
             f"train.start = '{config.train.start}' has no tokenizer.\n  Accepted: a model with its tokenizer files;"
             " tokenizer.kind = 'file' and tokenizer.path.\n  Fetch them, or set tokenizer.path."
         )
-    config.tokenizer.kind, config.tokenizer.path = "gguf" if found.files.is_file() else "file", str(found.files.absolute())
+    given.kind, given.path = kind, path
     return config
 
 

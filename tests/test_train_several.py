@@ -71,7 +71,7 @@ def config_of(place: Path, name: str, workdir: Path, **train: Any) -> ConfigDict
     config = schema.load(place / "adapter.py")
     config.data.source = str(place / f"{name}.txt")
     config.train.update(train)
-    return command.resolved(config, workdir)
+    return command.resolved(config, workdir, ())
 
 
 def run(place: Path, workdir: Path, *names: str, **train: Any) -> tuple[int, str]:
@@ -260,7 +260,7 @@ def test_data_that_needs_another_head_is_refused_before_the_first_step(place: Pa
         config = schema.load(place / "adapter.py")
         config.train.objective, config.model.head = "sequence_classification", "classify"
         config.data.update({"source": str(tmp_path / f"{name}.jsonl"), "split_by": "documents", "target_field": "label"})
-        configs[name] = command.resolved(config, tmp_path / name)
+        configs[name] = command.resolved(config, tmp_path / name, ())
     with ExitStack() as stack, pytest.raises(ValueError, match="(?s)'two' and 'three' do not fit.*model.classes = 2, and 3 with"):
         opened = {name: stack.enter_context(open_workdir(tmp_path / name)) for name in configs}
         series.run(configs, opened, Console(file=io.StringIO()))
