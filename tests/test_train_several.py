@@ -174,7 +174,10 @@ def test_each_run_is_the_one_that_it_is_alone(place: Path, alone: Path, tmp_path
     assert (counted.read, counted.restored) == (2, restored) and counted.places[4] == counted.places[5]
     assert_same(tmp_path / "squares", tmp_path / "mixed" / "squares")
     code, output = run(place, tmp_path, "squares", steps=13)
-    assert code == 0 and "this run is at step 14, beyond train.steps = 13: nothing is left to train. Raise train.steps to go on." in output
+    assert (
+        code == 0
+        and "this run is at step 14, beyond train.steps = 13: nothing is left to train. Raise train.steps to go on." in output
+    )
 
 
 def test_ctrl_c_ends_the_series_and_the_same_command_goes_on(place: Path, alone: Path, tmp_path: Path) -> None:

@@ -193,8 +193,7 @@ def _build(config: ConfigDict, partial: Path, log: Log) -> None:
     setups = {name: replayed if name.startswith("replay") else config for name in split}
     # A vocabulary of characters has to cover all splits, or some held-out text could not be written at all.
     read = [name for name in split if config.tokenizer.kind == "char" or "validation" not in name]
-    path = f" {config.tokenizer.path}" if config.tokenizer.kind in LOADED else ""
-    log(f"tokenizer: {config.tokenizer.kind}{path}")
+    log(f"tokenizer: {config.tokenizer.kind}{f' {config.tokenizer.path}' if config.tokenizer.kind in LOADED else ''}")
     tokenizer = loaded or tokenize.make(
         config,
         lambda: (text for name in read for document in split[name]() for text in examples.make(setups[name]).texts(document)),

@@ -34,14 +34,14 @@ class Attached(NamedTuple):
 
 
 def attach(
-    params: Params, config: ConfigDict, adapter: Adapter, embedding: Callable[[], np.ndarray] | None = None
+    params: Params, config: ConfigDict, adapter: Adapter, read_embedding: Callable[[], np.ndarray] | None = None
 ) -> Attached:
     """The adapter beside the kernels (arrays or quantized) of a base with this config, its layers stacked or not.
 
     ValueError that lists what of the adapter does not fit, for a base that has one already, and for layers of one kernel with different
     ranks or scales. A head that the base ties and the adapter stores apart from the embedding is no longer tied. A base with fewer tokens
     than the adapter's embedding has rows grows.
-    embedding: gives that of the base, for `params` with the right shapes alone, of which `config` in the result is right, too.
+    read_embedding: gives that of the base, for `params` with the right shapes alone, of which `config` in the result is right, too.
     """
     if any(adapt.is_adapter(node) for node in jax.tree.leaves(params, is_leaf=leaf.is_type)):
         raise ValueError(
@@ -63,16 +63,16 @@ def attach(
     whole = {family.canonical(name): name for name in adapter.whole}
     embedding = next(rule.name for rule in rules if rule.path == "embed/tokens")
     tied = {embedding, *(copy for copy, name in copies.items() if name == embedding)}
-    apart = _apart(adapter, whole, tied, embedding or (lambda: np.asarray(leaf.dense(params["embed"]["tokens"]))))
+    apart = _apart(adapter, whole, tied, read_embedding or (lambda: np.asarray(leaf.dense(params["embed"]["tokens"]))))
     shapes = [adapter.shapes[whole[name]] for name in tied & whole.keys()]
     if rows := [shape[0] for shape in shapes if shape[1:] == (arch.width,) and shape[0] > arch.vocab_size]:
         tables = {rule.name for rule in rules if rule.path in grown.tables(arch.head) and rule.name in exported.shapes}
         alike = {copies.get(name, name) for name in whole} | whole.keys()
         _check_new_rows(adapter, max(rows), arch.vocab_size, sorted((tables | (tied if apart else set())) - alike))
-        larger = embedding and (lambda: np.asarray(_padded(embedding(), max(rows))))
+        larger = read_embedding and (lambda: np.asarray(_padded(read_embedding(), max(rows))))
         return attach(*_grow(params, config, max(rows)), adapter, larger)
     if apart:
-        return attach(*_untie(params, config, adapter, apart), adapter, embedding)
+        return attach(*_untie(params, config, adapter, apart), adapter, read_embedding)
     names = {peft_modules.of_tensor(family.canonical(f"{name}.weight")): name for name in adapter.products}
     _check(adapter, parts(params, rules), exported.shapes, names, whole, copies)
     whole |= {name: whole[copy] for copy, name in copies.items() if copy in whole}
@@ -87,14 +87,14 @@ def attach(
     return Attached(placed, _describe(config, adapter, placed, also))
 
 
-def _apart(adapter: Adapter, whole: Mapping[str, str], tied: set[str], embedding: Callable[[], np.ndarray]) -> list[str]:
+def _apart(adapter: Adapter, whole: Mapping[str, str], tied: set[str], read_embedding: Callable[[], np.ndarray]) -> list[str]:
     """Those of the tied tensors that the adapter stores, unless afterwards all are alike."""
     stored = sorted(tied & whole.keys())
     if not stored or adapter.tied:
         return []
     # What is put into the base's own place stays tied to all that is not replaced.
     keeps = any(not adapter.replaces(whole[name]) for name in stored)
-    first = adapter.read(whole[stored[0]]) if keeps or len(stored) == len(tied) else embedding()
+    first = adapter.read(whole[stored[0]]) if keeps or len(stored) == len(tied) else read_embedding()
     return [] if all(np.array_equal(first, adapter.read(whole[name])) for name in stored) else stored
 
 
