@@ -271,7 +271,7 @@ def _train(
         progress = stack.enter_context(Progress(total, start, console))
         tracker = trackers.open_all(config, workdir.path, start, progress.message) if processes.is_first() else trackers.Trackers()
         stack.callback(tracker.close)
-        source = stack.enter_context(_open_source(session, prepared))
+        source = stack.enter_context(loader.make(prepared.batches(config, session.plan.arrange), session.plan.batch_sharding()))
 
         def write(row: Mapping[str, Any]) -> None:
             tracker.write(row)
@@ -315,16 +315,6 @@ def _train(
             save(step, state)
         watchdog.beside("finishing the checkpoint and the trackers", step)
     return step, state, "done" if interrupts.decided is None or step == total else interrupts.decided.name
-
-
-def _open_source(session: Session, prepared: Prepared) -> loader.Loader:
-    """The batches of the run, with what it replays of data.replay_source."""
-    config, sharding, arrange = session.config, session.plan.batch_sharding(), session.plan.arrange
-    replay, seqs = None, mixture.replay_seqs(config)
-    if prepared.replay is not None and seqs:
-        replay = mixture.Replay(prepared.replay, arrange(prepared.make_replay_batch(config)), seqs, config.train.microbatches)
-    make_batch, batch_seqs = arrange(prepared.make_batch(config)), config.train.batch_seqs
-    return loader.make(prepared.train, make_batch, batch_seqs=batch_seqs, seed=config.seed, sharding=sharding, replay=replay)
 
 
 def _sample(sampler: samples.Sampler, state: TrainState, step: int) -> list[str]:

@@ -72,6 +72,15 @@ class Prepared:
         """The same for rows of the replay splits."""
         return examples.make(examples.replayed(config)).batch(self.tokenizer)
 
+    def batches(
+        self, config: ConfigDict, arrange: Callable[[MakeBatch], MakeBatch] = lambda make_batch: make_batch
+    ) -> mixture.Batches:
+        """The training batches, with what is replayed of data.replay_source. arrange: how their tokens are to lie."""
+        replay, seqs = None, mixture.replay_seqs(config)
+        if self.replay is not None and seqs:
+            replay = mixture.Replay(self.replay, arrange(self.make_replay_batch(config)), seqs, config.train.microbatches)
+        return mixture.Batches(self.train, arrange(self.make_batch(config)), config.train.batch_seqs, config.seed, replay)
+
 
 def place(config: ConfigDict, workdir: str | Path) -> Path:
     """The directory for the prepared data of a run."""
