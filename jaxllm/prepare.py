@@ -52,8 +52,7 @@ def show_rows(console: Console, config: ConfigDict, prepared: Prepared, count: i
 
     Rows of data.replay_source stand among the others, as in training.
     """
-    batches, own_rows = prepared.batches(config), len(prepared.train)
-    shows = [examples.make(each).show for each in (config, examples.replayed(config))]
+    batches, own_rows, show = prepared.batches(config), len(prepared.train), examples.make(config).show
     rows: list[int] = []
     arrays: list[dict[str, np.ndarray]] = []
     for step in range(-(-count // batches.batch_seqs)):
@@ -61,9 +60,7 @@ def show_rows(console: Console, config: ConfigDict, prepared: Prepared, count: i
         batch = batches.arrays(step, chosen)
         rows += chosen.tolist()
         arrays += [{name: array[place] for name, array in batch.items()} for place in range(len(chosen))]
-    parts = [
-        list(shows[row >= own_rows](array, prepared.tokenizer, prepared.labels)) for row, array in zip(rows, arrays, strict=True)
-    ]
+    parts = [list(show(array, prepared.tokenizer, prepared.labels)) for array in arrays]
     if any(piece.trained is not None for row in parts for part in row for piece in part.pieces):
         console.print(spelled([Piece("trained tokens", True), Piece(" and "), Piece("others", False)], console))
     real_BT, trained_BT = (np.array([array[name] > 0 for array in arrays]) for name in ("segments", "weights"))
