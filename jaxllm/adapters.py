@@ -13,6 +13,7 @@ exactly, with the sum of their ranks, or as well as rank R can. `Adapters` holds
 """
 
 import math
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -301,7 +302,8 @@ def _notes(base: str) -> list[str]:
     if not base:
         return ["the file names no base; give --base PATH"]
     if not hf.is_one(Path(base).expanduser()) and Path(base).expanduser().exists():
-        return [f"PEFT opens a base that transformers opens: python -m jaxllm.convert --from {base} --to DIR --format hf"]
+        command = f"python -m jaxllm.convert --from {shlex.quote(base)} --to DIR --format hf"
+        return [f"PEFT opens a base that transformers opens: {command}"]
     return []
 
 
@@ -331,10 +333,10 @@ def average(paths: Sequence[str], target: Path, weights: Sequence[str] | None = 
 def _exported(path: str) -> peft.Adapter:
     """The adapter in a directory of PEFT; ValueError for anything else."""
     if not peft.is_one(path) and _config_of_run(Path(path).expanduser()) is not None:
+        run, target = shlex.quote(str(Path(path))), shlex.quote(f"{Path(path)}_peft")
         raise ValueError(
             f"'{path}' is a run, and what is averaged are files of PEFT.\n  Accepted: directories with {peft.CONFIG}.\n"
-            f"  Export it first (python -m jaxllm.adapters export --run {Path(path)} --to {Path(path)}_peft), and average what that"
-            " wrote."
+            f"  Export it first (python -m jaxllm.adapters export --run {run} --to {target}), and average what that wrote."
         )
     return peft.read(path)
 

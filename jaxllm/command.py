@@ -4,7 +4,7 @@ import linecache
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from logging import Formatter, LogRecord
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,11 @@ class BadConfigFile(Exception):
 def define_flags() -> None:
     """Defines `--config FILE`, `--config.section.name=value` and `--workdir`; read them with `experiment()`."""
     config_flags.DEFINE_config_file(
-        "config", None, "a file of configs/, or a run's config.json; --config.a.b=value changes a field"
+        "config",
+        None,
+        "a file of configs/, or a run's config.json; --config.a.b=value changes a field. A tuple is given as a whole,"
+        " --config.train.transforms=\"('nf4', 'lora')\", or part by part, --config.train.transforms=nf4 --config.train.transforms=lora:"
+        " it has what all its flags say, and nothing of what the file says",
     )
     flags.FLAGS["config"].parser = _ConfigParser()
     flags.DEFINE_string("workdir", "", "run directory; default: runs/ and the name of the config file")
@@ -40,26 +44,27 @@ def define_flags() -> None:
 
 def experiment() -> tuple[ConfigDict, Path]:
     """(the checked and locked config, the run directory) that the flags ask for."""
-    config, workdir = given()
-    return resolved(config, workdir), workdir
+    config, workdir, asked = given()
+    return resolved(config, workdir, asked), workdir
 
 
-def resolved(config: ConfigDict, workdir: Path) -> ConfigDict:
-    """The config of a run in `workdir`, with what the model that it begins with says, and checked."""
-    config = start.resolve(config, workdir)
+def resolved(config: ConfigDict, workdir: Path, asked: Collection[str]) -> ConfigDict:
+    """The config of a run in `workdir`, with what the model that it begins with says, and checked. asked: see `start.resolve`."""
+    config = start.resolve(config, workdir, asked)
     check(config)
     return config
 
 
-def given() -> tuple[ConfigDict, Path]:
-    """(the config as it was given, the run directory); ValueError if there is no config."""
+def given() -> tuple[ConfigDict, Path, Collection[str]]:
+    """(the config as it was given, the run directory, the fields that the command line sets); ValueError if there is no config."""
     flag: Any = flags.FLAGS["config"]
     if flag.value is None:
         raise ValueError(_no_config())
     check_fields(flag.value)
     path = Path(flag.config_filename)
     name = path.resolve().parent.name if path.suffix == ".json" else path.stem
-    return flag.value, Path(flags.FLAGS.workdir or Path("runs", name)).expanduser()
+    workdir = Path(flags.FLAGS.workdir or Path("runs", name)).expanduser()
+    return flag.value, workdir, config_flags.get_override_values(flag).keys()
 
 
 def run(main: Callable[[list[str]], int | None], positional: bool = False) -> None:

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxllm import command
-from jaxllm.data import examples, mixture, order
+from jaxllm.data import examples, mixture
 from jaxllm.data.examples.contract import Piece
 from jaxllm.data.prepare import Prepared, place, prepare
 
@@ -48,16 +48,25 @@ def main(arguments: list[str]) -> None:
 
 
 def show_rows(console: Console, config: ConfigDict, prepared: Prepared, count: int) -> None:
-    """Prints the first `count` rows of the first training batch: what the model reads and what it is to predict, and how much of it."""
-    rows = order.batch_rows(len(prepared.train), count, config.seed, 0)
-    batch = prepared.make_batch(config)(prepared.train.rows(rows), rows, config.seed, 0)
-    show, arrays = examples.make(config).show, [{name: array[row] for name, array in batch.items()} for row in range(count)]
-    parts = [list(show(row, prepared.tokenizer, prepared.labels)) for row in arrays]
+    """Prints the first `count` rows of the first training batches: what the model reads and what it is to predict, and how much of it.
+
+    Rows of data.replay_source stand among the others, as in training.
+    """
+    batches, own_rows, show = prepared.batches(config), len(prepared.train), examples.make(config).show
+    rows: list[int] = []
+    arrays: list[dict[str, np.ndarray]] = []
+    for step in range(-(-count // batches.batch_seqs)):
+        chosen = batches.rows(step)[: count - len(rows)]
+        batch = batches.arrays(step, chosen)
+        rows += chosen.tolist()
+        arrays += [{name: array[place] for name, array in batch.items()} for place in range(len(chosen))]
+    parts = [list(show(array, prepared.tokenizer, prepared.labels)) for array in arrays]
     if any(piece.trained is not None for row in parts for part in row for piece in part.pieces):
         console.print(spelled([Piece("trained tokens", True), Piece(" and "), Piece("others", False)], console))
-    real_BT, trained_BT = batch["segments"] > 0, batch["weights"] > 0
+    real_BT, trained_BT = (np.array([array[name] > 0 for array in arrays]) for name in ("segments", "weights"))
     for row, real_T, trained_T, shown in zip(rows, real_BT, trained_BT, parts, strict=True):
-        console.print(Rule(f"row {row:,}: {_share(trained_T, real_T)}", align="left"))
+        title = f"row {row:,}" if row < own_rows else f"row {row - own_rows:,} of data.replay_source"
+        console.print(Rule(f"{title}: {_share(trained_T, real_T)}", align="left"))
         for part in shown:
             console.print(Rule(part.title, align="left", characters="·", style="dim"))
             if part.pieces:
@@ -139,7 +148,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "show",
         0,
-        "print this many rows of the first training batch: documents, and which of their tokens are trained",
+        "print this many rows as training begins with them: documents, and which of their tokens are trained",
         lower_bound=0,
     )
     flags.DEFINE_bool("force", False, "prepare again, even if the data is fresh")

@@ -190,7 +190,25 @@ def _functions(config: ConfigDict) -> dict[str, Any]:
 
 
 def find_base(adapter: peft.Adapter) -> Path | None:
-    """Where the base is that the adapter names: at this path from here, or from a directory that the adapter is in; None if nowhere."""
+    """Where the base is that the adapter names: at this path from here, or from a directory that the adapter is in; None if nowhere.
+
+    ValueError if the bases of bases come back to one that was there before.
+    """
+    found = base = _named_base(adapter)
+    passed = [Path(adapter.where)]
+    while base is not None and peft.is_one(base):
+        if any(base.samefile(before) for before in passed):
+            raise ValueError(
+                f"'{adapter.where}' is an adapter, and its base never comes: {' -> '.join(map(str, (*passed, base)))}.\n"
+                "  Accepted: adapters whose bases end with a whole model.\n"
+                f"  Correct base_model_name_or_path in {peft.CONFIG} of one of these, or give the model as --base PATH (base= in Python)."
+            )
+        passed.append(base)
+        base = _named_base(peft.read(base))
+    return found
+
+
+def _named_base(adapter: peft.Adapter) -> Path | None:
     own = Path(adapter.where).absolute()
     found = (place / Path(adapter.base).expanduser() for place in (Path(), *own.parents) if adapter.base)
     return next((path for path in found if path.exists() and not path.samefile(own)), None)

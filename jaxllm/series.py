@@ -26,14 +26,14 @@ NAME = re.compile(r"\w[\w.-]*")
 
 def main(data: Sequence[str]) -> int:
     """Trains an adapter for each NAME=SOURCE of `data` as --config says, in --workdir/NAME; the exit code, as `train.run`'s."""
-    config, folder = command.given()
+    config, folder, asked = command.given()
     sources = parse(data)
     _check_config(config, folder)
     configs = {}
     for name, source in sources.items():
         own = config.copy_and_resolve_references()
         own.data.source = source
-        configs[name] = command.resolved(own, folder / name)
+        configs[name] = command.resolved(own, folder / name, asked)
     with train.started() as console:
         for own in configs.values():
             train.check_here(own)

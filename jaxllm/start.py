@@ -5,6 +5,7 @@ one after the other, those of a stack layer by layer. Those of a model of others
 one kernel dense when a quantized one is trained. A run is read as a whole, and so are an adapter and its base, into which it is folded.
 """
 
+import shlex
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,10 +27,10 @@ from jaxllm.engine import state
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.session import Session
 from jaxllm.engine.workdir import Workdir
-from jaxllm.interop import peft, weights
+from jaxllm.interop import peft, peft_attach, peft_tokenizer, weights
 from jaxllm.interop.imported import Imported
 from jaxllm.interop.weights import OnHost
-from jaxllm.transforms import adapt, grown, tree
+from jaxllm.transforms import adapt, grown, leaf, tree
 from jaxllm.transforms.quantized import Quantized
 from jaxllm.types import Axes, Params, Tokenizer
 
@@ -63,7 +64,7 @@ class _Target(NamedTuple):
 class Start:
     """A model to begin with. config: its own; files: where its tokenizer is; title: what it is called.
 
-    imported: None for a run of this package, and for an adapter. run: of an adapter, with its base.
+    imported: None for a run of this package, and for an adapter.
     """
 
     path: Path
@@ -72,11 +73,10 @@ class Start:
     files: Path
     title: str
     imported: Imported | None = None
-    run: runs.Run | None = None
 
 
 def open_start(path: str, transforms: Sequence[str] = ()) -> Start:
-    """The model at `path`, its weights still on disk but for those of an adapter and its base; ValueError if there is none.
+    """The model at `path`, its weights still on disk; ValueError if there is none, and for an adapter that does not fit its base.
 
     transforms: what is made of it. Of a quantized directory of another tool the codes are kept where there are any; else it is dense, as
     all of it is trained.
@@ -93,23 +93,36 @@ def open_start(path: str, transforms: Sequence[str] = ()) -> Start:
 
 
 def _open_adapter(adapter: peft.Adapter) -> Start:
-    path, base = Path(adapter.where), runs.find_base(adapter)
-    if base is None:
+    path, place = Path(adapter.where), runs.find_base(adapter)
+    if place is None:
         what = f"its base '{adapter.base}' is not a path here, nor beside it" if adapter.base else "it names no base"
         raise ValueError(
             f"'{path}' is an adapter, and {what}.\n  Accepted: to begin with, an adapter whose base is found, or a whole model.\n"
-            f"  Fold it into its base (python -m jaxllm.convert --from {path} --base BASE --to MERGED), and begin with MERGED."
+            f"  Fold it into its base (python -m jaxllm.convert --from {shlex.quote(str(path))} --base BASE --to MERGED), and begin with"
+            " MERGED."
         )
-    run = runs.load(path)
-    files = path if tokenizer_file.has_one(path) else open_start(str(base)).files
-    return Start(path, run.config, run.tokenizer, files, f"{path} merged into {base}", run=run)
+    base = open_start(str(place))
+    if base.imported is not None and base.tokenizer is None:
+        raise ValueError(runs.no_tokenizer(base.imported))
+    dense = base.config.copy_and_resolve_references()
+    dense.train.transforms = ()
+    shapes = jax.eval_shape(models.build(dense).init, jax.random.key(0))
+    # Numbers that take no memory: what the model is hangs on the base's own in one rare case, and is asked for there.
+    empty = jax.tree.map(lambda like: np.broadcast_to(np.zeros((), like.dtype), like.shape), shapes)
+    config = peft_attach.attach(
+        empty, dense, adapter, lambda: np.asarray(leaf.dense(runs.load(place).params["embed"]["tokens"]))
+    ).config
+    tokenizer = peft_tokenizer.choose(path, config, base.tokenizer)
+    files = path if tokenizer_file.has_one(path) else base.files
+    return Start(path, config, tokenizer, files, f"{path} merged into {place}")
 
 
-def resolve(config: ConfigDict, workdir: Path) -> ConfigDict:
+def resolve(config: ConfigDict, workdir: Path, asked: Collection[str] = ()) -> ConfigDict:
     """A copy with the architecture and the tokenizer of `train.start`; the same config where that is empty.
 
     A run in `workdir` that has begun has what it needs: the model need not be there any more. ValueError for a field of config.model that
-    contradicts the model.
+    contradicts the model, and for a tokenizer other than its own: a field with another value than its default, or one of `asked`, whose
+    default is meant, too.
     """
     if not config.train.start:
         return config
@@ -117,22 +130,25 @@ def resolve(config: ConfigDict, workdir: Path) -> ConfigDict:
     if Checkpoints(begun.checkpoints).steps() and begun.config.is_file():
         stored = schema.load(begun.config)
         if stored.train.start == config.train.start:
-            config = _with_architecture(config, stored.model, stored.model.start_rows, str(begun.config))
-            config.tokenizer.update(stored.tokenizer)
+            config = _with_architecture(config, stored.model, stored.model.start_rows, str(begun.config), asked)
+            config = _with_tokenizer(config, stored.tokenizer.kind, stored.tokenizer.path, asked)
             return _with_codes(config, stored)
     found = open_start(config.train.start, config.train.transforms)
-    config = _with_architecture(config, found.config.model, found.config.model.vocab_size, config.train.start)
-    return _with_tokenizer(_with_codes(config, found.config), found)
+    config = _with_architecture(config, found.config.model, found.config.model.vocab_size, config.train.start, asked)
+    kind, path = "gguf" if found.files.is_file() else "file", str(found.files.absolute())
+    if found.tokenizer is None:
+        kind = path = ""
+    return _with_tokenizer(_with_codes(config, found.config), kind, path, asked)
 
 
-def _with_architecture(config: ConfigDict, model: ConfigDict, rows: int, where: str) -> ConfigDict:
+def _with_architecture(config: ConfigDict, model: ConfigDict, rows: int, where: str, asked: Collection[str]) -> ConfigDict:
     config = config.copy_and_resolve_references()
     contradictions = []
     for name, value in model.items():
         if name in FREE or name in FILLED_IN:
             continue
         given, default = config.model[name], schema.SCHEMA[f"model.{name}"].default
-        if given not in (default, value):
+        if given != value and (given != default or f"model.{name}" in asked):
             contradictions.append(f"model.{name} = {given!r}, there {value!r}")
         config.model[name] = value
     if contradictions:
@@ -178,22 +194,26 @@ def _with_codes(config: ConfigDict, start: ConfigDict) -> ConfigDict:
     return config
 
 
-def _with_tokenizer(config: ConfigDict, found: Start) -> ConfigDict:
-    kind = config.tokenizer.kind
-    if kind in LOADED:
+def _with_tokenizer(config: ConfigDict, kind: str, path: str, asked: Collection[str]) -> ConfigDict:
+    """The config with the tokenizer of the model, if it has one ("": none) and no file is given."""
+    given = config.tokenizer
+    if given.kind in LOADED:
         return config
-    if kind != schema.SCHEMA["tokenizer.kind"].default:
+    wrong = f"tokenizer.path = '{given.path}' and no tokenizer.kind" if given.path else ""
+    if given.kind != schema.SCHEMA["tokenizer.kind"].default or "tokenizer.kind" in asked:
+        wrong = f"tokenizer.kind = '{given.kind}'"
+    if wrong:
         raise ValueError(
-            f"tokenizer.kind = '{kind}' with train.start = '{config.train.start}', whose embeddings belong to its tokenizer's ids.\n"
-            "  Accepted: nothing, which takes that tokenizer; file, with a tokenizer.path that has the same ids.\n"
-            "  Leave out tokenizer.kind."
+            f"{wrong} with train.start = '{config.train.start}', whose embeddings belong to its tokenizer's ids.\n"
+            "  Accepted: neither, which takes that tokenizer; file, with a tokenizer.path that has the same ids.\n"
+            "  Leave out tokenizer.kind and tokenizer.path, or set both."
         )
-    if found.tokenizer is None:
+    if not kind:
         raise ValueError(
             f"train.start = '{config.train.start}' has no tokenizer.\n  Accepted: a model with its tokenizer files;"
             " tokenizer.kind = 'file' and tokenizer.path.\n  Fetch them, or set tokenizer.path."
         )
-    config.tokenizer.kind, config.tokenizer.path = "gguf" if found.files.is_file() else "file", str(found.files.absolute())
+    given.kind, given.path = kind, path
     return config
 
 
@@ -207,7 +227,7 @@ def load(session: Session, say: Callable[[str], None]) -> Params:
         found.imported.config.model.layers_as = session.config.model.layers_as
         weights.load(found.imported, placing.place)
     else:
-        run = found.run or runs.load(found.path)
+        run = runs.load(found.path)
         adapted = bool(adapt.adapters(run.params))
         stacked = tree.stack_layers(jax.device_get(adapt.merged(run.params, keep_codes=not adapted)))
         # The form of the session's layers; another head may have other parameters beside them.

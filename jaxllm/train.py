@@ -95,13 +95,13 @@ def get_ready(config: ConfigDict, workdir: Workdir, say: Callable[[str], None]) 
     """Prepares the data of the run in an open run directory. ValueError for what cannot be trained, or not be continued like this."""
     checkpoints = Checkpoints(workdir.checkpoints, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best)
     newest = _newest(checkpoints)
-    resuming, rows = newest is not None, _rows(checkpoints, newest, workdir)
-    workdir.adopt_config(config, resuming=resuming)
+    rows = _rows(checkpoints, newest, workdir)
+    workdir.adopt_config(config, newest)
     mesh_plan = plan.make(config)
     check(config, mesh_plan)  # before hours may go into the preparation of data
     prepared = _prepare(config, workdir, rows, say)
     config = with_classes(with_vocabulary(config, prepared.tokenizer.vocab_size), len(prepared.labels))
-    workdir.adopt_config(config, resuming=resuming)
+    workdir.adopt_config(config, newest)
     return Ready(config, mesh_plan, prepared, checkpoints, newest)
 
 
@@ -122,7 +122,7 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
     if begin >= config.train.steps:
         beyond = f"this run is at step {begin}, beyond train.steps = {config.train.steps}"
         where = f"this run is at step {begin} of {begin} already" if begin == config.train.steps else beyond
-        say(f"{where}. Raise train.steps to go on. Writing its report again.")
+        say(f"{where}: nothing is left to train. Raise train.steps to go on. Writing its report again.")
         _report(workdir, say)
         return 0
     session = build_session(config, mesh_plan)
@@ -271,7 +271,7 @@ def _train(
         progress = stack.enter_context(Progress(total, start, console))
         tracker = trackers.open_all(config, workdir.path, start, progress.message) if processes.is_first() else trackers.Trackers()
         stack.callback(tracker.close)
-        source = stack.enter_context(_open_source(session, prepared))
+        source = stack.enter_context(loader.make(prepared.batches(config, session.plan.arrange), session.plan.batch_sharding()))
 
         def write(row: Mapping[str, Any]) -> None:
             tracker.write(row)
@@ -315,16 +315,6 @@ def _train(
             save(step, state)
         watchdog.beside("finishing the checkpoint and the trackers", step)
     return step, state, "done" if interrupts.decided is None or step == total else interrupts.decided.name
-
-
-def _open_source(session: Session, prepared: Prepared) -> loader.Loader:
-    """The batches of the run, with what it replays of data.replay_source."""
-    config, sharding, arrange = session.config, session.plan.batch_sharding(), session.plan.arrange
-    replay, seqs = None, mixture.replay_seqs(config)
-    if prepared.replay is not None and seqs:
-        replay = mixture.Replay(prepared.replay, arrange(prepared.make_replay_batch(config)), seqs, config.train.microbatches)
-    make_batch, batch_seqs = arrange(prepared.make_batch(config)), config.train.batch_seqs
-    return loader.make(prepared.train, make_batch, batch_seqs=batch_seqs, seed=config.seed, sharding=sharding, replay=replay)
 
 
 def _sample(sampler: samples.Sampler, state: TrainState, step: int) -> list[str]:

@@ -38,3 +38,11 @@ def compiled_anew():
     yield
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of adapted_runs.py, which tests may add to."""
+    import adapted_runs
+
+    return adapted_runs.write(tmp_path_factory.mktemp("adapters"))

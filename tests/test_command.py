@@ -2,12 +2,14 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from random_run import write_run
 
 from jaxllm.config import base, to_json
 
@@ -131,6 +133,33 @@ def test_bugs_keep_their_traceback(folder: Path, line: str, code: int, words: st
     assert done.stderr.startswith(words)
     if not code:
         assert done.stdout == "runs/good 5 ('unicode',)\n"
+
+
+def test_a_tuple_is_given_as_the_help_says(folder: Path) -> None:
+    """As a whole, or part by part; either takes the place of what the file says."""
+    write(folder / "program.py", PROGRAM, "print(config.train.transforms, config.data.cleaners, config.train.steps)")
+    said = " ".join(run(folder, "program.py", "--help").stdout.split())
+    (whole,), parts = map(shlex.split, re.findall(r"as a whole, (.*), or part by part, (.*): it", said)[0])
+    write(folder / "good.py", CONFIG, "config.train.transforms = ('int8', 'dora')")
+    for flags in ((whole,), parts, ("--config.train.transforms=('nf4',)", parts[1])):
+        done = run(folder, "program.py", "--config=good.py", *flags, "--config.data.cleaners=unicode", "--config.train.steps=5")
+        assert done.stdout == "('nf4', 'lora') ('unicode',) 5\n", done.stderr
+
+
+def test_what_is_asked_for_beside_a_model_is_told_from_a_default(folder: Path) -> None:
+    """tokenizer.kind is bpe already, and model.layers 6."""
+    write_run(folder / "model")
+    write(folder / "program.py", PROGRAM, "print(config.model.layers, config.tokenizer.kind)")
+    write(folder / "start.py", CONFIG.replace('config.tokenizer.kind = "byte"', "config.train.start = 'model'"), "")
+    done = run(folder, "program.py", "--config=start.py")
+    assert done.stdout == "2 file\n", done.stderr
+    for flag, words in (
+        ("--config.tokenizer.kind=bpe", "tokenizer.kind = 'bpe' with train.start = 'model', whose embeddings belong"),
+        ("--config.tokenizer.path=other", "tokenizer.path = 'other' and no tokenizer.kind with train.start = 'model', whose"),
+        ("--config.model.layers=6", "contradicts the model that train.start = 'model' begins with: model.layers = 6, there 2.\n"),
+    ):
+        done = run(folder, "program.py", "--config=start.py", flag)
+        assert done.returncode == 2 and words in done.stderr, done.stderr
 
 
 def test_help_is_no_failure_and_warnings_are_plain(folder: Path) -> None:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from jaxllm import config as schema
-from jaxllm.data import order
+from jaxllm.data import mixture, order
 from jaxllm.data.examples.contract import Piece
 from jaxllm.data.prepare import prepare
 from jaxllm.prepare import remarks, show_rows, spelled, table
@@ -122,6 +122,30 @@ def test_the_first_rows_are_those_of_the_first_batch(tmp_path: Path) -> None:
     trained, real = int(batch["weights"].sum()), int((batch["segments"] > 0).sum())
     assert 0 < trained < real < batch["segments"].size
     assert f"rows shown: {trained:,} of {real:,} tokens trained ({trained / real:.1%})" in shown
+
+
+@pytest.mark.parametrize("count", [6, 11])
+def test_replayed_rows_stand_where_training_has_them(tmp_path: Path, count: int) -> None:
+    """Text among conversations, each shown as what it is; also in the rows of the next batch."""
+    config = conversations(tmp_path)
+    (tmp_path / "general.txt").write_text("".join(f"On day {n} the wind came from the north.\n" for n in range(60)))
+    config.data.update({"replay_source": str(tmp_path / "general.txt"), "replay_frac": 0.5})
+    config.train.batch_seqs = 8
+    prepared = prepare(config, tmp_path / "data", log=lambda line: None)
+    own = len(prepared.train)
+    steps = [mixture.batch_rows(own, mixture.Replay(prepared.replay, print, 4, 1), 8, config.seed, step) for step in range(2)]
+    expected = np.concatenate(steps)[:count]
+    assert len({*(expected < own)}) == 2
+    _, *shown = re.split(
+        r"\nrow ", "\n" + printed(lambda console: show_rows(console, config, prepared, count)).split("and others\n")[1]
+    )
+    for row, text in zip(expected, shown, strict=True):
+        if row < own:
+            assert text.startswith(f"{row}: ") and "say " in text and "the wind" not in text
+        else:
+            assert text.startswith(f"{row - own} of data.replay_source: 48 of 48 tokens trained")
+            tokens = prepared.replay.rows(np.array([row - own]))["tokens"][0, :-1].tolist()
+            assert prepared.tokenizer.decode(tokens) in text and "\u27e6" not in text
 
 
 def test_the_table_counts_what_became_of_conversations(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from jaxllm import convert, logits, models, runs, start
 from jaxllm.data import tokenize
 from jaxllm.engine import session as sessions
 from jaxllm.engine.checkpoint import Checkpoints
-from jaxllm.interop import directory, peft, peft_params
+from jaxllm.interop import directory, peft, peft_attach, peft_params, weights
 from jaxllm.parallel import plan as plans
 from jaxllm.transforms import adapt, tree
 from jaxllm.transforms.affine import Affine
@@ -59,8 +60,8 @@ def sources(folder: Path) -> dict[str, Path]:
     save(found["adapted"], *tree.split(drawn, adapt.adapters(adapted.model.axes)))
     assert convert.convert(found["unrolled"], folder / "hf", "", None, Console(file=io.StringIO())) == 0
     values = tiny_gguf.model_values() | tiny_gguf.tokenizer_values()
-    weights = tiny_gguf.stored(tiny_gguf.tensors(np.random.default_rng(5)))
-    found |= {"hf": folder / "hf", "gguf": tiny_gguf.write(folder / "tiny.gguf", weights, values)}
+    tensors = tiny_gguf.stored(tiny_gguf.tensors(np.random.default_rng(5)))
+    found |= {"hf": folder / "hf", "gguf": tiny_gguf.write(folder / "tiny.gguf", tensors, values)}
     for name in ("unrolled", "hf"):
         found[f"peft_{name}"] = write_adapter(folder / f"peft_{name}", found[name])
     return found
@@ -222,6 +223,41 @@ def test_the_config_takes_what_the_model_says(sources: dict[str, Path], tmp_path
     assert start.resolve(config_of(""), tmp_path) == config_of("")
 
 
+@pytest.mark.parametrize("name", ["peft_unrolled", "peft_hf", "chain"])
+def test_the_weights_of_an_adapter_and_its_base_are_read_once(
+    sources: dict[str, Path], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the first look at the config to the parameters; also where the base of the base is a model."""
+    path = sources.get(name) or tmp_path / name
+    if name not in sources:
+        shutil.copytree(sources["peft_hf"], path)
+        values = json.loads((path / peft.CONFIG).read_text())
+        (path / peft.CONFIG).write_text(json.dumps(values | {"base_model_name_or_path": str(sources["peft_hf"])}))
+    expected, read = tree.stack_layers(adapt.merged(runs.load(path).params)), []
+    for place, function in ((weights, "load"), (Checkpoints, "load_params")):
+        original = getattr(place, function)
+        monkeypatch.setattr(place, function, lambda *given, original=original: read.append(1) or original(*given))
+    _, params, _ = begin(config_of(path, model__layers_as="scan"), tmp_path / "new")
+    equal(params, expected)
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize(("stored", "tied"), [("its own", "off"), ("the base's", "on")])
+def test_a_head_beside_a_tied_base_is_known_without_its_weights(stored: str, tied: str) -> None:
+    """Those of the embedding are asked for, as a head that is the same stays tied."""
+    golden = Path(__file__).parent / "golden"
+    imported = runs.read_imported(golden / "gpt2")
+    params, adapter = weights.load(imported).params, peft.read(golden / "peft" / "gpt2_head")
+    embedding = np.asarray(params["embed"]["tokens"])
+    if stored == "the base's":
+        read = adapter.read
+        adapter = dataclasses.replace(adapter, read=lambda name: embedding if name == "lm_head.weight" else read(name))
+    empty = jax.tree.map(lambda array: np.broadcast_to(np.float32(0), array.shape), params)
+    found = peft_attach.attach(empty, imported.config, adapter, lambda: embedding).config
+    assert found == peft_attach.attach(params, imported.config, adapter).config
+    assert found.model.tied_head == tied
+
+
 def test_an_adapter_with_new_tokens(sources: dict[str, Path], tmp_path: Path) -> None:
     """Brings them, and its tokenizer; new ones of the run come above them."""
     path = write_adapter(tmp_path / "grown", sources["unrolled"], ("<one>", "<two>"))
@@ -239,16 +275,16 @@ def test_an_adapter_with_new_tokens(sources: dict[str, Path], tmp_path: Path) ->
 
 def test_an_adapter_whose_base_is_not_there_is_folded_first(sources: dict[str, Path], tmp_path: Path) -> None:
     """As the error says, and what the command in it writes is a model to begin with."""
-    path = tmp_path / "moved"
+    path = tmp_path / "moved away"
     shutil.copytree(sources["peft_unrolled"], path)
     values = json.loads((path / peft.CONFIG).read_text())
     for named, words in (("gone/base", "its base 'gone/base' is not a path here, nor beside it"), (None, "it names no base")):
         (path / peft.CONFIG).write_text(json.dumps(values | {"base_model_name_or_path": named}))
         with pytest.raises(
-            ValueError, match=rf"moved' is an adapter, and {words}.\n  Accepted: .*\n  Fold it into its base"
+            ValueError, match=rf"moved away' is an adapter, and {words}.\n  Accepted: .*\n  Fold it into its base"
         ) as error:
             start.resolve(config_of(path), tmp_path / "new")
-    flags = re.findall(r"\(python -m jaxllm.convert (.*)\)", str(error.value))[0].split()
+    flags = shlex.split(re.findall(r"\(python -m jaxllm.convert (.*)\)", str(error.value))[0])
     names = {"BASE": str(sources["unrolled"]), "MERGED": str(tmp_path / "merged")}
     done = subprocess.run(
         [sys.executable, "-m", "jaxllm.convert", *(names.get(flag, flag) for flag in flags)],
@@ -273,6 +309,10 @@ def test_what_contradicts_the_model_is_refused(sources: dict[str, Path], tmp_pat
         start.resolve(config_of(path, tokenizer__kind="char"), tmp_path)
     with pytest.raises(ValueError, match="model.vocab_size = 200 .*\n  Accepted: 0, or 300 or more"):
         start.resolve(config_of(path, model__vocab_size=200), tmp_path)
+    # A default that is asked for is no default.
+    for field, words in (("tokenizer.kind", "tokenizer.kind = 'bpe' with"), ("model.layers", "model.layers = 6, there 2")):
+        with pytest.raises(ValueError, match=words):
+            start.resolve(config_of(path), tmp_path, {field})
     bare = tmp_path / "bare.gguf"
     tiny_gguf.write(bare, tiny_gguf.stored(tiny_gguf.tensors(np.random.default_rng(5))), tiny_gguf.model_values())
     with pytest.raises(ValueError, match="has no tokenizer.\n  Accepted: .*tokenizer.path.\n  "):
@@ -293,6 +333,11 @@ def test_a_start_that_is_gone(sources: dict[str, Path], tmp_path: Path) -> None:
     (begun / "config.json").write_text(schema.to_json(config))
     (begun / "checkpoints").symlink_to(run / "checkpoints")
     assert start.resolve(gone, begun) == config
+    for changes, words in (({"kind": "char"}, "tokenizer.kind = 'char' with"), ({"path": "x"}, "tokenizer.path = 'x' and no")):
+        other = config_of(tmp_path / "gone")
+        other.tokenizer.update(changes)
+        with pytest.raises(ValueError, match=words):
+            start.resolve(other, begun)
     with pytest.raises(ValueError, match="it does not exist"):
         start.resolve(config_of(tmp_path / "another"), begun)
 

@@ -175,12 +175,16 @@ def test_a_run_with_frozen_parameters_resumes_to_the_bit_and_keeps_them_once(con
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_a_finished_run_says_so(config_file: Path, finished: Path) -> None:
-    before = numbers(finished)
-    code, output = run(schema.load(config_file), finished)
+@pytest.mark.parametrize(("steps", "words"), [(24, " of 24 already"), (23, ", beyond train.steps = 23")])
+def test_a_finished_run_says_so(config_file: Path, finished: Path, steps: int, words: str) -> None:
+    """And its files stay as they are."""
+    before, said = numbers(finished), (finished / "config.json").read_bytes()
+    config = schema.load(config_file)
+    config.train.steps = steps
+    code, output = run(config, finished)
     assert code == 0
-    assert "this run is at step 24 of 24 already. Raise train.steps to go on." in output
-    assert numbers(finished) == before
+    assert f"this run is at step 24{words}: nothing is left to train. Raise train.steps to go on." in output
+    assert (numbers(finished), (finished / "config.json").read_bytes()) == (before, said)
 
 
 def test_the_config_of_a_run_resumes_it(config_file: Path, tmp_path: Path) -> None:

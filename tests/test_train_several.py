@@ -71,7 +71,7 @@ def config_of(place: Path, name: str, workdir: Path, **train: Any) -> ConfigDict
     config = schema.load(place / "adapter.py")
     config.data.source = str(place / f"{name}.txt")
     config.train.update(train)
-    return command.resolved(config, workdir)
+    return command.resolved(config, workdir, ())
 
 
 def run(place: Path, workdir: Path, *names: str, **train: Any) -> tuple[int, str]:
@@ -174,7 +174,10 @@ def test_each_run_is_the_one_that_it_is_alone(place: Path, alone: Path, tmp_path
     assert (counted.read, counted.restored) == (2, restored) and counted.places[4] == counted.places[5]
     assert_same(tmp_path / "squares", tmp_path / "mixed" / "squares")
     code, output = run(place, tmp_path, "squares", steps=13)
-    assert code == 0 and "this run is at step 14, beyond train.steps = 13. Raise train.steps to go on." in output
+    assert (
+        code == 0
+        and "this run is at step 14, beyond train.steps = 13: nothing is left to train. Raise train.steps to go on." in output
+    )
 
 
 def test_ctrl_c_ends_the_series_and_the_same_command_goes_on(place: Path, alone: Path, tmp_path: Path) -> None:
@@ -260,7 +263,7 @@ def test_data_that_needs_another_head_is_refused_before_the_first_step(place: Pa
         config = schema.load(place / "adapter.py")
         config.train.objective, config.model.head = "sequence_classification", "classify"
         config.data.update({"source": str(tmp_path / f"{name}.jsonl"), "split_by": "documents", "target_field": "label"})
-        configs[name] = command.resolved(config, tmp_path / name)
+        configs[name] = command.resolved(config, tmp_path / name, ())
     with ExitStack() as stack, pytest.raises(ValueError, match="(?s)'two' and 'three' do not fit.*model.classes = 2, and 3 with"):
         opened = {name: stack.enter_context(open_workdir(tmp_path / name)) for name in configs}
         series.run(configs, opened, Console(file=io.StringIO()))

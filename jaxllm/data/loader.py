@@ -10,9 +10,8 @@ from functools import partial
 import jax
 import numpy as np
 
-from jaxllm.data import mixture, order
 from jaxllm.data.examples.contract import MakeBatch
-from jaxllm.data.mixture import Replay
+from jaxllm.data.mixture import Batches
 from jaxllm.data.shards import Shards
 
 AHEAD_STEPS = 2
@@ -27,25 +26,14 @@ Arrays = dict[str, np.ndarray]
 class Loader:
     """A `types.Source`. Ask for any step in any order; steps that follow one another come from the read-ahead."""
 
-    def __init__(
-        self,
-        shards: Shards,
-        make_batch: MakeBatch,
-        batch_seqs: int,
-        seed: int,
-        sharding: jax.sharding.Sharding,
-        replay: Replay | None,
-    ):
-        self._shards, self._make_batch, self._replay = shards, make_batch, replay
-        self._batch_seqs, self._seed, self._sharding = batch_seqs, seed, sharding
+    def __init__(self, batches: Batches, sharding: jax.sharding.Sharding):
+        self._batches, self._sharding = batches, sharding
         self._pool = ThreadPoolExecutor(1, "loader")
         self._coming: dict[int, Future[dict[str, jax.Array]]] = {}
 
     def rows(self, step: int) -> np.ndarray:
-        """int64 [B]: the rows of the shards that make up the global batch of this step; those of replay count from the last one on."""
-        if self._replay is not None:
-            return mixture.batch_rows(len(self._shards), self._replay, self._batch_seqs, self._seed, step)
-        return order.batch_rows(len(self._shards), self._batch_seqs, self._seed, step)
+        """int64 [B], as `Batches.rows`."""
+        return self._batches.rows(step)
 
     def batch(self, step: int) -> dict[str, jax.Array]:
         """The arrays [B, T] of this step (see `types.Batch`), laid out by the sharding.
@@ -71,31 +59,13 @@ class Loader:
         self.close()
 
     def _read(self, step: int) -> dict[str, jax.Array]:
-        return _place(partial(self._arrays, step), self.rows(step), self._sharding)
-
-    def _arrays(self, step: int, rows: np.ndarray) -> Arrays:
-        first = len(self._shards)
-        is_replayed = rows >= first
-        own, other = rows[~is_replayed], rows[is_replayed]
-        made = self._make_batch(self._shards.rows(own), own, self._seed, step) if own.size else None
-        if self._replay is None or not other.size:
-            return made or {}
-        replayed = self._replay.make_batch(self._replay.shards.rows(other - first), other, self._seed, step)
-        return replayed if made is None else mixture.arrays(made, replayed, is_replayed)
+        return _place(partial(self._batches.arrays, step), self.rows(step), self._sharding)
 
 
-def make(
-    shards: Shards,
-    make_batch: MakeBatch,
-    *,
-    batch_seqs: int,
-    seed: int,
-    sharding: jax.sharding.Sharding,
-    replay: Replay | None = None,
-) -> Loader:
-    """The training batches of these shards, with rows of `replay` among them. Close it, or use it in a `with`."""
-    _check_divides("train.batch_seqs", batch_seqs, sharding)
-    return Loader(shards, make_batch, batch_seqs, seed, sharding, replay)
+def make(batches: Batches, sharding: jax.sharding.Sharding) -> Loader:
+    """These training batches on the mesh. Close it, or use it in a `with`."""
+    _check_divides("train.batch_seqs", batches.batch_seqs, sharding)
+    return Loader(batches, sharding)
 
 
 def sweep(

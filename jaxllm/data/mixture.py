@@ -28,6 +28,33 @@ class Replay(NamedTuple):
     microbatches: int
 
 
+class Batches(NamedTuple):
+    """The training batches on the host, each a function of the step: rows of `shards`, and among them those of `replay`."""
+
+    shards: Shards
+    make_batch: MakeBatch
+    batch_seqs: int
+    seed: int
+    replay: Replay | None = None
+
+    def rows(self, step: int) -> np.ndarray:
+        """int64 [B]: the rows of the shards that make up the global batch of this step; those of replay count from the last one on."""
+        if self.replay is not None:
+            return batch_rows(len(self.shards), self.replay, self.batch_seqs, self.seed, step)
+        return order.batch_rows(len(self.shards), self.batch_seqs, self.seed, step)
+
+    def arrays(self, step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The arrays [R, T] of these R rows, all of the batch of this step or some."""
+        first = len(self.shards)
+        is_replayed = rows >= first
+        own, other = rows[~is_replayed], rows[is_replayed]
+        made = self.make_batch(self.shards.rows(own), own, self.seed, step) if own.size else None
+        if self.replay is None or not other.size:
+            return made or {}
+        replayed = self.replay.make_batch(self.replay.shards.rows(other - first), other, self.seed, step)
+        return replayed if made is None else _joined(made, replayed, is_replayed)
+
+
 def replay_seqs(config: ConfigDict) -> int:
     """Rows of a batch that are replayed: the nearest number to data.replay_frac, but some and not all if that is above 0."""
     frac, batch = config.data.replay_frac, config.train.batch_seqs
@@ -62,7 +89,7 @@ def batch_rows(rows: int, replay: Replay, batch_seqs: int, seed: int, step: int)
     return found
 
 
-def arrays(own: Mapping[str, np.ndarray], replayed: Mapping[str, np.ndarray], is_replayed_B: np.ndarray) -> dict[str, np.ndarray]:
+def _joined(own: Mapping[str, np.ndarray], replayed: Mapping[str, np.ndarray], is_replayed_B: np.ndarray) -> dict[str, np.ndarray]:
     """The arrays [B, T] of a batch, given those of its rows of either kind, in their order."""
     found = {name: np.empty((len(is_replayed_B), array.shape[1]), array.dtype) for name, array in own.items()}
     for name, array in found.items():

@@ -72,6 +72,15 @@ class Prepared:
         """The same for rows of the replay splits."""
         return examples.make(examples.replayed(config)).batch(self.tokenizer)
 
+    def batches(
+        self, config: ConfigDict, arrange: Callable[[MakeBatch], MakeBatch] = lambda make_batch: make_batch
+    ) -> mixture.Batches:
+        """The training batches, with what is replayed of data.replay_source. arrange: how their tokens are to lie."""
+        replay, seqs = None, mixture.replay_seqs(config)
+        if self.replay is not None and seqs:
+            replay = mixture.Replay(self.replay, arrange(self.make_replay_batch(config)), seqs, config.train.microbatches)
+        return mixture.Batches(self.train, arrange(self.make_batch(config)), config.train.batch_seqs, config.seed, replay)
+
 
 def place(config: ConfigDict, workdir: str | Path) -> Path:
     """The directory for the prepared data of a run."""
@@ -193,7 +202,7 @@ def _build(config: ConfigDict, partial: Path, log: Log) -> None:
     setups = {name: replayed if name.startswith("replay") else config for name in split}
     # A vocabulary of characters has to cover all splits, or some held-out text could not be written at all.
     read = [name for name in split if config.tokenizer.kind == "char" or "validation" not in name]
-    log(f"tokenizer: {config.tokenizer.kind}")
+    log(f"tokenizer: {config.tokenizer.kind}{f' {config.tokenizer.path}' if config.tokenizer.kind in LOADED else ''}")
     tokenizer = loaded or tokenize.make(
         config,
         lambda: (text for name in read for document in split[name]() for text in examples.make(setups[name]).texts(document)),

@@ -64,9 +64,15 @@ def extend(tokenizer: Any, tokens: Sequence[str], template: ChatTemplate | None,
     lacking = [token for token in tokens if token not in tokenizer.special_tokens]
     if lacking or template != tokenizer.template:
         tokenizer = _rewrite(tokenizer, {}, lacking, template)
-    if end and (index := tokenizer.special_tokens[end]) not in stop_ids(tokenizer):
-        tokenizer = _rewrite(tokenizer, {"other_stop_ids": [*tokenizer.other_stop_ids, index]}, [], template)
-    return tokenizer
+    return with_stops(tokenizer, [tokenizer.special_tokens[end]] if end else [])
+
+
+def with_stops(tokenizer: Any, ids: Iterable[int]) -> Any:
+    """The same tokenizer, with a text ending at these ids, too."""
+    more = [index for index in ids if index not in stop_ids(tokenizer)]
+    if not more:
+        return tokenizer
+    return _rewrite(tokenizer, {"other_stop_ids": [*tokenizer.other_stop_ids, *more]}, [], tokenizer.template)
 
 
 def _rewrite(tokenizer: Any, changes: dict[str, Any], lacking: Sequence[str], template: ChatTemplate | None) -> Any:

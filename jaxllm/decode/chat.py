@@ -61,7 +61,7 @@ def stream(
         prompt_ids,
         settings,
         max_new_tokens=max_new_tokens,
-        stop_ids=encoding.stop_ids(tokenizer),
+        stop_ids=encoding.answer_stop_ids(tokenizer),
         vocab_size=tokenizer.vocab_size,
         seed=seed,
         chunk_tokens=text.CHUNK_TOKENS,

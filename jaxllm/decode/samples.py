@@ -58,7 +58,7 @@ def _make_talker(config: ConfigDict, model: Model, tokenizer: Tokenizer, say: Ca
     prompts_ids = [encoding.encode(tokenizer, [{"role": "user", "content": prompt}]) for prompt in sample.prompts]
     network.check_prompts(model, prompts_ids)
     settings = sampling.Settings(temperature=sample.temperature)
-    options = {"max_new_tokens": sample.tokens, "stop_ids": encoding.stop_ids(tokenizer), "vocab_size": tokenizer.vocab_size}
+    options = {"max_new_tokens": sample.tokens, "stop_ids": encoding.answer_stop_ids(tokenizer), "vocab_size": tokenizer.vocab_size}
 
     def generate(params: Params, step: int) -> list[str]:
         seed = (config.seed + step) % 2**32

@@ -114,11 +114,13 @@ class Workdir:
         os.fsync(file.fileno())
         self._held, self._made = file, missing
 
-    def adopt_config(self, config: ConfigDict, *, resuming: bool) -> None:
-        """Writes config.json, if this process holds the lock. If `resuming`, ValueError first if it changes what the checkpoints were
-        trained with."""
-        if resuming and self.config.is_file():
+    def adopt_config(self, config: ConfigDict, newest: int | None) -> None:
+        """Writes config.json, if this process holds the lock. newest: the step of the newest checkpoint, if there is one. ValueError
+        then if it changes what that was trained with; and one that trains no step more is not written."""
+        if newest is not None and self.config.is_file():
             check_continues(schema.load(self.config), config, self.config)
+            if config.train.steps <= newest:
+                return
         if self._held is not None:
             write_text(self.config, schema.to_json(config))
 

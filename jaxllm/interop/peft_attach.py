@@ -4,7 +4,7 @@ The arrays of the base are shared, not copied.
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,12 +33,15 @@ class Attached(NamedTuple):
     config: ConfigDict
 
 
-def attach(params: Params, config: ConfigDict, adapter: Adapter) -> Attached:
+def attach(
+    params: Params, config: ConfigDict, adapter: Adapter, read_embedding: Callable[[], np.ndarray] | None = None
+) -> Attached:
     """The adapter beside the kernels (arrays or quantized) of a base with this config, its layers stacked or not.
 
     ValueError that lists what of the adapter does not fit, for a base that has one already, and for layers of one kernel with different
     ranks or scales. A head that the base ties and the adapter stores apart from the embedding is no longer tied. A base with fewer tokens
     than the adapter's embedding has rows grows.
+    read_embedding: gives that of the base, for `params` with the right shapes alone, of which `config` in the result is right, too.
     """
     if any(adapt.is_adapter(node) for node in jax.tree.leaves(params, is_leaf=leaf.is_type)):
         raise ValueError(
@@ -60,15 +63,16 @@ def attach(params: Params, config: ConfigDict, adapter: Adapter) -> Attached:
     whole = {family.canonical(name): name for name in adapter.whole}
     embedding = next(rule.name for rule in rules if rule.path == "embed/tokens")
     tied = {embedding, *(copy for copy, name in copies.items() if name == embedding)}
-    apart = _apart(adapter, whole, tied, params["embed"]["tokens"])
+    apart = _apart(adapter, whole, tied, read_embedding or (lambda: np.asarray(leaf.dense(params["embed"]["tokens"]))))
     shapes = [adapter.shapes[whole[name]] for name in tied & whole.keys()]
     if rows := [shape[0] for shape in shapes if shape[1:] == (arch.width,) and shape[0] > arch.vocab_size]:
         tables = {rule.name for rule in rules if rule.path in grown.tables(arch.head) and rule.name in exported.shapes}
         alike = {copies.get(name, name) for name in whole} | whole.keys()
         _check_new_rows(adapter, max(rows), arch.vocab_size, sorted((tables | (tied if apart else set())) - alike))
-        return attach(*_grow(params, config, max(rows)), adapter)
+        larger = read_embedding and (lambda: np.asarray(_padded(read_embedding(), max(rows))))
+        return attach(*_grow(params, config, max(rows)), adapter, larger)
     if apart:
-        return attach(*_untie(params, config, adapter, apart), adapter)
+        return attach(*_untie(params, config, adapter, apart), adapter, read_embedding)
     names = {peft_modules.of_tensor(family.canonical(f"{name}.weight")): name for name in adapter.products}
     _check(adapter, parts(params, rules), exported.shapes, names, whole, copies)
     whole |= {name: whole[copy] for copy, name in copies.items() if copy in whole}
@@ -83,14 +87,14 @@ def attach(params: Params, config: ConfigDict, adapter: Adapter) -> Attached:
     return Attached(placed, _describe(config, adapter, placed, also))
 
 
-def _apart(adapter: Adapter, whole: Mapping[str, str], tied: set[str], embedding: jax.Array) -> list[str]:
+def _apart(adapter: Adapter, whole: Mapping[str, str], tied: set[str], read_embedding: Callable[[], np.ndarray]) -> list[str]:
     """Those of the tied tensors that the adapter stores, unless afterwards all are alike."""
     stored = sorted(tied & whole.keys())
     if not stored or adapter.tied:
         return []
     # What is put into the base's own place stays tied to all that is not replaced.
     keeps = any(not adapter.replaces(whole[name]) for name in stored)
-    first = adapter.read(whole[stored[0]]) if keeps or len(stored) == len(tied) else np.asarray(embedding)
+    first = adapter.read(whole[stored[0]]) if keeps or len(stored) == len(tied) else read_embedding()
     return [] if all(np.array_equal(first, adapter.read(whole[name])) for name in stored) else stored
 
 
@@ -124,12 +128,13 @@ def _grow(params: Params, config: ConfigDict, rows: int) -> tuple[Params, Config
     tables = grown.tables(config.model.head)
 
     def one(path: Sequence[Any], node: Any) -> Any:
-        if path_name(path) not in tables:
-            return node
-        dense = leaf.dense(node)
-        return jnp.pad(dense, [(0, rows - dense.shape[0]), *[(0, 0)] * (dense.ndim - 1)])
+        return _padded(leaf.dense(node), rows) if path_name(path) in tables else node
 
     return jax.tree.map_with_path(one, params, is_leaf=leaf.is_type), config
+
+
+def _padded(table: Any, rows: int) -> jax.Array:
+    return jnp.pad(table, [(0, rows - table.shape[0]), *[(0, 0)] * (table.ndim - 1)])
 
 
 def _check(

@@ -32,11 +32,15 @@ def choose(directory: Path, config: ConfigDict, base: Any) -> Any:
     config.tokenizer.kind, config.tokenizer.path = "file", str(directory.absolute())
     tokenizer: Any = tokenizer_file.load(config, lambda: ())
     hf.check_vocabulary(directory, tokenizer, config.model.vocab_size)
-    stops = tokenize.stop_ids(base)
-    for name, index in base.special_tokens.items():
-        if index in stops and tokenizer.special_tokens.get(name) == index:
-            tokenizer = tokenize.extend(tokenizer, (), tokenizer.template, name)
-    return tokenizer
+    return tokenize.with_stops(
+        tokenizer, [index for index in tokenize.stop_ids(base) if _token(tokenizer, index) == _token(base, index)]
+    )
+
+
+def _token(tokenizer: Any, index: int) -> str | None:
+    """How the token is written, special or not; None if there is none."""
+    added = {number: name for name, number in tokenizer.added_tokens.items()}
+    return added.get(index) or (tokenizer.decode([index]) if index < tokenizer.vocab_size else None)
 
 
 def files(directory: Path) -> dict[str, bytes]:

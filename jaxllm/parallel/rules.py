@@ -123,9 +123,13 @@ def _check_divides(mesh_shape: Mapping[str, int], shared_by: tuple[str, ...], si
     product = " x ".join(f"parallel.{axis}" for axis in shared_by)
     # A mesh of more devices than this has not been built; listing more divisors would help nobody.
     accepted = [part for part in range(1, min(size, 4096) + 1) if size % part == 0]
-    # Rows of the embedding that no token needs do no harm; other sizes are the architecture.
-    more = f": model.vocab_size = {-(-size // parts) * parts} has rows to spare" if "('vocab')" in what else ""
+    change = ", or change that size"
+    if "('vocab')" in what and what.endswith("/base'"):  # what a vocabulary was before it grew (transforms/grown.py)
+        change = ": these rows are those of train.start. parallel.fsdp cuts the other dimension"
+    elif "('vocab')" in what:
+        # Rows of the embedding that no token needs do no harm; other sizes are the architecture.
+        change += f": model.vocab_size = {-(-size // parts) * parts} has rows to spare"
     raise ValueError(
         f"{product} = {parts} does not divide {what}, which is {size}.\n"
-        f"  Accepted: {', '.join(map(str, accepted))}. Set {product} to one of these, or change that size{more}."
+        f"  Accepted: {', '.join(map(str, accepted))}.\n  Set {product} to one of these{change}."
     )

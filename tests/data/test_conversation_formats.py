@@ -80,6 +80,43 @@ def test_rows_that_are_none_are_explained(row: Any, changes: dict[str, str], wor
         fields.document(row, fields.of(config_of(**changes)), "here:7")
 
 
+EVERY = {"prompt": "p", "completion": "c", "question": "q", "answer": "a", "messages": [Q | {"content": "m"}, A], "text": "t"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked"),
+    [
+        ({"data__text_field": "question", "data__target_field": "answer"}, "q"),
+        ({"data__target_field": "answer"}, "t"),
+        ({"data__text_field": "question", "data__target_field": "answer", "chat__format": "prompt"}, "q"),
+        ({"data__text_field": "question", "data__target_field": "answer", "chat__format": "messages"}, "m"),
+        ({"chat__format": "prompt"}, "p"),
+        # Of two names the first is the replayed text's.
+        ({"data__text_field": "question", "chat__format": "prompt", "data__replay_source": "x"}, "p"),
+        ({"data__text_field": "question", "data__target_field": "answer", "data__replay_source": "x"}, "q"),
+    ],
+)
+def test_what_is_asked_for_wins(changes: dict[str, str], asked: str) -> None:
+    """Fields that the config names are read, whatever else the row holds; chat.format decides above them."""
+    found = fields.document(EVERY, fields.of(config_of(**changes)), "here:7").messages
+    assert found[0]["content"] == asked
+
+
+def test_what_is_asked_for_and_not_there_is_refused() -> None:
+    for changes, words in (
+        (
+            {"data__text_field": "question"},
+            "no field 'target', where data.text_field = 'question' and data.target_field = 'target'",
+        ),
+        ({"data__text_field": "x", "data__target_field": "y"}, "no field 'x' and no field 'y', where data.text_field = 'x'"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"here:7 has {words}.*\n  Accepted: both of prompt, .*\n  Correct them, or leave"
+        ) as error:
+            fields.document(EVERY, fields.of(config_of(**changes)), "here:7")
+        assert len(str(error.value).splitlines()) == 3
+
+
 def test_every_kind_of_table(tmp_path: Path) -> None:
     rows = [{"messages": [Q, A]}, {"messages": [SYSTEM, Q, A]}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))

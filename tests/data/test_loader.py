@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.data import loader, order, shards
 from jaxllm.data.examples import causal_lm, prefix_lm
+from jaxllm.data.mixture import Batches
 from jaxllm.data.shards import Column, Shards, Totals
 from jaxllm.data.tokenizers.byte import ByteTokenizer
 
@@ -53,7 +54,7 @@ def mesh_sharding(data_size: int, spec: PartitionSpec) -> NamedSharding:
 )
 def test_batches_are_the_ordered_rows_split_over_devices(data: Shards, data_size: int, spec: PartitionSpec) -> None:
     sharding = mesh_sharding(data_size, spec)
-    with loader.make(data, CAUSAL, batch_seqs=16, seed=3, sharding=sharding) as source:
+    with loader.make(Batches(data, CAUSAL, 16, 3), sharding) as source:
         for step in (0, 1, 2, 500, 2, 3):
             rows = order.batch_rows(ROWS, 16, 3, step)
             np.testing.assert_array_equal(source.rows(step), rows)
@@ -86,14 +87,14 @@ class Spy(Shards):
 def test_following_steps_are_read_ahead_and_only_once(data: Shards) -> None:
     spy = Spy(data.directory)
     expected = [order.batch_rows(ROWS, 4, 0, step).tolist() for step in range(12)]
-    with loader.make(spy, CAUSAL, batch_seqs=4, seed=0, sharding=mesh_sharding(1, PartitionSpec())) as source:
+    with loader.make(Batches(spy, CAUSAL, 4, 0), mesh_sharding(1, PartitionSpec())) as source:
         for step in range(10):
             source.batch(step)
     assert spy.read[:10] == expected[:10]
     assert len(spy.read) <= 10 + loader.AHEAD_STEPS
 
     spy.read.clear()
-    with loader.make(spy, CAUSAL, batch_seqs=4, seed=0, sharding=mesh_sharding(1, PartitionSpec())) as source:
+    with loader.make(Batches(spy, CAUSAL, 4, 0), mesh_sharding(1, PartitionSpec())) as source:
         source.batch(0)
         while len(spy.read) < 1 + loader.AHEAD_STEPS:
             assert spy.reading.wait(timeout=10)
@@ -105,7 +106,7 @@ def test_an_error_while_reading_ahead_belongs_to_its_step(data: Shards) -> None:
     """Steps before it are not touched by it, the step itself raises, and asking once more reads once more."""
     spy = Spy(data.directory)
     spy.failing = order.batch_rows(ROWS, 4, 0, 2).tolist()
-    with loader.make(spy, CAUSAL, batch_seqs=4, seed=0, sharding=mesh_sharding(1, PartitionSpec())) as source:
+    with loader.make(Batches(spy, CAUSAL, 4, 0), mesh_sharding(1, PartitionSpec())) as source:
         source.batch(0)
         source.batch(1)
         with pytest.raises(OSError, match="Input/output error"):
@@ -116,7 +117,7 @@ def test_an_error_while_reading_ahead_belongs_to_its_step(data: Shards) -> None:
 
 def test_closing_ends_the_thread(data: Shards) -> None:
     before = set(threading.enumerate())
-    source = loader.make(data, CAUSAL, batch_seqs=4, seed=0, sharding=mesh_sharding(1, PartitionSpec()))
+    source = loader.make(Batches(data, CAUSAL, 4, 0), mesh_sharding(1, PartitionSpec()))
     source.batch(0)
     assert len(set(threading.enumerate()) - before) == 1
     source.close()
@@ -146,7 +147,7 @@ def test_sweep_gives_each_row_once(data: Shards, batch_seqs: int, max_seqs: int)
 def test_a_batch_that_does_not_split_is_refused(data: Shards) -> None:
     sharding = mesh_sharding(4, PartitionSpec("data"))
     with pytest.raises(ValueError, match=r"train\.batch_seqs = 6 does not split over 4 devices\.\n  Accepted: 4, 8, 12"):
-        loader.make(data, CAUSAL, batch_seqs=6, seed=0, sharding=sharding)
+        loader.make(Batches(data, CAUSAL, 6, 0), sharding)
     with pytest.raises(ValueError, match="batch_seqs = 6 does not split over 4 devices"):
         next(loader.sweep(data, CAUSAL, 6, sharding))
 
@@ -158,6 +159,7 @@ HOST = """
     from jax.sharding import NamedSharding, PartitionSpec
     from jaxllm.data import loader
     from jaxllm.data.examples import prefix_lm
+    from jaxllm.data.mixture import Batches
     from jaxllm.data.shards import Shards
     from jaxllm.data.tokenizers.byte import ByteTokenizer
 
@@ -169,7 +171,7 @@ HOST = """
 
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     data, make_batch, sharding = Spy(sys.argv[3]), prefix_lm.batch(ByteTokenizer()), NamedSharding(mesh, PartitionSpec("data"))
-    with loader.make(data, make_batch, batch_seqs=8, seed=1, sharding=sharding) as source:
+    with loader.make(Batches(data, make_batch, 8, 1), sharding) as source:
         batch = source.batch(5)
         local = [row // 7 for shard in batch["tokens"].addressable_shards for row in shard.data[:, 0].tolist()]
         weights = [row.astype(int).tolist() for shard in batch["weights"].addressable_shards for row in shard.data]

@@ -14,7 +14,7 @@ from test_objectives import MODELS, config_of, sharding_of
 from jaxllm import config as schema
 from jaxllm.data import loader, mixture, order, shards
 from jaxllm.data.examples import causal_lm
-from jaxllm.data.mixture import Replay
+from jaxllm.data.mixture import Batches, Replay
 from jaxllm.data.prepare import Prepared, prepare
 from jaxllm.data.shards import Column, Shards, Totals
 from jaxllm.data.tokenizers.byte import ByteTokenizer
@@ -93,7 +93,7 @@ def test_each_device_gets_its_rows_of_either_source(both: tuple[Shards, Shards],
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     replay = Replay(again, CAUSAL, 3, 2)
-    with loader.make(train, CAUSAL, batch_seqs=16, seed=3, sharding=sharding, replay=replay) as source:
+    with loader.make(Batches(train, CAUSAL, 16, 3, replay), sharding) as source:
         for step in (0, 5, 1):
             rows = source.rows(step)
             wanted = np.where(rows < ROWS, rows, rows - ROWS + FIRST)
@@ -116,8 +116,7 @@ def test_every_objective_can_be_replayed(case: tuple[ConfigDict, Prepared]) -> N
     """Rows of both kinds in one batch are what each makes by itself; also where a device's rows are all of one kind."""
     config, prepared = case
     replay = Replay(prepared.replay, prepared.make_replay_batch(config), 4, 1)
-    options = {"batch_seqs": 8, "seed": 1, "sharding": sharding_of(8)}
-    with loader.make(prepared.train, prepared.make_batch(config), **options, replay=replay) as source:
+    with loader.make(Batches(prepared.train, prepared.make_batch(config), 8, 1, replay), sharding_of(8)) as source:
         rows, batch = source.rows(2), source.batch(2)
     first = len(prepared.train)
     for place, row in enumerate(rows):

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from jaxllm import config as schema
 from jaxllm.data import examples, loader
+from jaxllm.data.mixture import Batches
 from jaxllm.data.prepare import Prepared, load, prepare
 from jaxllm.engine.step import abstract_batch
 from jaxllm.parallel import plan
@@ -78,7 +79,7 @@ def sharding_of(devices: int) -> NamedSharding:
 
 def source_of(case: tuple[ConfigDict, Prepared], devices: int) -> loader.Loader:
     config, prepared = case
-    return loader.make(prepared.train, prepared.make_batch(config), batch_seqs=8, seed=config.seed, sharding=sharding_of(devices))
+    return loader.make(Batches(prepared.train, prepared.make_batch(config), 8, config.seed), sharding_of(devices))
 
 
 def test_batches_are_what_the_step_is_compiled_for(case: tuple[ConfigDict, Prepared]) -> None:

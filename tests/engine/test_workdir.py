@@ -61,10 +61,23 @@ def test_changeable_fields_exist() -> None:
 )
 def test_resuming_with_what_may_change(tmp_path: Path, key: str, value: object) -> None:
     run = open_workdir(tmp_path)
-    run.adopt_config(schema.base(), resuming=True)
-    run.adopt_config(changed(key, value), resuming=True)
+    run.adopt_config(schema.base(), newest=1)
+    run.adopt_config(changed(key, value), newest=1)
     assert schema.flatten(schema.load(run.config))[key] == value
     run.close()
+
+
+def test_a_config_that_trains_nothing_is_not_that_of_the_run(tmp_path: Path) -> None:
+    with open_workdir(tmp_path) as run:
+        run.adopt_config(changed("train.steps", 20), newest=None)
+        before = run.config.read_bytes()
+        for steps in (13, 14):
+            run.adopt_config(changed("train.steps", steps), newest=14)
+            assert run.config.read_bytes() == before
+        with pytest.raises(ValueError, match="seed was 0 and is now 1"):
+            run.adopt_config(changed("seed", 1), newest=2000)
+        run.adopt_config(changed("train.steps", 15), newest=14)
+        assert schema.load(run.config).train.steps == 15
 
 
 @pytest.mark.parametrize(
@@ -82,33 +95,33 @@ def test_resuming_with_what_may_change(tmp_path: Path, key: str, value: object) 
 )
 def test_resuming_with_what_may_not(tmp_path: Path, key: str, value: object) -> None:
     with open_workdir(tmp_path) as run:
-        run.adopt_config(schema.base(), resuming=False)
+        run.adopt_config(schema.base(), newest=None)
         before = run.config.read_bytes()
         old = schema.SCHEMA[key].default
         with pytest.raises(ValueError) as caught:
-            run.adopt_config(changed(key, value), resuming=True)
+            run.adopt_config(changed(key, value), newest=1)
         assert f"{key} was {old!r} and is now {value!r}" in str(caught.value)
         assert "Use another --workdir" in str(caught.value) and f"--config.{key}={old}" in str(caught.value)
         assert run.config.read_bytes() == before
         # Nothing was trained yet: nothing to protect.
-        run.adopt_config(changed(key, value), resuming=False)
+        run.adopt_config(changed(key, value), newest=None)
         assert schema.flatten(schema.load(run.config))[key] == value
 
 
 def test_a_tuple_to_set_back_is_readable_in_a_shell(tmp_path: Path) -> None:
     with open_workdir(tmp_path) as run:
-        run.adopt_config(changed("train.transforms", ("nf4", "lora")), resuming=False)
+        run.adopt_config(changed("train.transforms", ("nf4", "lora")), newest=None)
         with pytest.raises(ValueError, match="set it back: --config.train.transforms=\"\\('nf4', 'lora'\\)\"$"):
-            run.adopt_config(schema.base(), resuming=True)
+            run.adopt_config(schema.base(), newest=1)
 
 
 def test_a_vocabulary_size_filled_in_is_no_change(tmp_path: Path) -> None:
     with open_workdir(tmp_path) as run:
-        run.adopt_config(changed("model.vocab_size", 4096), resuming=False)
-        run.adopt_config(schema.base(), resuming=True)
+        run.adopt_config(changed("model.vocab_size", 4096), newest=None)
+        run.adopt_config(schema.base(), newest=1)
         with pytest.raises(ValueError, match=r"model.vocab_size was 4096 and is now 100"):
-            run.adopt_config(changed("model.vocab_size", 4096), resuming=True)
-            run.adopt_config(changed("model.vocab_size", 100), resuming=True)
+            run.adopt_config(changed("model.vocab_size", 4096), newest=1)
+            run.adopt_config(changed("model.vocab_size", 100), newest=1)
 
 
 def test_a_write_cut_short_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +148,7 @@ def test_too_little_space_is_told_before_training(tmp_path: Path) -> None:
 def fail_in(path: Path, *files: str) -> None:
     """An error in a run that has its config, a heartbeat, the lock of its data, and these files."""
     with pytest.raises(ValueError, match="no such data"), open_workdir(path) as run:
-        run.adopt_config(schema.base(), resuming=False)
+        run.adopt_config(schema.base(), newest=None)
         for name in ("hosts/0.json", "data/lock", *files):
             (path / name).parent.mkdir(exist_ok=True)
             (path / name).write_text("x")

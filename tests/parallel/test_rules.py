@@ -30,7 +30,7 @@ def test_spec(axes: tuple, shape: tuple, expected: P) -> None:
             ("embed", "kv_heads", "head_dim"),
             (64, 12, 4),
             r"parallel.tensor = 8 does not divide dimension 1 \('kv_heads'\) of 'layers/k', which is 12.\n"
-            "  Accepted: 1, 2, 3, 4, 6, 12. Set parallel.tensor to one of these",
+            "  Accepted: 1, 2, 3, 4, 6, 12.\n  Set parallel.tensor to one of these",
         ),
         (("batch", "length"), (12, 4), "parallel.data x parallel.fsdp = 8 does not divide dimension 0 .*, which is 12"),
         (("mlp", "heads"), (8, 8), "'mlp' and 'heads' both land on the mesh axis 'tensor'"),
@@ -42,6 +42,22 @@ def test_spec(axes: tuple, shape: tuple, expected: P) -> None:
 def test_errors_name_the_parameter_and_what_is_accepted(axes: tuple, shape: tuple, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         rules.spec(rules.RULES, MESH, axes, shape, "layers/k")
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "not_words"),
+    [
+        ("embed/tokens", "model.vocab_size = 264 has rows to spare", "train.start"),
+        ("embed/tokens/base", "Set parallel.tensor to one of these: these rows are those of train.start.", "model.vocab_size"),
+        ("head/kernel/base", "parallel.fsdp cuts the other dimension", "model.vocab_size"),
+    ],
+)
+def test_what_a_vocabulary_that_does_not_divide_can_become(name: str, words: str, not_words: str) -> None:
+    """A frozen table (transforms/grown.py) has the rows of the model that is begun with, whatever model.vocab_size says."""
+    with pytest.raises(ValueError) as caught:
+        rules.spec(rules.RULES, MESH, ("vocab", "embed_rest"), (259, 64), name)
+    assert "Accepted: 1, 7, 37, 259.\n  Set " in str(caught.value)
+    assert words in str(caught.value) and not_words not in str(caught.value)
 
 
 def test_every_rule_lands_on_the_mesh() -> None:

@@ -173,7 +173,7 @@ def test_answers_of_real_templates() -> None:
             talker: Any = SimpleNamespace(
                 template=template, special_tokens=tokens, added_tokens=tokens, eos_id=tokens["</s>"], other_stop_ids=()
             )
-            ends = encoding.ends(talker)
+            ends = encoding.answer_ends(talker)
             written, spans = answers.find(template, messages, ends)
         except ValueError:
             continue

@@ -42,7 +42,7 @@ def run() -> runs.Run:
 def test_size_and_ids(run: runs.Run) -> None:
     assert sum(leaf.size for leaf in jax.tree.leaves(run.params)) == 134_515_008
     assert {text: run.tokenizer.encode(text) for text in IDS} == IDS
-    assert (run.tokenizer.bos_id, run.tokenizer.eos_id, encoding.stop_ids(run.tokenizer)) == (None, 2, (2,))
+    assert (run.tokenizer.bos_id, run.tokenizer.eos_id, encoding.answer_stop_ids(run.tokenizer)) == (None, 2, (2,))
 
 
 def test_it_knows_the_capital_of_france(run: runs.Run) -> None:

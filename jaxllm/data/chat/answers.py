@@ -52,10 +52,10 @@ def make(tokenizer: Tokenizer, train_on: str) -> Callable[[Sequence[Message]], E
     """
     talker = encoding.require(tokenizer)
     _check_marks(talker.template)
-    reserved, ends = encoding.reserved(talker), encoding.ends(talker)
+    forbidden, ends = encoding.forbidden(talker), encoding.answer_ends(talker)
 
     def encode(messages: Sequence[Message]) -> Encoded:
-        if found := [token for message in messages for token in encoding.spelled(message, reserved)]:
+        if found := [token for message in messages for token in encoding.spelled(message, forbidden)]:
             raise Refused(f"a message that spells {found[0]}")
         try:
             text, spans = find(talker.template, messages, ends)

@@ -44,9 +44,9 @@ def require(tokenizer: Tokenizer) -> ChatTokenizer:
     return tokenizer  # type: ignore[return-value]
 
 
-def reserved(talker: ChatTokenizer) -> dict[str, int]:
+def forbidden(talker: ChatTokenizer) -> dict[str, int]:
     """Tokens that no message may spell, and their ids: special ones, and what ends an answer."""
-    return {**talker.special_tokens, **ends(talker)}
+    return {**talker.special_tokens, **answer_ends(talker)}
 
 
 def spelled(message: Message, tokens: Mapping[str, int]) -> list[str]:
@@ -67,7 +67,7 @@ def encode(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_
 
 def check(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
     """ValueError for a message that spells a special token."""
-    tokens = reserved(require(tokenizer))
+    tokens = forbidden(require(tokenizer))
     for message in messages:
         if found := spelled(message, tokens):
             raise ValueError(
@@ -77,18 +77,19 @@ def check(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
             )
 
 
-def ends(talker: ChatTokenizer) -> dict[str, int]:
-    """Tokens that end an answer, and their ids: those that end a text, and the one that the template writes behind an answer."""
+def answer_ends(talker: ChatTokenizer) -> dict[str, int]:
+    """Tokens that end an answer, and their ids: those that end a text, as far as one can be spelled, and the one that the template
+    writes behind an answer."""
     stops = tokenize.stop_ids(talker)
-    return {token: index for token, index in talker.added_tokens.items() if index in stops} | _end(talker)
+    return {token: index for token, index in talker.added_tokens.items() if index in stops} | _template_end(talker)
 
 
-def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids that end an answer."""
-    return tuple(sorted({*tokenize.stop_ids(tokenizer), *_end(require(tokenizer)).values()}))
+def answer_stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids behind which a model writes no more of an answer: those of `tokenize.stop_ids`, which end any text, and of `answer_ends`."""
+    return tuple(sorted({*tokenize.stop_ids(tokenizer), *answer_ends(require(tokenizer)).values()}))
 
 
-def _end(talker: ChatTokenizer) -> dict[str, int]:
+def _template_end(talker: ChatTokenizer) -> dict[str, int]:
     """The token that the template writes behind an answer, and its id; none if it writes none.
 
     It need not be special: GGUF files have DeepSeek's <|EOT|> as a token of text. Such a one stands directly behind the answer.

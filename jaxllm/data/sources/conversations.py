@@ -4,7 +4,7 @@ messages   {"messages": [{"role": "user", "content": "..."}, ...]}
 sharegpt   {"conversations": [{"from": "human", "value": "..."}, ...]}
 alpaca     {"instruction": "...", "input": "...", "output": "..."}; input may be absent or empty, and is written below the instruction
 prompt     {"prompt": "...", "completion": "..."}, both texts or both lists of messages; or the fields that data.text_field and
-           data.target_field name
+           data.target_field name, and these alone where one of the two is set
 
 A "system" field beside any of these is the system's message.
 """
@@ -20,6 +20,8 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "
 # Their messages are read, so that the conversation can be left out by a name.
 TOOLS = ("tool", "tools", "function", "function_call", "tool_call", "tool_response", "observation", "ipython")
 TOOL_FIELDS = ("tool_calls", "function_call")
+# The format of rows that show nothing by themselves: data.text_field and data.target_field say it.
+NAMED = "named"
 FORMATS = "messages, conversations (ShareGPT), instruction and output (Alpaca), prompt and completion"
 
 
@@ -31,7 +33,8 @@ def document(messages: Sequence[Message], origin: str) -> Document:
 def read(row: Any, format_name: str, fields: tuple[str, str], origin: str) -> Document:
     """The conversation in a row.
 
-    format_name: chat.format. fields: data.text_field and data.target_field. ValueError that says what the row holds if it is none.
+    format_name: chat.format, or NAMED for a prompt in `fields` and nowhere else. fields: data.text_field and data.target_field.
+    ValueError that says what the row holds if it is none.
     """
     if not isinstance(row, dict):
         raise _refuse(origin, f"is {kind(row)}, not an object")
@@ -96,12 +99,26 @@ def _alpaca(row: Mapping[str, Any], fields: tuple[str, str], origin: str) -> lis
 def _prompt(row: Mapping[str, Any], fields: tuple[str, str], origin: str) -> list[Message]:
     names = ("prompt", "completion") if {"prompt", "completion"} <= row.keys() else fields
     prompt, completion = (_field(row, name, origin) for name in names)
+    return _exchange(prompt, completion, origin)
+
+
+def _exchange(prompt: Any, completion: Any, origin: str) -> list[Message]:
     if isinstance(prompt, list) and isinstance(completion, list):
         return _turns([*prompt, *completion], "role", "content", ROLES, origin)
     return [_message("user", prompt, origin), _message("assistant", completion, origin)]
 
 
-_READERS = {"messages": _messages, "sharegpt": _sharegpt, "alpaca": _alpaca, "prompt": _prompt}
+def _named(row: Mapping[str, Any], fields: tuple[str, str], origin: str) -> list[Message]:
+    if lacking := [name for name in fields if name not in row]:
+        raise ValueError(
+            f"{origin} has no field {' and no field '.join(map(repr, lacking))}, where data.text_field = {fields[0]!r} and"
+            f" data.target_field = {fields[1]!r}.\n  Accepted: both of {', '.join(row) or 'no field'}.\n"
+            "  Correct them, or leave out both, and what the row holds is recognized by its fields."
+        )
+    return _exchange(row[fields[0]], row[fields[1]], origin)
+
+
+_READERS = {"messages": _messages, "sharegpt": _sharegpt, "alpaca": _alpaca, "prompt": _prompt, NAMED: _named}
 
 
 def _turns(given: Any, role_field: str, text_field: str, roles: Mapping[str, str], origin: str) -> list[Message]:

@@ -9,6 +9,7 @@ from jaxllm import registry
 from jaxllm.data.documents import Document
 from jaxllm.data.sources import conversations
 from jaxllm.data.sources.values import kind, valid
+from jaxllm.schema import SCHEMA
 
 # Fields with the messages of a conversation.
 CONVERSATIONS = ("messages", "conversations")
@@ -17,7 +18,7 @@ CONVERSATIONS = ("messages", "conversations")
 class Fields(NamedTuple):
     """The names of the fields; target is empty if none is read, and so is pair. `reads` is that of `examples.contract.Examples`.
 
-    format: how a conversation is written (chat.format).
+    format: how a conversation is written (chat.format, or conversations.NAMED).
     """
 
     text: str
@@ -39,7 +40,15 @@ def of(config: ConfigDict) -> Fields:
     """What the objective reads."""
     reads = registry.resolve("examples", config.train.objective)(config).reads
     target = "" if reads == "text" else config.data.target_field
-    return Fields(config.data.text_field, target, config.data.pair_field if reads == "label" else "", reads, config.chat.format)
+    pair = config.data.pair_field if reads == "label" else ""
+    chat_format = conversations.NAMED if config.chat.format in ("auto", "prompt") and _names_both(config) else config.chat.format
+    return Fields(config.data.text_field, target, pair, reads, chat_format)
+
+
+def _names_both(config: ConfigDict) -> bool:
+    """Whether the config says where a question and its answer are. Beside replayed text, data.text_field alone says where that is."""
+    text, target = (config.data[name] != SCHEMA[f"data.{name}"].default for name in ("text_field", "target_field"))
+    return target or (text and not config.data.replay_source)
 
 
 def document(row: Any, fields: Fields, origin: str) -> Document:

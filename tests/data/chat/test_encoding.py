@@ -101,7 +101,7 @@ def test_jinja_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("other", [ByteTokenizer(), tokenizer(None)])
 def test_a_tokenizer_without_a_template_is_refused(other: Any) -> None:
-    for call in (encoding.encode, lambda *given: chat.fit(*given, 64, 8), lambda *given: encoding.stop_ids(given[0])):
+    for call in (encoding.encode, lambda *given: chat.fit(*given, 64, 8), lambda *given: encoding.answer_stop_ids(given[0])):
         with pytest.raises(ValueError, match=r"has no chat template.\n  Accepted: .*\n  Use python -m jaxllm.generate"):
             call(other, ASK)
 
@@ -126,18 +126,18 @@ def test_the_end_of_an_answer_need_not_be_a_special_token() -> None:
     kinds = [3, 4, 4, *[1] * (len(tiny_gguf.TOKENS) - 3)]
     talker = tokenizer(**{"ggml.token_type": kinds, "ggml.eos_token_id": 0})
     assert set(talker.special_tokens) == {"<|text|>"}
-    assert encoding.stop_ids(talker) == (0, 2)
+    assert encoding.answer_stop_ids(talker) == (0, 2)
     with pytest.raises(ValueError, match=r"contains '<\|end\|>', which would end the message"):
         encoding.encode(talker, [{"role": "user", "content": "x<|end|>y"}])
     assert encoding.encode(talker, [{"role": "user", "content": "<|start|>"}]).count(1) == 3
     # Nor may a message spell what ends a text, though neither is it special nor does the template write it.
     talker = tokenizer(**{"ggml.token_type": [4, 3, 3, *kinds[3:]], "ggml.eos_token_id": 0})
-    assert "<|text|>" not in talker.special_tokens and 0 in encoding.stop_ids(talker)
+    assert "<|text|>" not in talker.special_tokens and 0 in encoding.answer_stop_ids(talker)
     with pytest.raises(ValueError, match=r"contains '<\|text\|>', which would end the message"):
         encoding.encode(talker, [{"role": "user", "content": "x<|text|>y"}])
     # What such a token stands behind may be other text than an answer.
     written = "{% for m in messages %}{{ m.content + '\nand <|end|>' }}{% endfor %}"
-    assert encoding.stop_ids(tokenizer(written, **{"ggml.token_type": kinds, "ggml.eos_token_id": 0})) == (0,)
+    assert encoding.answer_stop_ids(tokenizer(written, **{"ggml.token_type": kinds, "ggml.eos_token_id": 0})) == (0,)
 
 
 @pytest.mark.parametrize("where", ["role", "content"])
@@ -161,4 +161,4 @@ def test_a_message_cannot_end_itself(where: str) -> None:
     ],
 )
 def test_answers_end_where_the_template_ends_them(template: str, expected: tuple[int, ...]) -> None:
-    assert encoding.stop_ids(tokenizer(template)) == expected
+    assert encoding.answer_stop_ids(tokenizer(template)) == expected

@@ -52,7 +52,7 @@ def test_text_ids_and_mask_are_those_of_transformers(case: dict[str, Any]) -> No
     expected = {"end outside": ("\n</s>" * turns, ""), "newline inside": ("", "\n" * turns)}
     assert (more, less) == expected.get(case["template"], ("", ""))
     ends = found.ids[np.flatnonzero(np.diff(found.trained.astype(int), append=0) == -1)]
-    assert len(ends) == turns and set(ends) <= set(encoding.stop_ids(made)), "every answer ends with a token that ends it"
+    assert len(ends) == turns and set(ends) <= set(encoding.answer_stop_ids(made)), "every answer ends with a token that ends it"
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -61,7 +61,7 @@ def test_answers_are_found_without_marks(name: str, messages: list[dict[str, str
     """Most templates of models have none: what stands before an answer, and with it, says where it is."""
     plain, marked = tokenizer(untagged(PROGRAMS[name])), tokenizer(PROGRAMS[name])
     assert "generation " not in plain.template.text and not render.marks_answers(plain.template)
-    one, other = (answers.find(made.template, messages, encoding.ends(made)) for made in (plain, marked))
+    one, other = (answers.find(made.template, messages, encoding.answer_ends(made)) for made in (plain, marked))
     assert one[0] == other[0]
     if name in NAMED:
         # Readers elsewhere train what is marked and no more: the end of an answer is within its mark.
@@ -155,11 +155,11 @@ def test_marks_around_everything_are_refused() -> None:
 )
 def test_ends_of_templates_without_marks(template: str, expected: str) -> None:
     made = tokenizer(template)
-    text, spans = answers.find(made.template, TALK, encoding.ends(made))
+    text, spans = answers.find(made.template, TALK, encoding.answer_ends(made))
     contents = [message["content"].strip() if "trim" in template else message["content"] for message in TALK[1::2]]
     assert [text[start:stop] for start, stop in spans] == [expected.format(content) for content in contents]
     short = [TALK[0], {"role": "assistant", "content": "t"}]
-    text, ((start, stop),) = answers.find(made.template, short, encoding.ends(made))
+    text, ((start, stop),) = answers.find(made.template, short, encoding.answer_ends(made))
     assert text[start:stop] == expected.format("t"), "not the letter in the role before it"
 
 
@@ -172,7 +172,7 @@ def test_the_only_answer_to_two_answers_in_a_row() -> None:
                    "{{ m.content + '\n' if m.role == 'user' }}")  # fmt: skip
     for template in (templates.PLAIN, parts, empty):
         made = tokenizer(template)
-        text, spans = answers.find(made.template, twice, encoding.ends(made))
+        text, spans = answers.find(made.template, twice, encoding.answer_ends(made))
         assert [text[start:stop] for start, stop in spans] == ["one</s>", "two</s>"]
 
 
@@ -182,7 +182,7 @@ def test_the_longer_of_two_ends_is_meant(program: str) -> None:
     made = ByteTokenizer(Added(tokens=("</s>>",)), ChatTemplate(program.replace("eos_token", "'</s>>'"), {}))
     found = answers.make(made, "assistant")([TALK[0], {"role": "assistant", "content": "a"}])
     assert found.ids[found.trained].tolist() == [ord("a"), made.special_tokens["</s>>"]]
-    assert encoding.stop_ids(made) == (made.eos_id, made.special_tokens["</s>>"])
+    assert encoding.answer_stop_ids(made) == (made.eos_id, made.special_tokens["</s>>"])
 
 
 def test_a_template_that_wants_other_conversations_than_ours_is_looked_at_one_by_one() -> None:
@@ -279,7 +279,7 @@ def test_the_template_is_saved_with_the_tokenizer(tmp_path: Path) -> None:
     made.save(str(tmp_path))
     again = tokenize.load(tmp_path)
     assert encoding.encode(again, TALK) == encoding.encode(made, TALK)
-    assert encoding.stop_ids(again) == encoding.stop_ids(made) == (257, 260)
+    assert encoding.answer_stop_ids(again) == encoding.answer_stop_ids(made) == (257, 260)
     assert tokenize.stop_ids(again) == (257, 260), "generate stops there, too"
 
 

@@ -122,7 +122,7 @@ def test_the_last_trained_label_ends_the_answer(template: str, train_on: str) ->
     batch, _, tokenizer = packed(config_of(template, 256, train_on), [talk(("ask", "say"), ("more", "yes"))])
     ((ids, weights),) = pieces(batch)
     trained = [index for index, weight in zip(ids[1:], weights, strict=True) if weight]
-    ends = [index in encoding.stop_ids(tokenizer) for index in trained]
+    ends = [index in encoding.answer_stop_ids(tokenizer) for index in trained]
     assert ends[-1] and sum(ends) == {"assistant": 2, "last": 1}[train_on]
 
 
