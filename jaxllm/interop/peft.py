@@ -226,10 +226,8 @@ def _tokens(given: Settings, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
                 "trainable_token_indices", value, f"an id for each row of {module}{ROWS} {list(shapes[module + ROWS])}"
             )
         found[module] = tuple(ids)
-    if missing := [end for end, ids in ends.items() if ids and not any(module.endswith(end) for module in stored)]:
-        raise given.refuse(
-            "trainable_token_indices", value, f"tokens with rows in {TENSORS}; there are none of {missing[0] or 'any'}"
-        )
+    if not stored and any(ends.values()):
+        raise given.refuse("trainable_token_indices", value, f"tokens whose rows are in {TENSORS}; there are none")
     return found
 
 

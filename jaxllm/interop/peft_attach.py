@@ -77,6 +77,8 @@ def attach(params: Params, config: ConfigDict, adapter: Adapter) -> Attached:
         logging.warning(
             "%s: fan_in_fan_out = %s is not that of the base's layers, which decide", adapter.where, adapter.fan_in_fan_out
         )
+    if adapter.tokens:
+        _check_tokens(base, adapter)
     adapter = peft_tables.with_tables(adapter, base.table, base.family.canonical, base.embedding)
     whole = {base.family.canonical(name): name for name in adapter.whole}
     names = {peft_modules.of_tensor(base.family.canonical(f"{name}.weight")): name for name in adapter.products}
@@ -106,6 +108,21 @@ def _open(params: Params, config: ConfigDict) -> _Base:
     exported = weights.export(plain(params), architecture, arch)
     embedding = next(rule.name for rule in rules if rule.path == grown.EMBEDDING)
     return _Base(params, config, arch, family, rules, exported, copied(architecture, exported), embedding)
+
+
+def _check_tokens(base: _Base, adapter: Adapter) -> None:
+    """ValueError where PEFT itself has two answers to what rows of tokens do at the head."""
+    arch, name = base.arch, base.arch.family.name
+    whys = {
+        "bert": "leaves out the bias at the output beside the base, and has it when merged",
+        "t5": "writes the embedding's rows into a head of its own with transformers 5, and not with 4",
+    }
+    if arch.head == "lm" and name in whys and (name == "bert" or not arch.tied_head):
+        raise ValueError(
+            f"{adapter.where}: rows of single tokens (trainable_token_indices), with which PEFT {whys[name]}.\n"
+            f"  Accepted: modules_to_save or target_modules for the tables of this model.\n"
+            "  Merge them in PEFT (merge_and_unload), and read the model that it saves."
+        )
 
 
 def _changed(base: _Base, adapter: Adapter, whole: Mapping[str, str], names: Mapping[str, str]) -> tuple[Params, ConfigDict] | None:

@@ -257,7 +257,7 @@ def test_the_average_is_that_of_the_products(tmp_path: Path) -> None:
     attach(tmp_path)
 
 
-@pytest.mark.parametrize("case", ["bert_base_lora", "gpt2_lora", "qwen2_tied"])
+@pytest.mark.parametrize("case", ["bert_base_lora", "gpt2_lora", "qwen2_tied", "llama_tables", "gpt2_look_up"])
 def test_the_average_of_an_adapter_with_itself_is_that_one(case: str, tmp_path: Path) -> None:
     """Also where target_modules mean more than is adapted, as there are exclude_modules."""
     one = peft.read(GOLDEN / "peft" / case)
