@@ -142,10 +142,14 @@ def _zero(shape: tuple[int, ...], inputs: int, rank: int, rng: jax.Array) -> tup
     """A and B, one of which is drawn; the other is 0."""
     read, given = sides(shape, inputs)
     if inputs == 0:
-        return jnp.zeros((*read, rank), jnp.float32), jax.random.normal(rng, (rank, *given), jnp.float32)
-    bound = math.prod(read) ** -0.5
-    a = jax.random.uniform(rng, (math.prod(read), rank), jnp.float32, -bound, bound)
-    return a.reshape(*read, rank), jnp.zeros((rank, *given), jnp.float32)
+        return jnp.zeros((*read, rank), jnp.float32), _uniform(rng, (rank, *given), given)
+    return _uniform(rng, (math.prod(read), rank), read).reshape(*read, rank), jnp.zeros((rank, *given), jnp.float32)
+
+
+def _uniform(rng: jax.Array, shape: tuple[int, ...], side: tuple[int, ...]) -> jax.Array:
+    """Within +-1/sqrt(numbers of this side)."""
+    bound = math.prod(side) ** -0.5
+    return jax.random.uniform(rng, shape, jnp.float32, -bound, bound)
 
 
 def _pissa(kernel: Any, inputs: int, rank: int, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
