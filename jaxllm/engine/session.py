@@ -146,7 +146,7 @@ def _idle_dropout(session: Session) -> list[str]:
     tables = [table for table in grown.TABLES if f"{table}/a" in names]
     if not tables or not settings.dropout_frac:
         return []
-    return [f"lora.dropout_frac = {settings.dropout_frac:g} drops nothing of what {' and '.join(tables)} read"]
+    return [f"lora.dropout_frac = {settings.dropout_frac:g} drops nothing at {' and '.join(tables)}"]
 
 
 def _idle_tokens(session: Session) -> list[str]:
