@@ -4,9 +4,11 @@
 
 A is drawn as in PEFT, uniformly in +-1/sqrt(inputs), which is Kaiming's with a = sqrt(5); B is zero, so that the model is at first what
 it was. A table of tokens is the kernel of a token as input, whose A is looked up: y = W[t] + s A[t] B. There A is zero and B is drawn, so
-that tokens that never occur stay what they were; within +-1/sqrt(D), so that rows move as fast as kernels do, where PEFT's normal numbers of
-deviation 1 are sqrt(3 D) times as fast. PiSSA (Meng et al. 2024, arXiv:2404.02948, eq. 2-4) begins with the largest `rank` singular values of W in A B and the rest of W
-frozen. W may be an array or a quantized form. The learning rate of B may be a multiple of A's (LoRA+: Hayou et al. 2024, arXiv:2402.12354).
+that tokens that never occur stay what they were; within +-1/sqrt(D), so that rows move as fast as kernels do, where PEFT's normal
+numbers of deviation 1 are sqrt(3 D) times as fast.
+
+PiSSA (Meng et al. 2024, arXiv:2404.02948, eq. 2-4) begins with the largest `rank` singular values of W in A B and the rest of W frozen. W
+may be an array or a quantized form. The learning rate of B may be a multiple of A's (LoRA+: Hayou et al. 2024, arXiv:2402.12354).
 
 Letters: R rank; i, o input and output axes of a kernel [i..., o...]; V vocabulary, D width.
 """
