@@ -245,7 +245,7 @@ SCHEMA: dict[str, Field] = {
     "lora.alpha": Field(32.0, above(0), "A B is multiplied by alpha / rank"),
     "lora.rslora": Field(False, YES_NO, "alpha / sqrt(rank) instead, which suits large ranks"),
     "lora.dropout_frac": Field(0.0, between(0, 0.9), "dropped of what A reads"),
-    "lora.targets": Field(".*layers/.*/kernel", PATTERN, "regular expression over parameter paths: kernels that get an adapter"),
+    "lora.targets": Field(".*layers/.*/kernel", PATTERN, "pattern of parameter paths: kernels and tables that get an adapter"),
     "lora.also": Field(
         "", PATTERN, "the same of further parameters that are trained as they are (embed/.*, .*norm/.*); empty: none"
     ),

@@ -103,7 +103,7 @@ def _open_adapter(adapter: peft.Adapter) -> Start:
         )
     base = open_start(str(place))
     if base.imported is not None and base.tokenizer is None:
-        raise ValueError(runs.no_tokenizer(base.imported))
+        raise ValueError(runs.no_tokenizer(base.imported.path))
     dense = base.config.copy_and_resolve_references()
     dense.train.transforms = ()
     shapes = jax.eval_shape(models.build(dense).init, jax.random.key(0))

@@ -211,12 +211,13 @@ class Model:
 class Transform:
     """What kernels whose whole path name matches `targets` become: a leaf type (transforms/leaf.py) in the place of the array.
 
-    A kernel [layers?, inputs..., outputs...] is a matrix: its first `inputs` axes (within a layer) are summed over, the others are new.
+    A kernel [layers?, inputs..., outputs...] is a matrix: its first `inputs` axes (within a layer) are summed over, the others are new. A
+    table of tokens is [inputs, outputs], too, but looked up: `inputs` is 0. An output head is [outputs, inputs]: `inputs` is -1.
     apply(kernel, inputs, rng) -> the leaf for the kernel of one layer, an array or what an earlier transform made of it. Pure and
         traceable; stacked layers are mapped over.
     axes(axes, inputs) -> the same leaf type, with the logical axes of each of its arrays in the array's place; also of one layer.
     adapts: the leaf is an adapter, whose arrays are trained, but for its field `base`, what it adapts. Else it is a frozen form.
-    tables: it is for tables of tokens, not for kernels that multiply activations; `inputs` says nothing then.
+    tables: it takes whole tables of tokens and heads apart; `inputs` says nothing then.
     """
 
     targets: str

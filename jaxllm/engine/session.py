@@ -53,10 +53,12 @@ class Session:
     def first_moves(self) -> Mapping[str, int]:
         """Name -> the update that must change this trained array, where it is not the first one; 0: none.
 
-        A of an adapter has no gradient while B is 0; rows of new tokens in an embedding have none where no batch has these tokens.
+        A of an adapter has no gradient while B is 0, nor has B of an embedding's while A is; rows of new tokens in an embedding have
+        none where no batch has these tokens.
         """
         names = adapt.adapters(self.model.axes)
-        late = {name: 2 for name in names if name.endswith("/a") and self.config.lora.init == "zero"}
+        drawn = {name for name in names if name.endswith("/b" if name.startswith(f"{grown.EMBEDDING}/") else "/a")}
+        late = dict.fromkeys(drawn, 2) if self.config.lora.init == "zero" else {}
         return late | {name: 0 for name in names if name.endswith("/rows")}
 
     @property
@@ -76,7 +78,7 @@ class Session:
 
     def notes(self) -> list[str]:
         """What fits, but is wasteful or of no effect, one line each."""
-        found = [*fits.notes(self.config, self.plan.mesh.shape), *_idle_ranks(self), *_idle_tokens(self)]
+        found = [*fits.notes(self.config, self.plan.mesh.shape), *_idle_ranks(self), *_idle_dropout(self), *_idle_tokens(self)]
         if isinstance(self.plan.mesh, Mesh):
             found += narrow_products(self.config, self.plan.mesh.devices.flat[0])
         return found
@@ -141,6 +143,15 @@ def _idle_ranks(session: Session) -> list[str]:
         return []
     kernels = ", ".join(f"{name} ({side})" for name, side in sides.items())
     return [f"lora.rank = {rank} is more than the smaller side of {kernels}: a product of A and B has no higher rank than that"]
+
+
+def _idle_dropout(session: Session) -> list[str]:
+    """A line about adapters of tables, of which the loss takes the merged head, and a look-up reads no numbers."""
+    settings, names = session.config.lora, adapt.adapters(session.model.axes)
+    tables = [table for table in grown.TABLES if f"{table}/a" in names]
+    if not tables or not settings.dropout_frac:
+        return []
+    return [f"lora.dropout_frac = {settings.dropout_frac:g} drops nothing at {' and '.join(tables)}"]
 
 
 def _idle_tokens(session: Session) -> list[str]:

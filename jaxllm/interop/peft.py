@@ -2,8 +2,9 @@
 
 Beside the weight W [outputs, inputs] of a module stand lora_A [rank, inputs] and lora_B [outputs, rank]; the module does what W + s B A
 would, and with lora_magnitude_vector [outputs] what DoRA makes of it (transforms/dora.py). s is lora_alpha / rank, or with use_rslora
-lora_alpha / sqrt(rank). Modules of modules_to_save are stored whole. The files do not hold the base; what they are beside ours is in
-interop/peft_params.py and peft_attach.py.
+lora_alpha / sqrt(rank). An embedding [V, D] has lora_embedding_A [rank, V] and lora_embedding_B [D, rank]. Modules of modules_to_save are
+stored whole, and of trainable_token_indices the rows of these tokens. The files do not hold the base, but that of an adapted embedding;
+what they are beside ours is in interop/peft_params.py, peft_attach.py and peft_tables.py.
 """
 
 import json
@@ -11,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +25,13 @@ from jaxllm.interop.weights import listing
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
+ROWS = ".token_adapter.trainable_tokens_delta"
+# Where PEFT stores what is below an adapter it is the module's own; the rows that the base had are not needed.
+BELOW, FORMER_ROWS = (".token_adapter.base_layer.", ".base_layer."), ".trainable_tokens_original"
 # Where the vocabulary grew, PEFT writes a module of modules_to_save three times: so, as it was before, and under its own name.
 REPEATED = (".modules_to_save.", ".original_module.")
-# Modules of modules_to_save with which ensure_weight_tying ties; without one of them it does nothing.
+# Modules of modules_to_save or target_modules with which ensure_weight_tying ties; without one of them it does nothing.
 TYING = ("embed_tokens", "lm_head")
 # init_lora_weights with which the base stays as it is.
 BASE_KEPT = (True, False, "gaussian", "eva", "orthogonal")
@@ -64,6 +69,7 @@ READ = {
     "use_dora",
     "init_lora_weights",
     "ensure_weight_tying",
+    "trainable_token_indices",
 }
 
 
@@ -75,7 +81,10 @@ class Product(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """The same with its numbers, in float32: a [rank, inputs], b [outputs, rank], magnitude [outputs] or None."""
+    """The same with its numbers, in float32: a [rank, inputs], b [outputs, rank], magnitude [outputs] or None.
+
+    Inputs of an embedding are the tokens.
+    """
 
     a: np.ndarray
     b: np.ndarray
@@ -88,8 +97,8 @@ class Adapter:
     """products: module -> its product. shapes: name -> shape of every tensor, without PREFIX; read(name) -> the tensor.
 
     where: what errors call it. base: path or name of the base, "" if it is not known. targets, excluded: target_modules and
-    exclude_modules; saved: modules_to_save. tied: what equals a stored embedding follows it, though it is not stored
-    (ensure_weight_tying). fan_in_fan_out: the weights of the modules are [inputs, outputs].
+    exclude_modules; saved: modules_to_save. tokens: module -> the tokens of which it stores rows. tied: what equals a stored or adapted
+    embedding follows it, though it is not stored (ensure_weight_tying). fan_in_fan_out: the weights of the modules are [inputs, outputs].
     """
 
     where: str
@@ -106,15 +115,21 @@ class Adapter:
     products: Mapping[str, Product]
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def whole(self) -> tuple[str, ...]:
         """Names of the tensors that are stored whole."""
-        return tuple(name for name in self.shapes if ".lora_" not in name)
+        return tuple(name for name in self.shapes if ".lora_" not in name and not name.endswith(ROWS))
+
+    def factor_names(self, module: str) -> tuple[str, str]:
+        """Names of its tensors A and B."""
+        looks_up = any(module + part in self.shapes for part in (EMBEDDING_A, EMBEDDING_B))
+        return (module + EMBEDDING_A, module + EMBEDDING_B) if looks_up else (module + A, module + B)
 
     def factors(self, module: str) -> Factors:
         magnitude = self.read(module + MAGNITUDE).astype(np.float32) if self.dora else None
-        a, b = (self.read(module + part).astype(np.float32) for part in (A, B))
+        a, b = (self.read(name).astype(np.float32) for name in self.factor_names(module))
         return Factors(a, b, self.products[module].scale, magnitude)
 
     def replaces(self, name: str) -> bool:
@@ -156,9 +171,9 @@ def read(path: str | Path) -> Adapter:
             "  Fetch the file. A .bin file can run code when it is opened; where you trust it, load it with PEFT and save it again."
         )
     files = safetensors.Files([path / TENSORS])
-    shapes = {
-        name.removeprefix(PREFIX): shape for name, shape in files.shapes.items() if not any(part in name for part in REPEATED)
-    }
+    kept = [name for name in files.shapes if not any(part in name for part in (*REPEATED, FORMER_ROWS))]
+    stored = {_own_name(name): name for name in kept}
+    shapes = {name: files.shapes[theirs] for name, theirs in stored.items()}
     adapter = Adapter(
         where=str(path),
         base=given.get("base_model_name_or_path", ""),
@@ -167,17 +182,53 @@ def read(path: str | Path) -> Adapter:
         excluded=_names(given, "exclude_modules"),
         saved=tuple(_names(given, "modules_to_save")),
         tied=given.flag("ensure_weight_tying", False)
-        and any(name.split(".")[-1] in TYING for name in _names(given, "modules_to_save")),
+        and any(_ties(_names(given, key)) for key in ("modules_to_save", "target_modules")),
         fan_in_fan_out=given.flag("fan_in_fan_out", False),
         rslora=given.flag("use_rslora", False),
         dora=given.flag("use_dora", False),
         dropout_frac=given.number("lora_dropout", 0.0),
         products=_products(given, shapes),
         shapes=shapes,
-        read=lambda name: files.read(name if name in files.shapes else PREFIX + name),
+        read=lambda name: files.read(stored[name]),
+        tokens=_tokens(given, shapes),
     )
     _check_tensors(adapter)
     return adapter
+
+
+def _own_name(stored: str) -> str:
+    """The name of a tensor in the base, or beside it."""
+    name = stored.removeprefix(PREFIX)
+    for part in BELOW if ".lora_" not in name else ():
+        name = name.replace(part, ".")
+    return name
+
+
+def _ties(names: str | tuple[str, ...]) -> bool:
+    if isinstance(names, str):
+        return any(re.fullmatch(names, name) for name in TYING)
+    return any(name.split(".")[-1] in TYING for name in names)
+
+
+def _tokens(given: Settings, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Of trainable_token_indices: ids, or ids for each ending of names."""
+    value = given.get("trainable_token_indices", [])
+    ends: dict[str, Any] = value if isinstance(value, dict) else {"": value}
+    stored, found = [name.removesuffix(ROWS) for name in shapes if name.endswith(ROWS)], dict[str, tuple[int, ...]]()
+    for module in stored:
+        ids = next((each for end, each in ends.items() if module.endswith(end)), None)
+        if (
+            not isinstance(ids, list)
+            or not all(type(each) is int and each >= 0 for each in ids)
+            or len(ids) != shapes[module + ROWS][0]
+        ):
+            raise given.refuse(
+                "trainable_token_indices", value, f"an id for each row of {module}{ROWS} {list(shapes[module + ROWS])}"
+            )
+        found[module] = tuple(ids)
+    if not stored and any(ends.values()):
+        raise given.refuse("trainable_token_indices", value, f"tokens whose rows are in {TENSORS}; there are none")
+    return found
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -229,7 +280,7 @@ def _products(given: Settings, shapes: Collection[str]) -> dict[str, Product]:
     if not all((alpha, *own_alphas.values())):
         raise given.refuse("lora_alpha", 0, "a number above 0, also in alpha_pattern")
     products = {}
-    adapted = (name.partition(".lora_")[0] for name in shapes if ".lora_" in name and ".lora_embedding_" not in name)
+    adapted = (name.partition(".lora_")[0] for name in shapes if ".lora_" in name)
     for module in dict.fromkeys(adapted):
         own, own_alpha = peft_modules.look_up(own_ranks, module, rank), peft_modules.look_up(own_alphas, module, alpha)
         products[module] = Product(own, own_alpha / (math.sqrt(own) if given.get("use_rslora", False) else own))
@@ -238,31 +289,28 @@ def _products(given: Settings, shapes: Collection[str]) -> dict[str, Product]:
 
 def _check_tensors(adapter: Adapter) -> None:
     """ValueError unless every product has its two factors of the right rank, and a magnitude if all have one, and nothing else."""
-    parts = (A, B, MAGNITUDE) if adapter.dora else (A, B)
-    expected = {module + part for module in adapter.products for part in parts}
-    present = set(adapter.shapes) - set(adapter.whole)
-    embeddings = [name for name in present if ".lora_embedding_" in name]
+    factors = {module: adapter.factor_names(module) for module in adapter.products}
+    lengths = [module + MAGNITUDE for module in adapter.products] if adapter.dora else []
+    expected = {*lengths, *(name for names in factors.values() for name in names)}
+    present = {name for name in adapter.shapes if ".lora_" in name}
     wrong = [
-        f"{module}{part} {list(adapter.shapes[module + part])} with r = {product.rank}"
-        for module, product in adapter.products.items()
-        for part, axis in ((A, 0), (B, 1))
-        if module + part in present and adapter.shapes[module + part][axis : axis + 1] != (product.rank,)
+        f"{name} {list(adapter.shapes[name])} with r = {adapter.products[module].rank}"
+        for module, names in factors.items()
+        for axis, name in enumerate(names)
+        if name in present and adapter.shapes[name][axis : axis + 1] != (adapter.products[module].rank,)
     ]
     kinds = {"missing": sorted(expected - present), "unexpected": sorted(present - expected), "of another rank": wrong}
-    if not adapter.products and not embeddings:
+    if not adapter.products:
         kinds["missing"] = ["lora_A and lora_B of any module"]
     if any(kinds.values()):
         lines = [f"{adapter.where}: its tensors are not those of its {CONFIG}; nothing was loaded."]
         lines += [f"  {kind} ({len(names)}): {listing(names)}" for kind, names in kinds.items() if names]
+        parts = (A, B, MAGNITUDE) if adapter.dora else (A, B)
         lines.append(
-            f"  Accepted: {' and '.join(part[1:] for part in parts)} of every module, of the rank r or that of rank_pattern."
+            f"  Accepted: {' and '.join(part[1:] for part in parts)} of every module (an embedding has {EMBEDDING_A[1:]} and"
+            f" {EMBEDDING_B[1:]}), of the rank r or that of rank_pattern."
         )
-        change = (
-            "An embedding with an adapter is not read; train it whole (modules_to_save)."
-            if embeddings
-            else "Fetch both files again."
-        )
-        raise ValueError("\n".join([*lines, f"  {change}"]))
+        raise ValueError("\n".join([*lines, "  Fetch both files again."]))
 
 
 class Written(NamedTuple):

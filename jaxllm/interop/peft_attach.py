@@ -14,11 +14,13 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from jaxllm import models
-from jaxllm.interop import families, peft_modules, weights
-from jaxllm.interop.peft import MAGNITUDE, A, Adapter, B, Product
+from jaxllm.interop import families, peft_modules, peft_tables, weights
+from jaxllm.interop.family import Family
+from jaxllm.interop.peft import MAGNITUDE, Adapter, Product
 from jaxllm.interop.peft_params import copied, parts, plain
-from jaxllm.interop.rules import to_ours
+from jaxllm.interop.rules import Rule, to_ours
 from jaxllm.interop.weights import Slot
+from jaxllm.models.architecture import Architecture
 from jaxllm.transforms import adapt, grown, leaf
 from jaxllm.transforms.dora import Dora
 from jaxllm.transforms.lora import Lora
@@ -33,14 +35,43 @@ class Attached(NamedTuple):
     config: ConfigDict
 
 
+class _Base(NamedTuple):
+    """A base in PEFT's terms.
+
+    copies: name of a tensor that is tied -> the one that it equals. embedding: name of the table of tokens; read_embedding: what is in it.
+    """
+
+    params: Params
+    config: ConfigDict
+    arch: Architecture
+    family: Family
+    rules: Sequence[Rule]
+    exported: weights.Exported
+    copies: Mapping[str, str]
+    embedding: str
+    read_embedding: Callable[[], np.ndarray]
+
+    @property
+    def tied(self) -> set[str]:
+        """The table of tokens under all of its names."""
+        return {self.embedding, *(copy for copy, name in self.copies.items() if name == self.embedding)}
+
+    def table(self, name: str) -> np.ndarray | None:
+        """The tensor of this name, or None."""
+        own = self.copies.get(name, name)
+        if own == self.embedding:
+            return self.read_embedding()
+        return self.exported.make(own) if own in self.exported.shapes else None
+
+
 def attach(
     params: Params, config: ConfigDict, adapter: Adapter, read_embedding: Callable[[], np.ndarray] | None = None
 ) -> Attached:
     """The adapter beside the kernels (arrays or quantized) of a base with this config, its layers stacked or not.
 
     ValueError that lists what of the adapter does not fit, for a base that has one already, and for layers of one kernel with different
-    ranks or scales. A head that the base ties and the adapter stores apart from the embedding is no longer tied. A base with fewer tokens
-    than the adapter's embedding has rows grows.
+    ranks or scales. A head that the base ties and the adapter stores or adapts apart from the embedding is no longer tied. A base with
+    fewer tokens than the adapter's embedding has rows grows.
     read_embedding: gives that of the base, for `params` with the right shapes alone, of which `config` in the result is right, too.
     """
     if any(adapt.is_adapter(node) for node in jax.tree.leaves(params, is_leaf=leaf.is_type)):
@@ -49,34 +80,25 @@ def attach(
             "  Give the base that both began with, or make one model of base and adapter (python -m jaxllm.convert); adapters are averaged"
             " with python -m jaxllm.adapters average."
         )
-    arch = models.build(config).config
-    architecture = families.choose(arch)
-    family = families.find(architecture)
-    rules = family.rules(architecture, arch)
-    if adapter.fan_in_fan_out != any(rule.inputs and not rule.transposed for rule in rules):
+    base = _open(params, config, read_embedding)
+    if adapter.fan_in_fan_out != any(rule.inputs and not rule.transposed for rule in base.rules):
         # As in PEFT: its A and B are stored alike for both.
         logging.warning(
             "%s: fan_in_fan_out = %s is not that of the base's layers, which decide", adapter.where, adapter.fan_in_fan_out
         )
-    exported = weights.export(plain(params), architecture, arch)
-    copies = copied(architecture, exported)
-    whole = {family.canonical(name): name for name in adapter.whole}
-    embedding = next(rule.name for rule in rules if rule.path == "embed/tokens")
-    tied = {embedding, *(copy for copy, name in copies.items() if name == embedding)}
-    apart = _apart(adapter, whole, tied, read_embedding or (lambda: np.asarray(leaf.dense(params["embed"]["tokens"]))))
-    shapes = [adapter.shapes[whole[name]] for name in tied & whole.keys()]
-    if rows := [shape[0] for shape in shapes if shape[1:] == (arch.width,) and shape[0] > arch.vocab_size]:
-        tables = {rule.name for rule in rules if rule.path in grown.tables(arch.head) and rule.name in exported.shapes}
-        alike = {copies.get(name, name) for name in whole} | whole.keys()
-        _check_new_rows(adapter, max(rows), arch.vocab_size, sorted((tables | (tied if apart else set())) - alike))
-        larger = read_embedding and (lambda: np.asarray(_padded(read_embedding(), max(rows))))
-        return attach(*_grow(params, config, max(rows)), adapter, larger)
-    if apart:
-        return attach(*_untie(params, config, adapter, apart), adapter, read_embedding)
-    names = {peft_modules.of_tensor(family.canonical(f"{name}.weight")): name for name in adapter.products}
-    _check(adapter, parts(params, rules), exported.shapes, names, whole, copies)
-    whole |= {name: whole[copy] for copy, name in copies.items() if copy in whole}
-    table = weights.slots(plain(params), rules)
+    if adapter.tokens:
+        _check_tokens(base, adapter)
+    adapter = peft_tables.with_tables(adapter, base.table, base.family.canonical, base.embedding)
+    whole = {base.family.canonical(name): name for name in adapter.whole}
+    names = {peft_modules.of_tensor(base.family.canonical(f"{name}.weight")): name for name in adapter.products}
+    if changed := _changed(base, adapter, whole, names):
+        return attach(changed.params, changed.config, adapter, changed.read_embedding)
+    # What is tied follows the embedding.
+    for copy in base.tied - {base.embedding} if base.arch.head == "lm" else ():
+        names.pop(peft_modules.of_tensor(copy), None)
+    _check(adapter, parts(params, base.rules, base.arch), base.exported.shapes, names, whole, base.copies)
+    whole |= {name: whole[copy] for copy, name in base.copies.items() if copy in whole}
+    table = weights.slots(plain(params), base.rules)
     _check_layers((slot for slots in table.values() for slot in slots), adapter, names)
     placed = jax.tree.map_with_path(
         lambda path, node: _place(node, table[jax.tree_util.keystr(path)], adapter, names, whole),
@@ -85,6 +107,67 @@ def attach(
     )
     also = {slot.rule.path for slots in table.values() for slot in slots if slot.name in whole}
     return Attached(placed, _describe(config, adapter, placed, also))
+
+
+def _open(params: Params, config: ConfigDict, read_embedding: Callable[[], np.ndarray] | None) -> _Base:
+    arch = models.build(config).config
+    architecture = families.choose(arch)
+    family = families.find(architecture)
+    rules = family.rules(architecture, arch)
+    exported = weights.export(plain(params), architecture, arch)
+    embedding = next(rule.name for rule in rules if rule.path == grown.EMBEDDING)
+    read = read_embedding or (lambda: np.asarray(leaf.dense(params["embed"]["tokens"])))
+    return _Base(params, config, arch, family, rules, exported, copied(architecture, exported), embedding, read)
+
+
+def _check_tokens(base: _Base, adapter: Adapter) -> None:
+    """ValueError where PEFT itself has two answers to what rows of tokens do at the head."""
+    arch, name = base.arch, base.arch.family.name
+    whys = {
+        "bert": "leaves out the bias at the output beside the base, and has it when merged",
+        "t5": "writes the embedding's rows into a head of its own with transformers 5, and not with 4",
+    }
+    if arch.head == "lm" and name in whys and (name == "bert" or not arch.tied_head):
+        raise ValueError(
+            f"{adapter.where}: rows of single tokens (trainable_token_indices), with which PEFT {whys[name]}.\n"
+            f"  Accepted: modules_to_save or target_modules for the tables of this model.\n"
+            "  Merge them in PEFT (merge_and_unload), and read the model that it saves."
+        )
+
+
+def _changed(base: _Base, adapter: Adapter, whole: Mapping[str, str], names: Mapping[str, str]) -> _Base | None:
+    """The base with the tables that the adapter needs: of more rows, or with a head of its own; None if it has them."""
+    tied, apart = base.tied, _apart(adapter, whole, base.tied, base.read_embedding)
+    shapes = [adapter.shapes[whole[name]] for name in tied & whole.keys()]
+    before = base.arch.vocab_size
+    if rows := [shape[0] for shape in shapes if shape[1:] == (base.arch.width,) and shape[0] > before]:
+        tables = {
+            rule.name for rule in base.rules if rule.path in grown.tables(base.arch.head) and rule.name in base.exported.shapes
+        }
+        alike = {base.copies.get(name, name) for name in whole} | whole.keys()
+        _check_new_rows(adapter, max(rows), before, sorted((tables | (tied if apart else set())) - alike))
+        return _open(*_grow(base.params, base.config, max(rows)), lambda: np.asarray(_padded(base.read_embedding(), max(rows))))
+    if apart:
+        return _open(*_untie(base.params, base.config, adapter, apart), base.read_embedding)
+    if base.arch.head == "lm" and (products := _products_apart(adapter, names, tied, base.embedding)):
+        below = next((adapter.read(whole[name]) for name in tied if name in whole), None)
+        own = base.params["embed"] if below is None else {**base.params["embed"], "tokens": jnp.asarray(below, jnp.float32)}
+        untied = _untie({**base.params, "embed": own}, base.config, adapter, products)
+        return _open(*untied, base.read_embedding if below is None else lambda: below)
+    return None
+
+
+def _products_apart(adapter: Adapter, names: Mapping[str, str], tied: Iterable[str], embedding: str) -> list[str]:
+    """Those of the tied modules that have products, unless one adapter of the table does what all of them do."""
+    first, modules = peft_modules.of_tensor(embedding), {peft_modules.of_tensor(name) for name in tied}
+    found = sorted(names[module] for module in modules if module in names)
+    others = modules - {first}
+    if adapter.tied and not adapter.dora:  # heads follow the embedding, other look-ups do not
+        others = {module for module in others if not peft_tables.turns(module)}
+    present = first in names and others <= names.keys()
+    if not found or (present and peft_tables.alike(adapter, names[first], [names[module] for module in others])):
+        return []
+    return found
 
 
 def _apart(adapter: Adapter, whole: Mapping[str, str], tied: set[str], read_embedding: Callable[[], np.ndarray]) -> list[str]:
@@ -148,16 +231,17 @@ def _check(
     """ValueError if the adapter does not fit the base."""
     kinds = {"unexpected": [theirs for name, theirs in names.items() if name not in modules]}
     kinds["unexpected"] += [theirs for name, theirs in whole.items() if name not in tensors and name not in copies]
-    # Names of a class without a head have no prefix.
+    # all-linear means neither embeddings nor heads; names of a class without a head have no prefix.
+    meant = [name for name, (part, *_) in modules.items() if part.slot.rule.inputs or adapter.targets != peft_modules.ALL_LINEAR]
     kinds["missing"] = [
-        name for name in modules if name not in names and (adapter.means(name) or adapter.means(name.partition(".")[2]))
+        name for name in meant if name not in names and (adapter.means(name) or adapter.means(name.partition(".")[2]))
     ]
     shapes = {theirs: tensors[copies.get(name, name)] for name, theirs in whole.items() if copies.get(name, name) in tensors}
     for name, theirs in names.items():
         if name in modules:
-            slot, rank = modules[name][0].slot, adapter.products[theirs].rank
-            rows, columns = math.prod(slot.shape[: slot.rule.inputs]), sum(part.outputs for part in modules[name])
-            shapes |= {theirs + A: (rank, rows), theirs + B: (columns, rank)}
+            first, rank = modules[name][0], adapter.products[theirs].rank
+            (a, b), columns = adapter.factor_names(theirs), sum(part.outputs for part in modules[name])
+            shapes |= {a: (rank, first.sides[0]), b: (columns, rank)}
             shapes |= {theirs + MAGNITUDE: (columns,)} if adapter.dora else {}
     kinds["of another shape"] = [
         f"{name} {list(adapter.shapes[name])} instead of {list(shape)}"
@@ -178,7 +262,7 @@ def _check_layers(slots: Iterable[Slot], adapter: Adapter, names: Mapping[str, s
     """ValueError unless all layers of a kernel have the same rank and scale: they are run, and kept in checkpoints, as one stack."""
     found: dict[str, dict[Product | None, None]] = {}
     for slot in slots:
-        if slot.rule.inputs:
+        if slot.layer is not None and slot.rule.inputs:
             module = names.get(peft_modules.of_tensor(slot.name))
             found.setdefault(slot.rule.path, {})[adapter.products[module] if module else None] = None
     for path, products in found.items():
@@ -194,9 +278,15 @@ def _check_layers(slots: Iterable[Slot], adapter: Adapter, names: Mapping[str, s
 def _place(node: Any, slots: Sequence[Slot], adapter: Adapter, names: Mapping[str, str], whole: Mapping[str, str]) -> Any:
     """What stands in the place of one parameter of the base."""
     if any(slot.name in whole for slot in slots):
-        return _replaced(node, slots, adapter, whole)
-    modules = [names[module] for slot in slots if slot.rule.inputs and (module := peft_modules.of_tensor(slot.name)) in names]
+        node = _replaced(node, slots, adapter, whole)
+    modules = [names[module] for slot in slots if (module := _weight_of(slot)) in names]
     return _leaf(node, slots, adapter, modules) if modules else node
+
+
+def _weight_of(slot: Slot) -> str:
+    """The module whose weight this is, if it is one."""
+    takes = slot.rule.inputs or slot.rule.path in peft_tables.INPUTS
+    return peft_modules.of_tensor(slot.name) if takes else ""
 
 
 def _replaced(node: Any, slots: Sequence[Slot], adapter: Adapter, whole: Mapping[str, str]) -> jax.Array:
@@ -223,6 +313,7 @@ def _leaf(node: Any, slots: Sequence[Slot], adapter: Adapter, modules: Sequence[
         "b": b,
         "scale": adapter.products[modules[0]].scale,
         "dropout_frac": adapter.dropout_frac,
+        "outputs_first": slots[0].rule.path == grown.HEAD,
     }
     return Dora(**same, magnitude=magnitude[0]) if magnitude else Lora(**same)
 
@@ -230,7 +321,7 @@ def _leaf(node: Any, slots: Sequence[Slot], adapter: Adapter, modules: Sequence[
 def _arrays(slot: Slot, adapter: Adapter, module: str) -> list[np.ndarray]:
     """a, b and with DoRA the magnitude, of one kernel of one layer; of its own rows where the module holds several."""
     found = adapter.factors(module)
-    inputs, outputs = slot.shape[: slot.rule.inputs], slot.shape[slot.rule.inputs :]
+    inputs, outputs = peft_tables.sides(slot)
     index, rows = slot.rule.part[0], math.prod(outputs)
     mine = slice(index * rows, (index + 1) * rows)
     arrays = [found.a.T.reshape(*inputs, -1), found.b[mine].T.reshape(-1, *outputs)]
@@ -251,7 +342,7 @@ def _describe(config: ConfigDict, adapter: Adapter, params: Params, also: Collec
             "rslora": adapter.rslora,
             "dropout_frac": adapter.dropout_frac,
             "targets": "|".join(sorted(adapted)),
-            "also": "|".join(sorted(also)),
+            "also": "|".join(sorted(set(also) - adapted)),
             "init": "zero",
         }
     )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxllm.interop import peft_modules
-from jaxllm.interop.peft import A, Adapter, B, Product
+from jaxllm.interop.peft import EMBEDDING_A, EMBEDDING_B, A, Adapter, B, Product
 from jaxllm.interop.weights import listing
 
 
@@ -42,9 +42,12 @@ def average(adapters: Sequence[Adapter], shares: Sequence[float], rank: int | No
                 [share * adapter.read(name).astype(np.float64) for share, adapter in zip(shares, adapters, strict=True)], axis=0
             ).astype(np.float32)
         module = name.partition(".lora_")[0]
-        return sums[module].a if name.endswith(A) else sums[module].b
+        return sums[module].a if name == factors[module][0] else sums[module].b
 
-    shapes = {module + part: array.shape for module, found in sums.items() for part, array in ((A, found.a), (B, found.b))}
+    factors = {module: next(each for each in adapters if module in each.products).factor_names(module) for module in modules}
+    shapes = {
+        name: array.shape for module, found in sums.items() for name, array in zip(factors[module], (found.a, found.b), strict=True)
+    }
     excludes = any(adapter.excluded for adapter in adapters)
     adapter = Adapter(
         where="the average",
@@ -101,6 +104,11 @@ def _check(adapters: Sequence[Adapter], shares: Sequence[float]) -> None:
             f"{', '.join(dora)}: DoRA, which scales each output of W + s B A; two of them add up to no adapter.\n  Accepted: LoRA.\n"
             "  Average merged weights instead."
         )
+    if rows := [adapter.where for adapter in adapters if adapter.tokens]:
+        raise ValueError(
+            f"{', '.join(rows)}: rows of single tokens (trainable_token_indices), which are not averaged.\n"
+            "  Accepted: adapters without them.\n  Average merged weights instead."
+        )
     first, *others = adapters
     for other in others:
         differing = [
@@ -133,4 +141,4 @@ def _check(adapters: Sequence[Adapter], shares: Sequence[float]) -> None:
 
 def _outer(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape without the rank."""
-    return shape[1:] if name.endswith(A) else shape[:1] if name.endswith(B) else shape
+    return shape[1:] if name.endswith((A, EMBEDDING_A)) else shape[:1] if name.endswith((B, EMBEDDING_B)) else shape

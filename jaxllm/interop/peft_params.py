@@ -3,7 +3,7 @@
 Ours are a [inputs..., R] and b [R, outputs...] of each kernel; theirs lora_A [R, inputs] and lora_B [outputs, R] of each module. Where
 a module holds several kernels side by side (GPT-2's c_attn: q, k, v), an adapter of its own for each is one of the summed rank for the
 module, A of all below each other and B block by block; and an adapter of the module is one for each kernel with the same A and its
-rows of B. Both are exact, with DoRA too, whose norm is that of an output.
+rows of B. Both are exact, with DoRA too, whose norm is that of an output. An adapter of a tied table is one of each module that is tied.
 """
 
 import functools
@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.interop import families, peft_modules, pissa, weights
-from jaxllm.interop.peft import MAGNITUDE, A, Adapter, B, Factors, Product
+from jaxllm.interop import families, peft_modules, peft_tables, pissa, weights
+from jaxllm.interop.peft import EMBEDDING_A, EMBEDDING_B, MAGNITUDE, A, Adapter, B, Factors, Product
 from jaxllm.interop.weights import Slot
 from jaxllm.models.architecture import Architecture
 from jaxllm.transforms import adapt, dora, grown, leaf
@@ -27,16 +27,35 @@ TASKS = {"classify": "SEQ_CLS", "tag": "TOKEN_CLS", "none": "FEATURE_EXTRACTION"
 LM_TASKS = {"decoder": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM"}
 
 
+# What follows ".lora_" in names of A.
+FIRST = [name.removeprefix(".lora_") for name in (A, EMBEDDING_A)]
+
+
 class Part(NamedTuple):
-    """A kernel of one layer: its place in a module, the leaf (of all layers where they are stacked), and its original of PiSSA."""
+    """A kernel of one layer: its place in a module, the leaf (of all layers where they are stacked), and its original of PiSSA.
+
+    turned: the module reads a tied table the other way round, as a head.
+    """
 
     slot: Slot
     node: Any
     original: Any | None = None
+    turned: bool = False
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(inputs, outputs) of the module."""
+        read, given = map(math.prod, peft_tables.sides(self.slot))
+        return (given, read) if self.turned else (read, given)
 
     @property
     def outputs(self) -> int:
-        return math.prod(self.slot.shape[self.slot.rule.inputs :])
+        return self.sides[1]
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Endings of the names of A and B."""
+        return (EMBEDDING_A, EMBEDDING_B) if self.slot.rule.path == grown.EMBEDDING and not self.turned else (A, B)
 
 
 def export(
@@ -60,7 +79,8 @@ def export(
     architecture = families.choose(arch)
     rules = families.find(architecture).rules(architecture, arch)
     exported = weights.export(plain(params), architecture, arch)
-    modules = parts(params, rules, original)
+    modules = parts(params, rules, arch, original)
+    modules |= _tied(modules, arch, copied(architecture, exported))
     adapted = {_own(arch, name): found for name, found in modules.items() if any(adapt.is_adapter(part.node) for part in found)}
     kind = _kind(adapted)
     if arch.head in ("classify", "tag"):
@@ -75,7 +95,7 @@ def export(
             return exported.make(stored[name])
         module, _, part = name.partition(".lora_")
         found: Factors = factors(module)
-        array = {A: found.a, B: found.b, MAGNITUDE: found.magnitude}[f".lora_{part}"]
+        array = found.magnitude if name.endswith(MAGNITUDE) else found.a if part in FIRST else found.b
         assert array is not None
         return array
 
@@ -88,7 +108,7 @@ def export(
         excluded=(),
         saved=peft_modules.saved({peft_modules.of_tensor(name) for name in stored}, every),
         tied=False,
-        fan_in_fan_out=any(not part.slot.rule.transposed for found in adapted.values() for part in found),
+        fan_in_fan_out=any(part.slot.rule.inputs and not part.slot.rule.transposed for found in adapted.values() for part in found),
         rslora=rslora,
         dora=kind == "dora",
         dropout_frac=next(part.node.dropout_frac for found in adapted.values() for part in found if adapt.is_adapter(part.node)),
@@ -112,18 +132,36 @@ def plain(params: Params) -> Params:
     return jax.tree.map(one, params, is_leaf=leaf.is_type)
 
 
-def parts(params: Params, rules: Sequence[Any], original: Params | None = None) -> dict[str, list[Part]]:
-    """Module -> the kernels that it holds, in order, of every module whose weight is a kernel that multiplies."""
+def parts(params: Params, rules: Sequence[Any], arch: Architecture, original: Params | None = None) -> dict[str, list[Part]]:
+    """Module -> the kernels that it holds, in order, of every module whose weight can have an adapter."""
     nodes = {jax.tree_util.keystr(path): node for path, node in jax.tree.leaves_with_path(params, is_leaf=leaf.is_type)}
     dense = {} if original is None else {_place(path): node for path, node in jax.tree.leaves_with_path(original)}
     modules: dict[str, list[Part]] = {}
     for key, slots in weights.slots(plain(params), rules).items():
         for slot in slots:
-            if slot.rule.inputs:
+            if peft_tables.takes(slot, arch.head):
                 # Its layers need not be stacked where those of `params` are, nor the reverse.
                 before = dense.get((slot.rule.path, slot.layer), dense.get((slot.rule.path, None)))
                 modules.setdefault(peft_modules.of_tensor(slot.name), []).append(Part(slot, nodes[key], before))
     return {name: sorted(found, key=lambda part: part.slot.rule.part) for name, found in modules.items()}
+
+
+def _tied(modules: Mapping[str, list[Part]], arch: Architecture, copies: Mapping[str, str]) -> dict[str, list[Part]]:
+    """Module -> the adapted table that it is tied to; ValueError for a DoRA of one that is read in both directions."""
+    found = {}
+    for copy, name in copies.items() if arch.head == "lm" else ():
+        module, (part, *_) = peft_modules.of_tensor(copy), modules.get(peft_modules.of_tensor(name), [None])
+        if part is None or not adapt.is_adapter(part.node):
+            continue
+        turned = peft_tables.turns(module)
+        if turned and part.node.kind == "dora":
+            raise ValueError(
+                f"a DoRA of {part.slot.rule.path}, which is the output head as well: PEFT has a length for each output, and those of the"
+                f" embedding are the inputs of {module}.\n  Accepted: LoRA of a tied table; DoRA where the head is one of its own.\n"
+                "  Write merged weights (python -m jaxllm.convert), or train with lora."
+            )
+        found[module] = [part._replace(turned=turned)]
+    return found
 
 
 def _place(path: Sequence[Any]) -> tuple[str, int | None]:
@@ -182,9 +220,9 @@ def _whole(
 def _shapes(adapted: Mapping[str, list[Part]], products: Mapping[str, Product], is_dora: bool) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for module, found in adapted.items():
-        rule, shape, rank = found[0].slot.rule, found[0].slot.shape, products[module].rank
+        (a, b), rank = found[0].names, products[module].rank
         outputs = sum(part.outputs for part in found)
-        shapes |= {module + A: (rank, math.prod(shape[: rule.inputs])), module + B: (outputs, rank)}
+        shapes |= {module + a: (rank, found[0].sides[0]), module + b: (outputs, rank)}
         shapes |= {module + MAGNITUDE: (outputs,)} if is_dora else {}
     return shapes
 
@@ -232,26 +270,26 @@ def _factors(found: Sequence[Part], is_dora: bool) -> Factors:
 
 
 def _thin(part: Part) -> Factors:
-    node, inputs = part.node, math.prod(part.slot.shape[: part.slot.rule.inputs])
-    a = _layer(node.a, part).reshape(inputs, -1)
+    node = part.node
+    a = _layer(node.a, part).reshape(-1, node.a.shape[-1])
     b = _layer(node.b, part).reshape(a.shape[1], -1)
     if part.original is not None:
-        base, original = (_dense(kernel, part).reshape(inputs, -1) for kernel in (node.base, part.original))
+        base, original = (_matrix(kernel, part) for kernel in (node.base, part.original))
         a0, b0 = pissa.taken(original, base, a.shape[1], node.scale, part.slot.name)
         a, b = np.concatenate([a, a0], axis=1), np.concatenate([b, -b0])
-    return Factors(a.T, b.T, node.scale, None)
+    return Factors(b, a, node.scale, None) if part.turned else Factors(a.T, b.T, node.scale, None)
 
 
 def _magnitude(part: Part) -> np.ndarray:
     """Of DoRA; without an adapter the length that the kernel has."""
     if adapt.is_adapter(part.node):
         return _layer(part.node.magnitude, part).reshape(-1)
-    return np.asarray(dora.norm(jnp.asarray(_dense(part.node, part)), part.slot.rule.inputs)).reshape(-1)
+    return np.asarray(dora.norm(jnp.asarray(_matrix(part.node, part)), 1))
 
 
-def _dense(kernel: Any, part: Part) -> np.ndarray:
-    """A kernel of one layer as an array in float32, whatever form it has."""
+def _matrix(kernel: Any, part: Part) -> np.ndarray:
+    """A kernel of one layer, whatever form it has, as [inputs, outputs] in float32."""
     stacked = kernel.shape != part.slot.shape
-    return np.asarray(leaf.dense(jax.tree.map(lambda array: array[part.slot.layer], kernel) if stacked else kernel)).astype(
-        np.float32
-    )
+    dense = np.asarray(leaf.dense(jax.tree.map(lambda array: array[part.slot.layer], kernel) if stacked else kernel), np.float32)
+    read, _ = peft_tables.sides(part.slot)
+    return dense.T if part.slot.rule.path == grown.HEAD else dense.reshape(math.prod(read), -1)

@@ -31,7 +31,7 @@ def make(config: ConfigDict) -> tuple[Transform, ...]:
 def inputs(axes: Any) -> dict[str, int]:
     """Path name -> how many axes of the kernel (within a layer) are summed over, of each kernel that multiplies activations.
 
-    They lead from the residual stream or to it: "embed" is the whole of one side. Embeddings and heads ("embed_rest") are no such kernels.
+    They lead from the residual stream or to it: "embed" is the whole of one side. Embeddings and heads ("embed_rest") are `tables`.
     """
     counts = {}
     for name, each in tree.named_leaves(axes, is_leaf=is_axes):
@@ -39,6 +39,12 @@ def inputs(axes: Any) -> dict[str, int]:
         if len(sides) > 1 and "embed" in (sides[0], sides[-1]):
             counts[name] = 1 if sides[0] == "embed" else len(sides) - 1
     return counts
+
+
+def tables(axes: Any) -> dict[str, int]:
+    """The same of what has a row for each token: 0 of the embedding, -1 of a head of its own."""
+    found = dict(tree.named_leaves(axes, is_leaf=is_axes))
+    return {name: count for name, count in ((grown.EMBEDDING, 0), (grown.HEAD, -1)) if found.get(name, ())[:1] == ("vocab",)}
 
 
 def within_layer(axes: Axes) -> Axes:
@@ -135,25 +141,32 @@ class Adaptation:
         )
 
     def check(self) -> None:
-        """ValueError if a transform's targets are none, or not only kernels."""
-        counts, names = self._counts(), tree.names(self.dense_axes)
+        """ValueError if a transform's targets are none, or not only what it is for."""
+        names = tree.names(self.dense_axes)
         for transform in (each for each in self.transforms if not each.tables):
+            fit = [*inputs(self.dense_axes), *(tables(self.dense_axes) if transform.adapts else ())]
             found = [name for name in names if re.fullmatch(transform.targets, name)]
-            others = [name for name in found if name not in counts]
+            others = [name for name in found if name not in fit]
             if not found or others:
                 field = "lora.targets" if transform.adapts else "quant.targets"
                 what = f"selects {', '.join(others)}, which no transform fits" if others else "selects no parameter"
                 raise ValueError(
                     f"{field} = '{transform.targets}' {what}.\n  Accepted: a regular expression that"
-                    f" matches whole names among {', '.join(counts)}.\n  Change the pattern."
-                    + (" To train an embedding, a norm or a head as it is, name it in lora.also." if others else "")
+                    f" matches whole names among {', '.join(fit)}.\n  Change the pattern."
+                    + (" To train a norm, or a table as it is, name it in lora.also." if others else "")
+                )
+            if both := [name for name in found if any(each.tables for each in self._of(name))]:
+                raise ValueError(
+                    f"lora.targets = '{transform.targets}' selects {', '.join(both)}, whose new tokens have rows of their own.\n"
+                    "  Accepted: adapters of other kernels where the vocabulary grew.\n"
+                    "  Leave it out of the pattern; lora.also = 'embed/.*' would train all of its rows."
                 )
 
     def _of(self, name: str) -> list[Transform]:
         return [transform for transform in self.transforms if re.fullmatch(transform.targets, name)]
 
     def _counts(self) -> Mapping[str, int]:
-        return inputs(self.dense_axes)
+        return inputs(self.dense_axes) | tables(self.dense_axes)
 
 
 def _inside(transform: Transform, node: Any, change: Callable[..., Any], *given: Any) -> Any:

@@ -19,7 +19,9 @@ from jaxllm.types import Transform
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=("base", "a", "b", "magnitude"), meta_fields=("scale", "dropout_frac", "kind")
+    jax.tree_util.register_dataclass,
+    data_fields=("base", "a", "b", "magnitude"),
+    meta_fields=("scale", "dropout_frac", "outputs_first", "kind"),
 )
 @dataclasses.dataclass(frozen=True)
 class Dora(lora.Lora):
@@ -30,17 +32,28 @@ class Dora(lora.Lora):
 
     def multiply(self, spec: str, x: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         factor = self._factor().astype(x.dtype)
+        if self.turned(spec):
+            return super().multiply(spec, factor * x, rng)
         y = leaf.einsum(spec, x, self.base)
         if rng is None or not self.dropout_frac:
             return factor * (y + self.beside(spec, x))
         dropped = lora.drop(x, self.dropout_frac, rng)
         return y + (factor - 1) * leaf.einsum(spec, dropped, self.base) + factor * self.beside(spec, dropped)
 
+    def take(self, ids: jax.Array) -> jax.Array:
+        return self._factor() * super().take(ids)
+
     def dense(self) -> jax.Array:
-        return self._factor() * super().dense()
+        factor = self._factor()
+        return (factor[:, None] if self.outputs_first else factor) * super().dense()
+
+    def length(self) -> jax.Array:
+        """||W + s A B||, [o...]."""
+        kernel = super().dense()
+        return norm(kernel.T, 1) if self.outputs_first else norm(kernel, self.a.ndim - 1)
 
     def _factor(self) -> jax.Array:
-        length = jax.lax.stop_gradient(norm(super().dense(), self.a.ndim - 1))
+        length = jax.lax.stop_gradient(self.length())
         # An output to which nothing leads stays 0; so does its gradient.
         return self.magnitude / jnp.where(length > 0, length, 1)
 
@@ -55,8 +68,8 @@ def make(config: ConfigDict) -> Transform:
     plain = lora.adapter(config, Dora)
 
     def apply(kernel: Any, inputs: int, rng: jax.Array) -> Dora:
-        begun = plain.apply(kernel, inputs, rng)
-        return dataclasses.replace(begun, magnitude=norm(lora.Lora.dense(begun), inputs))
+        begun: Any = plain.apply(kernel, inputs, rng)
+        return dataclasses.replace(begun, magnitude=begun.length())
 
     def axes(axes: Any, inputs: int) -> Dora:
         begun = plain.axes(axes, inputs)

@@ -6,6 +6,7 @@ Letters: V rows that were there, N new rows, D width.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -48,6 +49,10 @@ class Grown:
         of_base = jnp.take(self.base, jnp.minimum(ids, old - 1), axis=0).astype(self.rows.dtype)
         of_rows = jnp.take(self.rows, jnp.maximum(ids - old, 0), axis=0, mode="fill")
         return jnp.where((ids < old)[..., None], of_base, of_rows)
+
+    def map_rows(self, function: Callable[[jax.Array, str], jax.Array], axis: str) -> "Grown":
+        """function(rows, their logical axis) of both parts."""
+        return dataclasses.replace(self, base=function(self.base, axis), rows=function(self.rows, "new_tokens"))
 
     def dense(self) -> jax.Array:
         """float32 [V + N, D]."""

@@ -2,10 +2,10 @@
 
 A leaf type is a registered dataclass that stands in the place of an array [...] of the parameter tree. It has the array's `shape`,
 `multiply(spec, x)`, and `dense()`, the float32 array that does the same; with a `dropout_frac`, `multiply` also takes a key. A static field
-`kind` tells it from others in a tree's definition, which does not know classes.
+`kind` tells it from others in a tree's definition, which does not know classes. In the place of a table it also has
+`take(ids)` and `map_rows(function, axis)`.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -38,17 +38,15 @@ def dense(kernel: Any) -> jax.Array:
 
 
 def map_rows(function: Callable[[jax.Array, str], jax.Array], table: Any, axis: str) -> Any:
-    """function(rows, their logical axis) of a table, and of its new rows where they lie apart."""
-    if not hasattr(table, "rows"):
-        return function(table, axis)
-    return dataclasses.replace(table, base=function(table.base, axis), rows=function(table.rows, "new_tokens"))
+    """function(rows, their logical axis) of a table [V, D], or of each of the matrices that a leaf type holds in its place."""
+    return table.map_rows(function, axis) if is_type(table) else function(table, axis)
 
 
 def take(table: Any, ids: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Rows `ids` of a table [V, D], an array or that of transforms/grown.py: [*ids.shape, D] in `dtype`.
+    """Rows `ids` of a table [V, D], an array or a leaf type: [*ids.shape, D] in `dtype`.
 
     An id beyond the vocabulary gives NaN instead of a wrong row.
     """
     # Cast after the look-up: the table is larger than its rows, and its gradient is summed in its own dtype.
-    rows = table.take(ids) if hasattr(table, "rows") else jnp.take(table, ids, axis=0, mode="fill")
+    rows = table.take(ids) if is_type(table) else jnp.take(table, ids, axis=0, mode="fill")
     return rows.astype(dtype)

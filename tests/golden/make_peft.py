@@ -62,6 +62,17 @@ CASES = {
     "t5_lora": Case("t5", {"target_modules": ["q", "v"], "task_type": "SEQ_2_SEQ_LM"}),
     "t5_dora": Case("t5", {"target_modules": r"decoder\..*EncDecAttention\.[ko]", "use_dora": True}),
     "t5_v1_1_rslora": Case("t5_v1_1", {"target_modules": ["wi_1", "wo"], "use_rslora": True, "modules_to_save": ["lm_head"]}),
+    # Tables and heads; the names of the first three make PEFT store the base's own tables as well.
+    "llama_tables": Case("llama", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+    "llama_tables_dora": Case("llama", {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True, "lora_dropout": 0.1}),
+    "qwen2_follows": Case("qwen2", {"target_modules": ["embed_tokens", "up_proj"], "ensure_weight_tying": True}),
+    "gpt2_look_up": Case("gpt2", {"target_modules": ["wte", "c_fc"]}),
+    "bert_base_look_up": Case("bert_base", {"target_modules": ["word_embeddings"], "use_dora": True}),
+    # Rows of single tokens.
+    "qwen2_tokens": Case("qwen2", {"target_modules": ["q_proj"], "trainable_token_indices": [7, 2]}),
+    "llama_tokens": Case(
+        "llama", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [3]}}
+    ),
 }
 
 
@@ -71,8 +82,9 @@ def draw(model: Any, generator: torch.Generator, case: Case) -> None:
         if weight.requires_grad:
             # Small: with large factors attention is so sharp that rounding is seen.
             noise = 0.15 * torch.randn(weight.shape, generator=generator)
-            kept = case.converted or not (".lora_A." in name or ".lora_B." in name)
-            weight.data = (weight.data if kept else torch.zeros_like(weight)) + noise
+            kept = case.converted or not (".lora_A." in name or ".lora_B." in name or ".lora_embedding_" in name)
+            # In place: what is tied to it stays so.
+            weight.data.copy_((weight.data if kept else torch.zeros_like(weight)) + noise)
     if case.tied:
         first = model.get_input_embeddings().modules_to_save.default.weight
         for module in model.modules():

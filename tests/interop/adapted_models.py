@@ -14,8 +14,9 @@ from jaxllm.types import Model, Params
 
 EVERY = ".*layers/.*/kernel|pooler/kernel|head/dense/kernel"
 Q_V, ONLY_Q, MLP = ".*attention/(q|v)/kernel", ".*attention/q/kernel", ".*mlp/.*/kernel"
+TOKENS, HEAD = "embed/tokens", "head/kernel"
 # model (foreign_models.py), kind, lora.targets, lora.also: kernels of every kind, of one kind, of one side, and of a part of what GPT-2
-# holds side by side; of what is trained whole tied and untied embeddings, norms, heads, a table.
+# holds side by side, and of tables, tied and untied; of what is trained whole tied and untied embeddings, norms, heads, a table.
 CASES = [
     ("gpt2", "lora", EVERY, ""),
     ("gpt2", "lora", Q_V, "embed/.*|.*norm/.*"),
@@ -47,6 +48,17 @@ CASES = [
     ("t5", "pissa", Q_V, ""),
     ("t5 1.1", "lora", MLP, "head/kernel"),
     ("t5 1.1", "dora", EVERY, "embed/tokens"),
+    ("gpt2", "rslora", f"{TOKENS}|{MLP}", ""),
+    ("gpt2 untied", "pissa", f"{TOKENS}|{HEAD}|{ONLY_Q}", ""),
+    ("gpt2 classes", "dora", TOKENS, ""),
+    ("llama", "lora", f"{TOKENS}|{HEAD}|{EVERY}", "norm/scale"),
+    ("llama", "dora", f"{TOKENS}|{HEAD}", ""),
+    ("llama tied", "lora", f"{TOKENS}|{Q_V}", ""),
+    ("llama tied", "pissa", TOKENS, ""),
+    ("bert", "lora", TOKENS, "embed/norm/.*"),
+    ("bert alone", "dora", f"{TOKENS}|{Q_V}", ""),
+    ("t5", "lora", f"{TOKENS}|{Q_V}", ""),
+    ("t5 1.1", "dora", f"{TOKENS}|{HEAD}|{MLP}", ""),
 ]
 
 

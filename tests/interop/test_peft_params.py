@@ -25,13 +25,15 @@ WEIGHT = 1e-5
 
 
 def merged(adapter: peft.Adapter, module: str, weight: np.ndarray) -> np.ndarray:
-    """W + s B A of a Linear [outputs, inputs], or of a Conv1D transposed; with DoRA each output has its length (Liu et al., eq. 5)."""
+    """W + s B A of a Linear [outputs, inputs], transposed of a Conv1D or an Embedding; with DoRA each output has its length (Liu et al.,
+    eq. 5)."""
     found = adapter.factors(module)
-    weight = weight.T if adapter.fan_in_fan_out else weight
+    transposed = module + peft.EMBEDDING_A in adapter.shapes or (adapter.fan_in_fan_out and module != "lm_head")
+    weight = weight.T if transposed else weight
     whole = weight.astype(np.float64) + found.scale * found.b.astype(np.float64) @ found.a
     if found.magnitude is not None:
         whole *= (found.magnitude / np.linalg.norm(whole, axis=1))[:, None]
-    return whole.T if adapter.fan_in_fan_out else whole
+    return whole.T if transposed else whole
 
 
 def whole_names(also: str, params: Params) -> set[str]:
@@ -57,14 +59,18 @@ def test_weights(case: str, kind: str, targets: str, also: str, layers_as: str, 
     begun = weights.export(base if kind == "pissa" else peft_base(params), architecture, model.config)
     canonical = families.find(architecture).canonical
     changed = set()
+    copies = peft_params.copied(architecture, expected)
     for module in read.products:
-        name = canonical(f"{module}.weight")
+        # All that is tied to an adapted table has an adapter, and becomes what the table becomes.
+        name = copies.get(canonical(f"{module}.weight"), canonical(f"{module}.weight"))
         found, exact = merged(read, module, begun.make(name)), expected.make(name)
         np.testing.assert_allclose(found, exact, atol=WEIGHT * np.abs(exact).max())
         changed.add(name)
     selected = {name for name in tree.names(base) if re.fullmatch(targets, name)}
     rules = families.find(architecture).rules(architecture, model.config)
     wanted = {rule.name for rule in rules if rule.path in selected}
+    tied = {copy for copy, name in copies.items() if name in changed and model.config.head == "lm"}
+    assert tied <= {canonical(f"{module}.weight") for module in read.products}
     assert changed == {name for name in expected.shapes if any(re.fullmatch(_pattern(name_), name) for name_ in wanted)}
     # PEFT makes a new head for a classifier, random where the files have none.
     heads = {rule.name for rule in rules if rule.path.startswith("head/") and config.model.head in ("classify", "tag")}

@@ -64,8 +64,11 @@ def test_ours(case: str, kind: str, targets: str, also: str, layers_as: str, tmp
     found = [
         theirs(loaded.eval().base_model.model),
         ours(models.build(again.config), again.params),
-        theirs(loaded.merge_and_unload()),
     ]
+    tied = peft_params.copied(architecture, weights.export(base, architecture, model.config))
+    if "embed/tokens/a" not in tree.names(params) or not tied:
+        # PEFT adds to one array what each of the modules that share it has.
+        found.append(theirs(loaded.merge_and_unload()))
     for logits in found:
         np.testing.assert_allclose(logits, expected, atol=LOGITS)
     print(f"{case}, {kind}: {max(np.abs(logits - expected).max() for logits in found):.1e} of {np.abs(expected).max():.1f}")
@@ -110,6 +113,13 @@ TABLES = ["embed_tokens", "lm_head"]
         ("llama tied", {"modules_to_save": TABLES[:1]}),
         ("llama tied", {"modules_to_save": TABLES[:1], "ensure_weight_tying": True}),
         ("gpt2", {"modules_to_save": ["wte", "lm_head"]}),
+        ("gpt2", {"target_modules": ["wte"]}),
+        ("llama", {"target_modules": TABLES}),
+        ("llama tied", {"target_modules": TABLES[:1]}),
+        ("llama tied", {"target_modules": TABLES[:1], "ensure_weight_tying": True}),
+        ("llama tied", {"target_modules": TABLES}),
+        ("llama", {"trainable_token_indices": [1, 10]}),
+        ("llama tied", {"trainable_token_indices": [1, 10]}),
     ],
 )
 def test_theirs_with_new_tokens(case: str, options: dict[str, Any], tmp_path: Path) -> None:
@@ -117,7 +127,7 @@ def test_theirs_with_new_tokens(case: str, options: dict[str, Any], tmp_path: Pa
     load = grown_base(case, tmp_path / "base")
     targets = {"gpt2": "c_attn", "bert": "query", "t5": "q"}.get(case, "q_proj")
     torch.manual_seed(0)
-    given = library.get_peft_model(load(), library.LoraConfig(r=2, target_modules=[targets], **options))
+    given = library.get_peft_model(load(), library.LoraConfig(r=2, **{"target_modules": [targets], **options}))
     for weight in given.parameters():
         if weight.requires_grad:
             weight.data += 0.2 * torch.randn_like(weight)
@@ -129,10 +139,33 @@ def test_theirs_with_new_tokens(case: str, options: dict[str, Any], tmp_path: Pa
     np.testing.assert_allclose(ours(models.build(attached.config), attached.params), expected, atol=LOGITS)
 
 
-@pytest.mark.parametrize("name", make_peft.CASES)
+# Beside those that are frozen: what a tied head does in each case, and rows that it has, too, or alone.
+MORE = {
+    "qwen2 tied, dora": make_peft.Case(
+        "qwen2", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True, "use_dora": True}
+    ),
+    "qwen2 both": make_peft.Case("qwen2", {"target_modules": TABLES}),
+    "qwen2 head": make_peft.Case("qwen2", {"target_modules": TABLES[1:]}),
+    "qwen2 rows of the head": make_peft.Case("qwen2", {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [2]}}),
+    "qwen2 other rows": make_peft.Case(
+        "qwen2", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [2]}}
+    ),
+    "qwen2 same rows": make_peft.Case(
+        "qwen2", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [1, 5]}}
+    ),
+    "t5 rows": make_peft.Case("t5", {"target_modules": ["q"], "trainable_token_indices": [1, 5]}),
+    "t5 1.1 head": make_peft.Case("t5_v1_1", {"target_modules": ["lm_head"], "use_dora": True}),
+    "bert classes": make_peft.Case("bert_sequence", {"target_modules": ["word_embeddings"], "task_type": "SEQ_CLS"}),
+    "bert classes, rows": make_peft.Case(
+        "bert_sequence", {"target_modules": ["query"], "trainable_token_indices": [1, 5], "task_type": "SEQ_CLS"}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*make_peft.CASES, *MORE])
 def test_theirs(name: str, tmp_path: Path) -> None:
     """Larger than the frozen ones; merged weights too."""
-    case = make_peft.CASES[name]
+    case = (make_peft.CASES | MORE)[name]
     larger = test_models.enlarge(BASES[case.base], 3)
     model, given = make_golden.make_model(larger), make_golden.make_inputs(larger)
     architecture, config, params = test_models.read(larger, model, tmp_path / "base")
@@ -147,7 +180,10 @@ def test_theirs(name: str, tmp_path: Path) -> None:
     print(f"{name}: {difference:.1e} of {np.abs(expected).max():.1f}")
     assert difference < LOGITS
     loaded = getattr(transformers, architecture).from_pretrained(tmp_path / "base")
-    if not set(case.options.get("modules_to_save", ())) & {"lm_head"}:
+    # Merged, PEFT leaves nothing apart, and adds to a table what each of the modules that share it has.
+    untied = "head" in attached.params and "head" not in params
+    follows = name == "qwen2_follows"
+    if not (untied or follows or set(case.options.get("modules_to_save", ())) & {"lm_head"}):
         merged = library.PeftModel.from_pretrained(loaded, tmp_path / "adapter").merge_and_unload()
         tensors = {name: value.detach().numpy() for name, value in merged.state_dict().items()}
         exported = weights.export(dense(attached.params), architecture, built.config)

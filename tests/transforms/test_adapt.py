@@ -62,17 +62,30 @@ def test_axes_and_trained_names_of_every_family(family: str, kind: str, form: st
     ("pattern", "what"),
     [
         ("nothing", "lora.targets = 'nothing' selects no parameter"),
-        ("embed/.*", "selects embed/positions, embed/tokens, which no transform fits"),
-        ("embed/tokens|.*mlp/up/kernel", "selects embed/tokens, which"),
+        ("embed/.*", "selects embed/positions, which no transform fits"),
         (".*mlp/.*", "selects layers/mlp/down/bias, layers/mlp/norm/bias, layers/mlp/norm/scale, layers/mlp/up/bias, which"),
-        ("head/kernel", "selects head/kernel, which"),
     ],
 )
 def test_patterns_that_select_no_kernels_are_refused(pattern: str, what: str) -> None:
     with pytest.raises(ValueError, match=re.escape(what)) as error:
         models.build(config_of("gpt", lora__targets=pattern, model__tied_head="off"))
-    assert "layers/attention/q/kernel, layers/attention/v/kernel, layers/mlp/down/kernel" in str(error.value)
+    kernels = "layers/attention/q/kernel, layers/attention/v/kernel, layers/mlp/down/kernel, layers/mlp/up/kernel"
+    assert f"{kernels}, embed/tokens, head/kernel.\n" in str(error.value)
     assert ("name it in lora.also" in str(error.value)) == ("which no" in str(error.value))
+
+
+def test_tables_take_adapters_alone() -> None:
+    """No frozen form fits them, nor an adapter a head of classes, or a table whose new tokens have rows of their own."""
+    with pytest.raises(ValueError, match="quant.targets = 'embed/tokens' selects embed/tokens, which no transform fits"):
+        models.build(config_of("gpt", "int8", quant__targets="embed/tokens"))
+    classes = config_of("bert", lora__targets="head/kernel")
+    classes.model.head, classes.model.classes = "classify", 3
+    with pytest.raises(ValueError, match="selects head/kernel, which no transform fits"):
+        models.build(classes)
+    with pytest.raises(
+        ValueError, match=r"selects embed/tokens, whose new tokens have rows of their own.\n  Accepted: [\s\S]*lora.also"
+    ):
+        models.build(config_of("gpt", lora__targets="embed/tokens", model__start_rows=60))
 
 
 def test_only_the_targets_are_adapted_and_more_is_trained_on_request() -> None:
