@@ -1,11 +1,15 @@
-"""GPTQ: weights rounded one input after the other, the rest making up for the error (Frantar et al. 2022, arXiv:2210.17323).
+"""GPTQ: weights are rounded one input after the other, and each makes up for the errors of those before it (Frantar et al. 2022,
+arXiv:2210.17323).
 
-The error of the outputs is d^T H d for each output, H the sum of x x^T over the calibration data. When input i is rounded, what is
-left is moved by the least squares solution for its error, which Cholesky's factor of H^-1 gives for all inputs at once (Algorithm 1).
-Blocks of inputs update what lies behind them once, with one product (section 3.3, step 2).
+The error of an output is d^T H d, where d is what rounding changed in its weights and H = X^T X of the layer's inputs. After each input
+the paper moves all weights that are not rounded yet (eq. 2), by a row of the upper Cholesky factor of H^-1 (Algorithm 1). Here nothing is
+moved ahead. With H = R^T R, R lower triangular, the error is the square of R d, and weight i, when its turn comes, makes up for what the
+rows before it have left there:
 
-Deviation from the authors' program: a block never begins inside a group, so that the scales of a group are those of weights that all
-earlier inputs have moved, as the paper has it. There, with groups smaller than a block, the moves within the block are not in yet.
+    w_i + sum_{j < i} (R_ij / R_ii) d_j
+
+which is the same number (Chen et al. 2025, arXiv:2507.18553: GPTQ is Babai's nearest plane algorithm). So H is factored once and never
+inverted, a step reads the differences d and writes one row, and errors of float32 do not add up from row to row.
 """
 
 from functools import partial
@@ -13,163 +17,168 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
 
-from jaxllm.compression.grid import Rounded
+from jaxllm.compression.grid import Rounded, scale_shape
 from jaxllm.transforms import affine
 from jaxllm.transforms.affine import Grid
 
-BLOCK = 128
-# Damping is raised to this at least: about what float32 can tell from the diagonal.
-LEAST_RAISED = 1e-7
-# In which order inputs are rounded: as they lie; those with the largest H_ii first, in groups of neighbours, whose scales are those of the
-# weights as they were; or so, in groups of what follows each other in that order.
 ORDERS = ("none", "static", "group")
 
 
-class Solved(NamedTuple):
-    """damp: the share of the mean of H's diagonal that was added to it."""
+class _Rows(NamedTuple):
+    """Inputs in the order in which they are rounded, n of them.
 
-    rounded: Rounded
-    damp: jax.Array
-
-
-@partial(jax.jit, static_argnames=("grid", "order"))
-def solve(kernel_IO: jax.Array, hessian_II: jax.Array, grid: Grid, damp: float = 0.01, order: str = "static") -> Solved:
-    """Codes of a kernel [I, O] for inputs with this sum of x x^T. `grid.ordered` goes with the order "group".
-
-    Inputs that are always 0 keep no weight. Where rounding makes H + damp x mean(diagonal) indefinite, damp is raised tenfold, to 1e-7 at
-    least, until not.
+    kernel: [n, O]. root: [n, n], R with each row divided by its diagonal. group: int32 [n], the row of their scales and zeros.
     """
-    inputs = len(kernel_IO)
+
+    kernel: jax.Array
+    root: jax.Array
+    group: jax.Array
+
+
+class _Scales(NamedTuple):
+    """scale: [G, O]. zero: uint8 [G, O] or None."""
+
+    scale: jax.Array
+    zero: jax.Array | None
+
+
+@partial(jax.jit, static_argnames=("grid", "order", "block"))
+def solve(
+    kernel_IO: jax.Array, hessian_II: jax.Array, grid: Grid, damp: float = 0.01, order: str = "static", block: int = 128
+) -> tuple[Rounded, jax.Array]:
+    """(codes, damping used) of a kernel whose inputs have the Hessian H = X^T X, times any number.
+
+    order: "none": as they lie, the scales of a group being those of its weights as they are when its turn comes. "static": those with the
+    largest H_ii first, with the scales of the weights as they were. "group": so, too, and groups are runs of that order, with scales as
+    of "none"; the grid is ordered.
+    damp: what is added to the diagonal, as a share of its mean over the inputs that are not always 0. It is raised tenfold until the
+    factor is finite; inf or NaN says that it never was, and the codes mean nothing.
+    block: rows that are rounded between two products with all rows before them. The result does not depend on it.
+
+    Inputs that are always 0 keep no weight. ValueError if groups of this size do not make up the inputs, or if the order is not of this
+    grid.
+    """
+    shape = scale_shape(kernel_IO, grid)
+    _check(order, grid)
     diagonal_I = jnp.diagonal(hessian_II)
-    dead_I = diagonal_I <= 0
-    kernel_IO = jnp.where(dead_I[:, None], 0.0, kernel_IO.astype(jnp.float32))
-    hessian_II = hessian_II + jnp.diag(dead_I.astype(jnp.float32))
-    static = _static(kernel_IO, grid) if order == "static" else None
-    order_I = jnp.arange(inputs) if order == "none" else jnp.argsort(-diagonal_I)
-    factor_II, damp_used = _factor(hessian_II[order_I][:, order_I], damp)
-    found = _sweep(kernel_IO[order_I], factor_II, grid, static, order_I)
-    place_I = jnp.argsort(order_I)
-    groups = (jnp.arange(inputs) // (grid.group or inputs))[place_I].astype(jnp.int32) if grid.ordered else None
-    return Solved(Rounded(found.codes[place_I], found.scale, found.zero, groups), damp_used)
+    live_I = diagonal_I > 0
+    kernel_IO = jnp.where(live_I[:, None], kernel_IO, 0)
+    mean = jnp.sum(diagonal_I) / jnp.maximum(jnp.sum(live_I), 1)
+    hessian_II = hessian_II / jnp.where(mean == 0, 1, mean) + jnp.diag(jnp.where(live_I, 0.0, 1.0))
+    group_I = jnp.arange(len(live_I)) // (len(live_I) // shape[0])
+    scales = _Scales(*affine.scales(*affine.limits(kernel_IO, grid, shape), grid)) if order == "static" or shape[0] == 1 else None
+    if order == "none":
+        root_II, damp_used = _factor(hessian_II, damp)
+        codes, scales = _round(_Rows(kernel_IO, root_II, group_I), scales, grid, block)
+        return Rounded(codes, *scales, group_I.astype(jnp.int32) if grid.ordered else None), damp_used
+    first_I = jnp.argsort(-diagonal_I)
+    place_I = jnp.argsort(first_I)
+    root_II, damp_used = _factor(hessian_II[first_I][:, first_I], damp)
+    of_rows = group_I[first_I] if order == "static" else group_I
+    codes, scales = _round(_Rows(kernel_IO[first_I], root_II, of_rows), scales, grid, block)
+    index = (group_I if order == "static" else group_I[place_I]).astype(jnp.int32)
+    return Rounded(codes[place_I], *scales, index if grid.ordered else None), damp_used
 
 
-def _static(kernel_IO: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array | None]:
-    """(scale, zero) of groups of neighbours."""
-    shape = (len(kernel_IO) // (grid.group or len(kernel_IO)), kernel_IO.shape[1])
-    return affine.scales(*affine.limits(kernel_IO, grid, shape), grid)
+def _check(order: str, grid: Grid) -> None:
+    if order not in ORDERS:
+        raise ValueError(f"order = {order!r} of GPTQ.\n  Accepted: {', '.join(ORDERS)}.\n  Change the order.")
+    if order == "group" and not grid.ordered:
+        raise ValueError(
+            "order = 'group' of GPTQ makes groups of inputs that are no neighbours, and the grid holds runs of neighbours.\n"
+            "  Accepted with it: a grid that is ordered.\n  Change the grid (quant.ordered), or the order to 'static'."
+        )
 
 
 def _factor(hessian_II: jax.Array, damp: float) -> tuple[jax.Array, jax.Array]:
-    """(U, damp): U^T U = (H + damp mean(diagonal) I)^-1, U upper triangular.
+    """(R with each row divided by its diagonal, damping used): R^T R = H + damping I, R lower triangular.
 
-    Of H = V V^T, V upper triangular, it is U = V^-1, without H^-1. V is Cholesky's factor of H turned around, turned around.
+    That is Cholesky's factor of the matrix read from its last row and column on.
     """
-    mean = jnp.diagonal(hessian_II).mean()
+    turned_II, eye_II = jnp.flip(hessian_II), jnp.eye(len(hessian_II))
 
-    def upper(damp: jax.Array) -> jax.Array:
-        damped = hessian_II + damp * mean * jnp.eye(len(hessian_II))
-        return jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+    def attempt(damp: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.lax.linalg.cholesky(turned_II + damp * eye_II, symmetrize_input=False), damp
 
-    def more(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        # Ten times nothing is nothing: without a least share, damp = 0 would never end.
-        raised = jnp.maximum(state[1] * 10, LEAST_RAISED)
-        return upper(raised), raised
+    def failed(state: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return ~jnp.isfinite(state[0]).all() & jnp.isfinite(state[1])
 
-    first = jnp.asarray(damp, jnp.float32)
-    v_II, used = jax.lax.while_loop(lambda state: ~jnp.isfinite(state[0]).all() & (state[1] < 1e3), more, (upper(first), first))
-    return jax.scipy.linalg.solve_triangular(v_II, jnp.eye(len(v_II)), lower=False), used
-
-
-class _State(NamedTuple):
-    """kernel: what is left, moved by the rounded inputs. The others are filled in block by block; `now`: (scale, zero) of the group."""
-
-    kernel: jax.Array
-    codes: jax.Array
-    scale: jax.Array
-    zero: jax.Array | None
-    now: tuple[jax.Array, jax.Array | None]
+    # A Hessian that is not finite stays so.
+    first = jnp.where(jnp.isfinite(jnp.diagonal(hessian_II)).all(), jnp.float32(damp), jnp.nan)
+    factor_II, used = jax.lax.while_loop(failed, lambda state: attempt(jnp.maximum(10 * state[1], 1e-6)), attempt(first))
+    root_II = jnp.flip(factor_II.T)
+    return root_II / jnp.diagonal(root_II)[:, None], used
 
 
-def _sweep(
-    kernel_IO: jax.Array,
-    factor_II: jax.Array,
-    grid: Grid,
-    static: tuple[jax.Array, jax.Array | None] | None,
-    order_I: jax.Array,
-) -> Rounded:
-    """Rounds all inputs in the order in which they are given; order_I: which ones they are, for the `static` scales."""
-    inputs, outputs = kernel_IO.shape
-    group = grid.group or inputs
-    block = _block(grid.group)
-    padded = -(-inputs // block) * block
-    more = padded - inputs  # inputs that are nothing, behind all others
-    kernel_IO = jnp.pad(kernel_IO, ((0, more), (0, 0)))
-    factor_II = jnp.pad(factor_II, ((0, more), (0, more))) + jnp.diag((jnp.arange(padded) >= inputs).astype(jnp.float32))
-    order_I = jnp.pad(order_I, (0, more))
+def _round(rows: _Rows, scales: _Scales | None, grid: Grid, block: int) -> tuple[jax.Array, _Scales]:
+    """(uint8 codes [I, O], scales). Without scales, those of a group are found when its turn comes."""
+    if scales is not None:
+        return _in_blocks(rows, jnp.zeros_like(rows.kernel), scales, grid, block)[0], scales
+    return _in_groups(rows, grid, block)
 
-    def one(number: jax.Array, state: _State) -> _State:
-        start = number * block
-        left_BO = jax.lax.dynamic_slice_in_dim(state.kernel, start, block)
-        if static is None:
-            now = jax.lax.cond(start % group == 0, lambda: _scales(state.kernel, start, group, grid), lambda: state.now)
-            place = start // group
-            put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=place, axis=0)
-            state = state._replace(
-                now=now,
-                scale=put(state.scale, now[0]),
-                zero=None if state.zero is None or now[1] is None else put(state.zero, now[1]),
-            )
-            scale_BO, zero_BO = jax.tree.map(lambda x: jnp.broadcast_to(x, (block, outputs)), now)
-        else:
-            group_B = jax.lax.dynamic_slice_in_dim(order_I, start, block) // group
-            scale_BO, zero_BO = jax.tree.map(lambda x: x[group_B], static)
-        rows_BI = jax.lax.dynamic_slice_in_dim(factor_II, start, block)
-        codes_BO, errors_BO = _round_block(left_BO, jax.lax.dynamic_slice_in_dim(rows_BI, start, block, 1), scale_BO, zero_BO, grid)
-        behind_BI = jnp.where(jnp.arange(padded) >= start + block, rows_BI, 0)
-        kernel = state.kernel - jnp.matmul(behind_BI.T, errors_BO, precision="highest")
-        return state._replace(kernel=kernel, codes=jax.lax.dynamic_update_slice_in_dim(state.codes, codes_BO, start, 0))
 
-    first = _scales(kernel_IO, 0, group, grid) if static is None else (static[0][:1], None if static[1] is None else static[1][:1])
-    count = inputs // group
-    scale, zero = static or (
-        jnp.zeros((count, outputs), first[0].dtype),
-        None if first[1] is None else jnp.zeros((count, outputs), jnp.uint8),
+def _in_groups(rows: _Rows, grid: Grid, block: int) -> tuple[jax.Array, _Scales]:
+    """One group after the other, on the grid of its weights as the groups before have moved them."""
+    size, outputs = grid.group, rows.kernel.shape[1]
+
+    def one(off_IO: jax.Array, number: jax.Array) -> tuple[jax.Array, tuple[jax.Array, _Scales]]:
+        start = number * size
+        root_gI, kernel_gO = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (rows.root, rows.kernel))
+        root_gg = jax.lax.dynamic_slice_in_dim(root_gI, start, size, 1)
+        left_gO = _product(root_gI, off_IO)
+        # The least error would be that of weights that are not rounded: R (moved - kernel) takes all back that is left.
+        moved_gO = kernel_gO + solve_triangular(root_gg, left_gO, lower=True, unit_diagonal=True)
+        scales = _Scales(*affine.scales(*affine.limits(moved_gO, grid, (1, outputs)), grid))
+        part = _Rows(kernel_gO, root_gg, jnp.zeros(size, jnp.int32))
+        codes, off_gO = _in_blocks(part, left_gO, scales, grid, block)
+        return jax.lax.dynamic_update_slice_in_dim(off_IO, off_gO, start, 0), (codes, scales)
+
+    _, (codes, scales) = jax.lax.scan(one, jnp.zeros_like(rows.kernel), jnp.arange(len(rows.kernel) // size))
+    return codes.reshape(rows.kernel.shape), jax.tree.map(lambda x: x.reshape(-1, outputs), scales)
+
+
+def _in_blocks(rows: _Rows, left_nO: jax.Array, scales: _Scales, grid: Grid, block: int) -> tuple[jax.Array, jax.Array]:
+    """(uint8 codes, differences) [n, O], one block of rows after the other; left_nO: what rows before all of these have left."""
+    number, outputs = rows.kernel.shape
+    if number <= block:
+        return _row_by_row(rows, left_nO, scales, grid)
+    count = -(-number // block)
+    size = -(-number // count)
+    more = count * size - number
+    # Rows behind all others that change nothing.
+    padded = _Rows(
+        jnp.pad(rows.kernel, ((0, more), (0, 0))), jnp.pad(rows.root, ((0, more), (0, more))), jnp.pad(rows.group, (0, more))
     )
-    state = _State(kernel_IO, jnp.zeros((padded, outputs), jnp.uint8), scale, zero, first)
-    state = jax.lax.fori_loop(0, padded // block, one, state)
-    return Rounded(state.codes[:inputs], state.scale, state.zero, None)
+    left_nO = jnp.pad(left_nO, ((0, more), (0, 0)))
+
+    def one(off_nO: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        start = index * size
+        kernel, root, group, left = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (*padded, left_nO))
+        part = _Rows(kernel, jax.lax.dynamic_slice_in_dim(root, start, size, 1), group)
+        codes, off_BO = _row_by_row(part, left + _product(root, off_nO), scales, grid)
+        return jax.lax.dynamic_update_slice_in_dim(off_nO, off_BO, start, 0), codes
+
+    off_nO, codes = jax.lax.scan(one, jnp.zeros_like(padded.kernel), jnp.arange(count))
+    return codes.reshape(-1, outputs)[:number], off_nO[:number]
 
 
-def _block(group: int) -> int:
-    """Inputs of a block: no group begins or ends inside of one."""
-    if not group:
-        return BLOCK
-    return next(size for size in range(min(BLOCK, group), 0, -1) if group % size == 0)
+def _row_by_row(rows: _Rows, left_BO: jax.Array, scales: _Scales, grid: Grid) -> tuple[jax.Array, jax.Array]:
+    """(uint8 codes, differences) [B, O]."""
+
+    def one(off_BO: jax.Array, row: tuple[jax.Array, _Rows, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        index, (kernel_O, root_B, group), left_O = row
+        scale_O, zero_O = jax.tree.map(lambda x: x[group], scales)
+        codes_O = affine.nearest(kernel_O + left_O + _product(root_B, off_BO), scale_O, zero_O, grid)
+        zero_O = grid.middle if zero_O is None else zero_O.astype(jnp.float32)
+        off_O = kernel_O - (codes_O - zero_O) * scale_O.astype(jnp.float32)
+        return jax.lax.dynamic_update_index_in_dim(off_BO, off_O, index, 0), codes_O.astype(jnp.uint8)
+
+    off_BO, codes = jax.lax.scan(one, jnp.zeros_like(rows.kernel), (jnp.arange(len(rows.kernel)), rows, left_BO))
+    return codes, off_BO
 
 
-def _scales(kernel_IO: jax.Array, start: jax.Array | int, group: int, grid: Grid) -> tuple[jax.Array, jax.Array | None]:
-    """(scale, zero) [1, O] of the group that begins there."""
-    part_IO = jax.lax.dynamic_slice_in_dim(kernel_IO, start, group)
-    return affine.scales(*affine.limits(part_IO, grid, (1, part_IO.shape[1])), grid)
-
-
-def _round_block(
-    left_BO: jax.Array, factor_BB: jax.Array, scale_BO: jax.Array, zero_BO: jax.Array | None, grid: Grid
-) -> tuple[jax.Array, jax.Array]:
-    """(codes, errors / diagonal of the factor) of a block, input by input."""
-
-    def one(index: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        left_BO, codes_BO, errors_BO = state
-        weight_O, scale_O = left_BO[index], scale_BO[index]
-        zero_O = None if zero_BO is None else zero_BO[index]
-        code_O = affine.nearest(weight_O, scale_O, zero_O, grid)
-        value_O = (code_O - (grid.middle if zero_O is None else zero_O.astype(jnp.float32))) * scale_O.astype(jnp.float32)
-        error_O = (weight_O - value_O) / factor_BB[index, index]
-        # Rows of the factor are 0 before the diagonal: what is rounded already stays.
-        left_BO = left_BO - factor_BB[index][:, None] * error_O
-        return left_BO, codes_BO.at[index].set(code_O.astype(jnp.uint8)), errors_BO.at[index].set(error_O)
-
-    zeros = jnp.zeros_like(left_BO)
-    _, codes_BO, errors_BO = jax.lax.fori_loop(0, len(left_BO), one, (left_BO, zeros.astype(jnp.uint8), zeros))
-    return codes_BO, errors_BO
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x y in float32 proper, where a device would take fewer bits."""
+    return jnp.matmul(x, y, precision="highest")

@@ -56,7 +56,7 @@ def leaf(rounded: Rounded, shape: tuple[int, ...], inputs: int, grid: Grid, roun
 @partial(jax.jit, static_argnames="grid")
 def round_to_nearest(kernel_IO: jax.Array, grid: Grid) -> Rounded:
     """Each weight to the nearest code of its group."""
-    return with_limits(kernel_IO, *affine.limits(kernel_IO, grid, _scales(kernel_IO, grid)), grid)
+    return with_limits(kernel_IO, *affine.limits(kernel_IO, grid, scale_shape(kernel_IO, grid)), grid)
 
 
 def with_limits(kernel_IO: jax.Array, low_GO: jax.Array, high_GO: jax.Array, grid: Grid) -> Rounded:
@@ -75,7 +75,7 @@ def clipped(kernel_IO: jax.Array, hessian_II: jax.Array, grid: Grid) -> Rounded:
 
     hessian_II: the sum of x x^T. Of it the blocks of the groups count: d^T H_g d is the sum over the tokens of (x_g d)^2.
     """
-    shape = _scales(kernel_IO, grid)
+    shape = scale_shape(kernel_IO, grid)
     low, high = affine.limits(kernel_IO, grid, shape)
     size = len(kernel_IO) // shape[0]
     blocks_G = jnp.stack([hessian_II[start : start + size, start : start + size] for start in range(0, len(kernel_IO), size)])
@@ -88,7 +88,8 @@ def clipped(kernel_IO: jax.Array, hessian_II: jax.Array, grid: Grid) -> Rounded:
     return with_limits(kernel_IO, low * best_GO, high * best_GO, grid)
 
 
-def _scales(kernel_IO: jax.Array, grid: Grid) -> tuple[int, int]:
+def scale_shape(kernel_IO: jax.Array, grid: Grid) -> tuple[int, int]:
+    """(G, O) of scales; ValueError if groups of this size do not make up the inputs."""
     inputs, outputs = kernel_IO.shape
     affine.group_shape(kernel_IO.shape, 1, grid)  # which refuses groups that do not fit
     return inputs // (grid.group or inputs), outputs

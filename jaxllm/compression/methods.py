@@ -110,7 +110,7 @@ def _leaf(recipe: Recipe, name: str, kernel: jax.Array, moments: Moments | None)
     if moments is None:
         rounded = grids.round_to_nearest(matrix, grid)
     elif recipe.method in ("gptq", "awq+gptq"):
-        rounded = gptq.solve(matrix, moments.second_II, grid, recipe.damp, recipe.order).rounded
+        rounded = gptq.solve(matrix, moments.second_II, grid, recipe.damp, recipe.order)[0]
     elif recipe.method == "clip" or (recipe.method == "awq" and name.split("/")[1] not in NOT_CLIPPED):
         rounded = grids.clipped(matrix, moments.second_II, grid)
     else:

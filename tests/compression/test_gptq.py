@@ -1,8 +1,7 @@
-"""GPTQ beside NumPy in float64, and what it is for: a smaller error of the outputs than that of the nearest codes."""
+"""GPTQ beside the paper's equations in NumPy, float64, and what it promises: smaller errors of the outputs than the nearest codes."""
 
-from typing import Any
-
-import gptq_oracle
+import gptq_paper as paper
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,112 +10,91 @@ from jaxllm.compression import gptq, grid
 from jaxllm.transforms.affine import Grid
 
 ORDERS = pytest.mark.parametrize("order", gptq.ORDERS)
+SYMMETRIC = pytest.mark.parametrize("symmetric", [True, False])
 
 
-def problem(inputs: int = 96, outputs: int = 40, tokens: int = 600, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """A kernel, and the sum of x x^T of inputs that hang together and differ in size, as those of a model do."""
-    rng = np.random.default_rng(seed)
-    x_NI = rng.normal(size=(tokens, inputs)) @ (np.eye(inputs) + 0.4 * rng.normal(size=(inputs, inputs)) / inputs**0.5)
-    x_NI *= np.exp(rng.normal(0, 1, inputs)) / 5
-    x_NI[:, 5] = 0
-    return rng.normal(0, 0.05, (inputs, outputs)).astype(np.float32), (x_NI.T @ x_NI).astype(np.float32)
-
-
-def error(kernel: Any, dense: Any, hessian: np.ndarray) -> float:
-    off = np.asarray(kernel, np.float64) - np.asarray(dense, np.float64)
-    return float(np.trace(off.T @ hessian.astype(np.float64) @ off))
-
-
-@ORDERS
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("bits", "group", "inputs"), [(4, 32, 96), (3, 0, 96), (8, 96, 96), (2, 256, 512), (4, 0, 200)])
-def test_codes_are_those_of_the_paper(order: str, symmetric: bool, bits: int, group: int, inputs: int) -> None:
-    """Of thousands of weights some lie in the middle of two codes, and what follows on them differs."""
-    kernel, hessian = problem(inputs)
-    given = Grid(bits, group, symmetric, ordered=order == "group")
-    solved = gptq.solve(kernel, hessian, given, damp=0.01, order=order)
-    expected = gptq_oracle.solve(kernel, hessian, bits, group, symmetric, 0.01, order)
-    found = solved.rounded
-    assert found.codes.dtype == "uint8" and (found.zero is None) == symmetric and (found.groups is None) == (order != "group")
-    differ = np.asarray(found.codes) != expected.codes
-    assert differ.mean() < 0.02 and np.median(differ.mean(0)) == 0
-    # Whole outputs are equal, scales and all.
-    same = ~differ.any(0)
-    assert same.mean() > 0.6
-    np.testing.assert_allclose(found.scale[:, same], expected.scale[:, same], rtol=1e-4)
-    np.testing.assert_allclose(np.asarray(found.dense(given))[:, same], expected.dense[:, same], rtol=2e-4, atol=1e-6)
-    live = np.arange(inputs) != 5
-    np.testing.assert_allclose(
-        error(kernel[live], found.dense(given)[live], hessian[live][:, live]),
-        error(kernel[live], expected.dense[live], hessian[live][:, live]),
-        rtol=0.02,
-    )
-    assert float(solved.damp) == pytest.approx(0.01)
+def compare(order: str, given: Grid, inputs: int, block: int, dead: tuple[int, ...] = ()) -> None:
+    """Codes are the paper's, and the error of the outputs is smaller than that of the nearest codes. Where float32 decides between two
+    codes, what follows on it may differ in that output."""
+    kernel, x = paper.correlated(inputs, 64)
+    x[:, list(dead)] = 0
+    hessian = paper.second_moment(x)
+    found, damp = gptq.solve(kernel, hessian, given, order=order, block=block)
+    expected = paper.solve(kernel, hessian, given, 0.01, order)
+    assert found.codes.dtype == jnp.uint8 and found.scale.dtype == given.scale_dtype and damp == np.float32(0.01)
+    assert (found.zero is None) == given.symmetric and (found.groups is None) == (order != "group")
+    off = np.abs(np.asarray(found.codes, np.float64) - expected.codes)
+    assert (off > 0).mean() < 1e-3 and off.max() <= 1, f"{(off > 0).mean():.3%} differ, by up to {off.max()}"
+    same = ~off.any(0)
+    np.testing.assert_allclose(np.asarray(found.scale, np.float64)[:, same], expected.scale[:, same], rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(found.dense(given))[:, same], expected.dense[:, same], rtol=1e-5, atol=0)
+    if found.groups is not None:
+        np.testing.assert_array_equal(found.groups, expected.group)
+    assert not np.asarray(found.dense(given))[list(dead)].any()
+    nearest = paper.round_groups(kernel, given).dense
+    assert paper.output_error(kernel - found.dense(given), x) < 0.8 * paper.output_error(kernel - nearest, x)
 
 
 @ORDERS
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize(("group", "symmetric"), [(0, True), (32, False)])
-def test_outputs_are_closer_than_those_of_the_nearest_codes(order: str, bits: int, group: int, symmetric: bool) -> None:
-    kernel, hessian = problem(seed=bits)
-    given = Grid(bits, group, symmetric, ordered=order == "group", scale_dtype="float16")
-    mine = gptq.solve(kernel, hessian, given, order=order).rounded.dense(given)
+@SYMMETRIC
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 0), (4, 16), (8, 48)])
+def test_codes_are_those_of_the_paper(order: str, symmetric: bool, bits: int, group: int) -> None:
+    """Groups larger and smaller than a block, and blocks that do not divide the inputs."""
+    compare(order, Grid(bits, group, symmetric, ordered=order == "group"), inputs=96, block=20)
+
+
+@ORDERS
+def test_inputs_that_are_always_0_keep_no_weight(order: str) -> None:
+    """Of a small Hessian, whose diagonal the 1 of such inputs would raise; scales in float16; a block that holds them all."""
+    compare(order, Grid(4, 25, False, order == "group", "float16"), inputs=50, block=128, dead=(3, 4, 49))
+
+
+@ORDERS
+def test_inputs_without_anything_in_common(order: str) -> None:
+    """None can make up for another: exactly the nearest codes."""
+    kernel, given = paper.correlated(96, 32)[0], Grid(3, 48, order == "none", order == "group")
+    found, _ = gptq.solve(kernel, 7 * np.eye(96, dtype=np.float32), given, order=order, block=32)
+    jax.tree.map(np.testing.assert_array_equal, found[:3], grid.round_to_nearest(kernel, given)[:3])
+
+
+def test_damping_grows_until_there_is_a_factor() -> None:
+    """Of 12 tokens H has rank 12, and with an input that stands there twice: only damping makes it a Hessian. With little of it, what the
+    tokens do not see is free, and the error vanishes."""
+    kernel, x = paper.correlated(64, 16, tokens=12)
+    x[:, 9] = x[:, 8]
+    given, hessian = Grid(4, 0), paper.second_moment(x) - 1e-3 * np.eye(64, dtype=np.float32)
+    found, damp = gptq.solve(kernel, hessian, given, damp=1e-8, order="none")
+    smallest = -np.linalg.eigvalsh(hessian.astype(np.float64))[0] / np.diagonal(hessian).mean()
+    assert smallest < damp < 20 * smallest and np.log10(damp) == pytest.approx(round(np.log10(damp)), abs=1e-5)
     nearest = grid.round_to_nearest(kernel, given).dense(given)
-    # In 2 bits and small groups, without an order, the paper's equations in float64 leave 0.93 to 1.04 of it over eight seeds, here 0.97.
-    share = (0.99 if bits == 2 and group else 0.9) if order == "none" else 0.75
-    assert error(kernel, mine, hessian) < share * error(kernel, nearest, hessian)
-    assert error(kernel, mine, np.eye(96)) > error(kernel, nearest, np.eye(96))
+    assert paper.output_error(kernel - found.dense(given), x) < 0.1 * paper.output_error(kernel - nearest, x)
 
 
-@ORDERS
-def test_inputs_that_have_nothing_to_do_with_each_other(order: str) -> None:
-    """Nothing can make up for an error: each weight goes to the nearest code."""
-    kernel, given = problem()[0], Grid(4, 32, ordered=order == "group")
-    mine = gptq.solve(kernel, np.eye(96, dtype=np.float32) * 3, given, order=order).rounded
-    nearest = grid.round_to_nearest(kernel, given)
-    np.testing.assert_array_equal(mine.codes, nearest.codes)
-    np.testing.assert_allclose(mine.dense(given), nearest.dense(given), rtol=1e-6)
+@pytest.mark.parametrize("place", [(3, 3), (3, 4)])
+def test_a_hessian_that_is_not_finite_is_told(place: tuple[int, int]) -> None:
+    kernel, x = paper.correlated(16, 8)
+    hessian = paper.second_moment(x)
+    hessian[place] = hessian[place[::-1]] = np.nan
+    assert not np.isfinite(gptq.solve(kernel, hessian, Grid(4, 0))[1])
 
 
-@pytest.mark.parametrize("damp", [0.0, 1e-9])
-def test_too_few_tokens_raise_the_damping(damp: float) -> None:
-    """Of 20 tokens and 96 inputs H has no inverse; without any damping it gets some, and the result is finite and good."""
-    kernel, hessian = problem(tokens=20)
-    solved = gptq.solve(kernel, hessian, Grid(3, 0), damp=damp)
-    assert 1e-9 < float(solved.damp) <= 1e-4
-    dense = solved.rounded.dense(Grid(3, 0))
-    assert np.isfinite(dense).all()
-    nearest = grid.round_to_nearest(kernel, Grid(3, 0)).dense(Grid(3, 0))
-    assert error(kernel, dense, hessian) < 0.1 * error(kernel, nearest, hessian)
+def test_what_does_not_fit_is_refused() -> None:
+    kernel, x = paper.correlated(16, 8)
+    hessian = paper.second_moment(x)
+    for order, given, match in (
+        ("group", Grid(4, 8), "no neighbours"),
+        ("act", Grid(4, 8), "Accepted: none, static, group"),
+        ("none", Grid(4, 6), "does not cut"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            gptq.solve(kernel, hessian, given, order=order)
 
 
-def test_inputs_that_are_always_0_keep_no_weight() -> None:
-    kernel, hessian = problem()
-    hessian[40], hessian[:, 40] = 0, 0
-    dense = np.asarray(gptq.solve(kernel, hessian, Grid(4, 32), order="none").rounded.dense(Grid(4, 32)))
-    assert np.all(dense[[5, 40]] == 0) and np.abs(dense[41]).max() > 0
+def test_programs_do_not_grow_with_the_matrix() -> None:
+    """Loops are loops: the same number of operations for many blocks and groups as for few."""
 
+    def operations(inputs: int) -> int:
+        shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((inputs, 16), (inputs, inputs))]
+        return gptq.solve.lower(*shapes, Grid(4, 64), block=32).as_text().count("\n")
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_clipping_is_the_best_of_its_steps(symmetric: bool) -> None:
-    """In float64 over tokens, not over H: for each group and output the share that is best for the group's part of the output."""
-    rng = np.random.default_rng(0)
-    x_NI = rng.normal(size=(300, 64)) * np.exp(rng.normal(size=64))
-    kernel = rng.standard_t(3, size=(64, 9)).astype(np.float32)
-    given = Grid(3, 32, symmetric)
-    found = grid.clipped(kernel, (x_NI.T @ x_NI).astype(np.float32), given)
-    for start in (0, 32):
-        part, x = kernel[start : start + 32], x_NI[:, start : start + 32]
-        low, high = np.minimum(part.min(0), 0), np.maximum(part.max(0), 0)
-        if symmetric:
-            high = np.maximum(high, -low)
-            low = -high
-        every = []
-        for share in np.linspace(1, 0.5, 20, endpoint=False):
-            tried = grid.with_limits(
-                *(jnp.asarray(array, jnp.float32) for array in (part, low[None] * share, high[None] * share)), given
-            )
-            every.append(((x @ (part - np.asarray(tried.dense(given), np.float64))) ** 2).sum(0))
-        mine = ((x @ (part - np.asarray(found.dense(given), np.float64)[start : start + 32])) ** 2).sum(0)
-        np.testing.assert_allclose(mine, np.min(every, 0), rtol=1e-3)
-        assert np.mean(np.argmin(every, 0) > 0) > 0.5
+    assert operations(512) == operations(4096)
