@@ -72,7 +72,7 @@ def load(
             "  Leave out the base."
         )
     if is_foreign(directory):
-        return _load_imported(read_imported(directory, step), cache)
+        return _load_imported(read_imported(directory, step, keep_codes=True), cache)
     workdir = find(directory)
     config = schema.load(workdir.config)
     if for_decoding and jax.default_backend() == "cpu":
