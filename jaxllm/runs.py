@@ -58,9 +58,9 @@ class Run:
 def load(
     directory: str | Path, step: int | None = None, *, base: str | Path = "", for_decoding: bool = False, cache: str = ""
 ) -> Run:
-    """The run in `directory` at checkpoint `step` (None: the newest), whatever mesh it was trained on; or the model in a directory
-    of transformers (config.json and safetensors) or in a GGUF file, in float32 but for quantized kernels; or an adapter of PEFT (adapter_config.json) beside `base`,
-    which may be any of these ("": where `find_base` finds the one that the adapter names).
+    """The run in `directory` at checkpoint `step` (None: the newest), whatever mesh it was trained on; or the model in a directory of
+    transformers (config.json and safetensors) or in a GGUF file, in float32, and where it is quantized in its codes; or an adapter of PEFT
+    (adapter_config.json) beside `base`, which may be any of these ("": where `find_base` finds the one that the adapter names).
 
     for_decoding: on a CPU, layers are unrolled and compute in float32 whatever the run did, which decodes faster there than a scan
     and than bfloat16. Else everything is as it was trained. cache: precision.cache, if it is to be another one.

@@ -1,4 +1,4 @@
-"""Quantized models that are opened: they hold the codes, take the memory that the format promises while they write, and compute the same."""
+"""Opened quantized models: they hold the codes, take the memory that the format promises while they write, and compute the same."""
 
 import dataclasses
 import sys
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from random_run import write_run
 
-from jaxllm import logits, models, runs
+from jaxllm import logits, runs
 from jaxllm.data.tokenizers.byte import ByteTokenizer
 from jaxllm.decode import batching, generate, network
 from jaxllm.interop import directory, weights
