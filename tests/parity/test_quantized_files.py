@@ -44,6 +44,9 @@ def write(path: Path, case: str, packing: str, kind: str, **grid: Any) -> tuple[
         ("llama", "pack-quantized", {}, {}),
         ("llama tied", "pack-quantized", {"bits": 8, "group": 64}, {}),
         ("qwen2", "pack-quantized", {"group": 0}, {}),
+        ("llama tied", "pack-quantized", {"bits": 3}, {}),
+        ("llama", "pack-quantized", {"bits": 3, "symmetric": False}, DEQUANTIZE),
+        ("llama", "pack-quantized", {"bits": 2, "group": 64}, {}),
         ("bert classes", "pack-quantized", {}, {}),
         ("llama classes", "pack-quantized", {"bits": 8, "group": 0}, {}),
         ("mistral", "pack-quantized", {"symmetric": False}, DEQUANTIZE),
@@ -81,6 +84,7 @@ def test_transformers_loads_int_quantized(tmp_path: Path) -> None:
 SCHEMES: dict[str, dict[str, Any]] = {
     "pack-quantized": {"num_bits": 4, "strategy": "group", "group_size": 32},
     "pack-quantized zeros": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False},
+    "pack-quantized 3": {"num_bits": 3, "strategy": "group", "group_size": 32},
     "pack-quantized 8": {"num_bits": 8, "strategy": "channel"},
     "int-quantized": {"num_bits": 8, "strategy": "channel"},
 }
