@@ -10,6 +10,7 @@ written, and DST appears when it is complete. What is quantized becomes dense, b
 the files of another tool: pack-quantized or int-quantized (compressed-tensors), gptq, gptq_v2, awq, nf4 (bitsandbytes).
 """
 
+import dataclasses
 import re
 import shutil
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ from jaxllm.interop import directory, gguf_export, gguf_file, gguf_write, weight
 from jaxllm.interop.imported import Tensors
 from jaxllm.interop.packed import formats
 from jaxllm.transforms import adapt
+from jaxllm.transforms.int8 import Int8
 from jaxllm.transforms.quantized import Quantized
 from jaxllm.types import Params, Tokenizer
 
@@ -344,31 +346,37 @@ def write_run(partial: Path, target: Path, source: Source) -> dict[str, str]:
 
 def check(source: Source, target: Path, dtype: str, console: Console) -> int:
     """Prints the largest difference between the logits of the source and of what was written; 0, or 2 if it is too large."""
-    exact = rounded = logits.of(source.config, source.params)
-    if target.suffix == runs.GGUF:
-        rounded = logits.of(source.config, gguf_export.as_stored(source.config, source.params, dtype))
-    elif dtype != "float32":
-        rounded = logits.of(source.config, jax.tree.map(partial(_rounded, dtype), source.params, is_leaf=_is_quantized))
+    exact = logits.of(source.config, source.params)
     if runs.is_foreign(target):
-        imported = runs.read_imported(target)
+        imported = runs.read_imported(target, keep_codes=True)
         imported.config.model.layers_as = source.config.model.layers_as
         imported.config.precision = source.config.precision
-        found = logits.of(imported.config, weights.load(imported).params)
+        config, params = imported.config, weights.load(imported).params
     else:
         run = runs.load(target)
-        found = logits.of(run.config, run.params)
-    largest, difference, error = (float(np.abs(array).max()) for array in (exact, found - exact, found - rounded))
+        config, params = run.config, run.params
+    found, rounds = logits.of(config, params), config.quant.activations == "int8"
+    if target.suffix == runs.GGUF:
+        stored = gguf_export.as_stored(source.config, source.params, dtype)
+    else:
+        stored = jax.tree.map(partial(_stored, dtype, rounds), source.params, is_leaf=_is_quantized)
+    expected = logits.of(source.config, stored)
+    largest, difference, error = (float(np.abs(array).max()) for array in (exact, found - exact, found - expected))
     good = error <= TOLERANCE * largest
+    also = ", and activations to 8 bits" if rounds else ""
     console.print(
-        f"check: largest difference of logits {difference:.3g}, {error:.3g} from those of weights rounded to {dtype}; the largest"
+        f"check: largest difference of logits {difference:.3g}, {error:.3g} from those of weights rounded to {dtype}{also}; the largest"
         f" logit is {largest:.3g}: {'ok' if good else f'TOO LARGE, up to {TOLERANCE * largest:.3g} is accepted'}",
         highlight=False,
     )
     return 0 if good else command.FAILED
 
 
-def _rounded(dtype: str, node: Any) -> Any:
-    """The parameter as a file in `dtype` holds it; codes and their scales lose nothing."""
+def _stored(dtype: str, rounds: bool, node: Any) -> Any:
+    """The parameter as a file in `dtype` holds it; codes and their scales lose nothing. rounds: of files whose readers round what Int8
+    kernels multiply."""
+    if isinstance(node, Int8):
+        return dataclasses.replace(node, rounds=rounds)
     return node if _is_quantized(node) else node.astype(dtype).astype(node.dtype)
 
 

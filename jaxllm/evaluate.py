@@ -34,6 +34,7 @@ from jaxllm.data.examples.contract import MakeBatch
 from jaxllm.engine import compilation
 from jaxllm.evals import baseline, exact, perplexity, recall
 from jaxllm.interop import peft
+from jaxllm.report import units
 from jaxllm.runs import Run
 from jaxllm.types import Batch
 
@@ -168,6 +169,7 @@ def _measure(run: Run, rows: shards.Shards, train: shards.Shards | None, data: s
         **row,
         **_baseline(run, train, rows, make_batch),
         **_beside(run, sweep, max_seqs),
+        "parameter_bytes": sum(array.nbytes for array in jax.tree.leaves(run.params)),
         "secs": round(time.perf_counter() - began, 2),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -238,6 +240,7 @@ def _lines(row: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     if row["bytes"] is not None:
         yield "bytes of text", f"{row['bytes']:,}"
     yield "documents", f"{row['documents']:,}"
+    yield "parameters on the device", units.size(row["parameter_bytes"])
 
 
 def _class_table(found: Mapping[str, Mapping[str, int]]) -> Table:

@@ -13,6 +13,7 @@ the model, and compression.json and compression.png beside it.
 
 import dataclasses
 import re
+import statistics
 import time
 from functools import partial
 from pathlib import Path
@@ -52,7 +53,7 @@ PACKINGS = {
 }
 # Need no data.
 DATALESS = ("nearest", "nf4")
-SPEED_TOKENS = 64
+SPEED_TOKENS, SPEED_ROUNDS = 64, 5
 
 
 def define_flags() -> None:
@@ -153,6 +154,7 @@ def quantize(recipe: Recipe, options: Options, console: Console) -> int:
     secs = time.perf_counter() - began
     config = _config(run.config, recipe, options.targets)
     after = dataclasses.replace(run, config=config, model=models.build(config), params=params)
+    speed_before, speed_after = _speeds(run, after) if options.evaluate else ({}, {})
     found = Report(
         model=source.title,
         what=words(recipe),
@@ -160,8 +162,8 @@ def quantize(recipe: Recipe, options: Options, console: Console) -> int:
         kernels=errors,
         bytes_before=bytes_before,
         bytes_after=_bytes(params),
-        before=before,
-        after=_measure(after, options.evaluate),
+        before=before | speed_before,
+        after=_measure(after, options.evaluate) | speed_after,
         versions=versions(),
     )
     result = dataclasses.replace(source, config=config, params=params)
@@ -245,22 +247,21 @@ def _config(config: ConfigDict, recipe: Recipe, targets: str) -> ConfigDict:
 
 
 def _measure(run: runs.Run, source: str) -> dict[str, Any]:
-    """The row of `evaluate`, and how fast it writes; nothing without a text."""
-    if not source:
-        return {}
-    row = evaluate.evaluate_source(run, source)
-    return {**row, **_speed(run)}
+    """The row of `evaluate`; nothing without a text."""
+    return evaluate.evaluate_source(run, source) if source else {}
 
 
-def _speed(run: runs.Run) -> dict[str, float]:
-    """Tokens a second of one row, compiled before."""
+def _speeds(*compared: runs.Run) -> list[dict[str, float]]:
+    """Of each model the tokens a second of one row, compiled before: medians, taken in turns, so that what else the machine does
+    slows all of them."""
+    run = compared[0]
     tokenizer = run.tokenizer
     first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     if run.model.decode is None or run.model.encode is not None or first is None:
-        return {}
+        return [{} for _ in compared]
     count = min(SPEED_TOKENS, run.config.model.context_tokens - 1)
 
-    def write() -> float:
+    def write(run: runs.Run) -> float:
         began = time.perf_counter()
         settings = sampling.Settings(temperature=0.0)
         generate.generate(
@@ -268,8 +269,8 @@ def _speed(run: runs.Run) -> dict[str, float]:
         )
         return time.perf_counter() - began
 
-    write()
-    return {"tokens_per_sec": count / min(write() for _ in range(3))}
+    _, *rounds = [[write(run) for run in compared] for _ in range(1 + SPEED_ROUNDS)]
+    return [{"tokens_per_sec": count / statistics.median(secs)} for secs in zip(*rounds, strict=True)]
 
 
 def _bytes(params: Params) -> int:

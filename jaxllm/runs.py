@@ -4,6 +4,7 @@ adapter of PEFT beside one of these."""
 import dataclasses
 import difflib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ from jaxllm.engine.workdir import Workdir
 from jaxllm.interop import directory as hf
 from jaxllm.interop import gguf, peft, peft_attach, peft_tokenizer, weights
 from jaxllm.interop.imported import Imported
+from jaxllm.report import units
 from jaxllm.transforms import adapt, tree
+from jaxllm.transforms.quantized import Quantized
 from jaxllm.types import Model, Params, Tokenizer
 
 GGUF = ".gguf"
@@ -55,9 +58,9 @@ class Run:
 def load(
     directory: str | Path, step: int | None = None, *, base: str | Path = "", for_decoding: bool = False, cache: str = ""
 ) -> Run:
-    """The run in `directory` at checkpoint `step` (None: the newest), whatever mesh it was trained on; or the model in a directory
-    of transformers (config.json and safetensors) or in a GGUF file, in float32; or an adapter of PEFT (adapter_config.json) beside `base`,
-    which may be any of these ("": where `find_base` finds the one that the adapter names).
+    """The run in `directory` at checkpoint `step` (None: the newest), whatever mesh it was trained on; or the model in a directory of
+    transformers (config.json and safetensors) or in a GGUF file, in float32, and where it is quantized in its codes; or an adapter of PEFT
+    (adapter_config.json) beside `base`, which may be any of these ("": where `find_base` finds the one that the adapter names).
 
     for_decoding: on a CPU, layers are unrolled and compute in float32 whatever the run did, which decodes faster there than a scan
     and than bfloat16. Else everything is as it was trained. cache: precision.cache, if it is to be another one.
@@ -72,7 +75,7 @@ def load(
             "  Leave out the base."
         )
     if is_foreign(directory):
-        return _load_imported(read_imported(directory, step), cache)
+        return _load_imported(read_imported(directory, step, keep_codes=True), cache)
     workdir = find(directory)
     config = schema.load(workdir.config)
     if for_decoding and jax.default_backend() == "cpu":
@@ -88,6 +91,7 @@ def load(
     # Cut into layers on the host: on the device that is a program to compile, which takes longer than all the rest.
     params = tree.unstack_like(jax.device_get(restored.tree), template)
     params = jax.device_put(_widened(params) if for_decoding and jax.default_backend() == "cpu" else params)
+    _say_size(workdir.path, params)
     return Run(workdir, config, tokenizer, model, params, restored.step, _classes(workdir, config))
 
 
@@ -143,9 +147,34 @@ def _load_imported(imported: Imported, cache: str) -> Run:
     loaded = weights.load(imported)
     if loaded.unused:
         logging.info("%s: tensors that are not used: %s", imported.path, ", ".join(loaded.unused))
+    _say_size(imported.path, loaded.params)
     config, classes = imported.config, _imported_classes(imported.files, imported.config)
     config.precision.cache = cache or config.precision.cache
     return Run(Workdir(imported.path), config, imported.tokenizer, models.build(config), loaded.params, 0, classes, imported)
+
+
+def _say_size(path: Path, params: Params) -> None:
+    """A log line on what a quantized model takes."""
+    kernels = [node for node in jax.tree.leaves(params, is_leaf=_is_quantized) if _is_quantized(node)]
+    if not kernels:
+        return
+    weights_in_them, bits = sum(math.prod(kernel.shape) for kernel in kernels), 8 * _bytes(kernels)
+    logging.info(
+        "%s: kernels in %s, %.4g bits a weight; parameters take %s on the device, of which %s is not quantized",
+        path,
+        ", ".join(sorted({kernel.form for kernel in kernels})),
+        bits / weights_in_them,
+        units.size(_bytes(params)),
+        units.size(_bytes(params) - bits / 8),
+    )
+
+
+def _is_quantized(node: Any) -> bool:
+    return isinstance(node, Quantized)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(array.nbytes for array in jax.tree.leaves(tree))
 
 
 def _widened(params: Params) -> Params:

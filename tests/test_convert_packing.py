@@ -71,6 +71,22 @@ def test_out_of_a_run(tmp_path: Path) -> None:
     assert set(directory.read(tmp_path / "dense").tensors.dtypes.values()) == {"float32"}
 
 
+@pytest.mark.parametrize("activations", ["int8", "float"])
+def test_files_whose_readers_round_activations(activations: str, tmp_path: Path) -> None:
+    """The check rounds them, too, and says what that changes of a model that does not; a file without the rounding has other logits."""
+    fields = {"train__transforms": ("int8",), "quant__activations": activations, "train__trainable": ".*norm.*"}
+    run = write_run(tmp_path / "run", model__name="llama", **fields)
+    code, text = converted(run, tmp_path / "packed", "int-quantized")
+    assert code == 0 and "and activations to 8 bits" in text and ": ok" in text
+    difference = float(text.partition("largest difference of logits ")[2].partition(",")[0])
+    assert difference == 0 if activations == "int8" else difference > 1e-3
+    imported = directory.read(tmp_path / "packed", keep_codes=True)
+    assert imported.config.quant.activations == "int8"
+    code, text = converted(run, tmp_path / "words", "pack-quantized")
+    assert code == 0 and "and activations to 8 bits" not in text
+    assert (float(text.partition("largest difference of logits ")[2].partition(",")[0]) > 1e-3) == (activations == "int8")
+
+
 def test_what_packing_does_not_go_with(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     with pytest.raises(ValueError, match=r"no kernel is quantized, and files of gptq are to be written"):

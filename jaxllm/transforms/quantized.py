@@ -47,13 +47,27 @@ class Quantized(abc.ABC):
         return self.linear(spec, x)
 
     def multiply(self, spec: str, x: jax.Array) -> jax.Array:
-        """The same; a backward pass makes the dense kernel again, where autodiff would keep that of every layer."""
+        """The same; the dense kernel is made when x is there, and again by a backward pass, where autodiff would keep that of every
+        layer."""
         return _multiply(x, self, spec)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _multiply(x: jax.Array, kernel: Quantized, spec: str) -> jax.Array:
-    return kernel.forward(spec, x)
+    return _in_turn(kernel, x).forward(spec, x)
+
+
+def _in_turn(kernel: Quantized, x: jax.Array) -> Quantized:
+    """The kernel, whose dense form cannot be made before x is there.
+
+    Compilers make what depends on parameters alone as early as they like, outside of the loop over new tokens, and then every dense
+    kernel is in memory at once. XLA's CPU backend drops the barrier that would tie both together: there the arrays depend on a number of x.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.lax.optimization_barrier((kernel, x))[0]
+    first = x.reshape(-1)[0]
+    never = jnp.isnan(first) & jnp.isinf(first)  # which no compiler finds out
+    return jax.tree.map(lambda array: jnp.where(never, 0, array), kernel)
 
 
 def _forward(x: jax.Array, kernel: Quantized, spec: str) -> tuple[jax.Array, Quantized]:
@@ -61,9 +75,8 @@ def _forward(x: jax.Array, kernel: Quantized, spec: str) -> tuple[jax.Array, Qua
 
 
 def _backward(spec: str, kernel: Quantized, dy: jax.Array) -> tuple[jax.Array, None]:
-    # Tied together, so that the compiler neither keeps the dense kernel of the forward pass nor makes this one before its turn. XLA's CPU
-    # backend drops the tie, as it does that of jax.checkpoint: there it takes a scan over the layers to hold one dense kernel at a time.
-    kernel, dy = jax.lax.optimization_barrier((kernel, dy))
+    # Nor is the dense kernel of the forward pass kept for it.
+    kernel = _in_turn(kernel, dy)
     inputs, _, result = spec.partition("->")
     x_axes, kernel_axes = inputs.split(",")
     lengths = dict(zip(kernel_axes, kernel.shape, strict=True)) | dict(zip(result, dy.shape, strict=True))

@@ -26,3 +26,9 @@ def test_a_mesh_trains_adapters_as_one_device_does(
     array = max(found, key=found.__getitem__)
     record_property("adapter", [columns.named(adapter, family), column, loss, found[array], array])
     assert loss <= 1e-5 and found[array] <= 1e-5, (loss, array, found[array])
+
+
+@pytest.mark.parametrize(("grid", "column"), columns.GRID_CELLS)
+def test_a_mesh_trains_adapters_beside_codes_as_one_device_does(grid: str, column: str) -> None:
+    found = columns.deviations("llama", column, grid)
+    assert max(found.values()) <= 1e-5, found

@@ -60,6 +60,28 @@ ADAPTED = [
     *((kind, family) for kind in ("dora", "nf4 lora") for family in ("llama", "t5")),
 ]
 
+# Adapters beside kernels on grids of equal steps. Of tensor 4, `down` has 32 inputs a device and `o` a head of 16.
+_GRID = {"train__transforms": ("int4", "lora"), "model__width": 64, "model__mlp_width": 128}
+_ZEROS = {"quant__symmetric": False, "quant__scale_dtype": "float16"}
+GRIDS: dict[str, dict[str, Any]] = {
+    "int4, a group a device": _GRID | {"quant__group": 32},
+    "int4, a group over devices": _GRID | _ZEROS | {"quant__group": 64},
+    "int4, by an index": _GRID | _ZEROS | {"quant__group": 16, "quant__ordered": True},
+    "int3, a group over devices": _GRID | {"quant__group": 64, "train__transforms": ("int3", "lora")},
+    "int8, groups": _GRID | _ZEROS | {"quant__group": 16, "train__transforms": ("int8", "lora")},
+}
+ADAPTERS |= {grid: ADAPTERS["lora"] | fields for grid, fields in GRIDS.items()}
+# (of GRIDS, of COLUMNS): where groups meet cut inputs, each cut of the layers, and each kind of grid.
+GRID_CELLS = (
+    ("int4, a group a device", "TP: tensor 4"),
+    ("int4, a group over devices", "TP: tensor 4"),
+    ("int4, by an index", "SP: tensor 4"),
+    ("int4, by an index", "PP 1F1B x ZeRO-3 x TP: pipe 2, fsdp 2, tensor 2"),
+    ("int3, a group over devices", "TP: tensor 4"),
+    ("int3, a group over devices", "ZeRO-3: data 2, fsdp 4"),
+    ("int8, groups", "ZeRO-2 x CP ring x SP: fsdp 2, seq 2, tensor 2"),
+)
+
 
 def named(adapter: str, family: str) -> str:
     """Of a column of the page."""

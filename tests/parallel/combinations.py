@@ -1,5 +1,6 @@
 """One model on one mesh beside the same model on one device: loss, metrics and gradients of one step."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxllm.parallel import plan as plans
 from jaxllm.parallel import rules
 from jaxllm.parallel.region import Region
 from jaxllm.transforms import tree
+from jaxllm.transforms.affine import Affine
 
 VOCAB, ROWS, LENGTH, INPUTS = 64, 16, 32, 16
 OBJECTIVES = {"gpt": "causal_lm", "llama": "causal_lm", "bert": "masked_lm", "t5": "span_corruption", "transformer": "seq2seq"}
@@ -86,13 +88,27 @@ def parameters(model: Any, seed: int = 0) -> Any:
     like = jax.eval_shape(model.init, jax.random.key(0))
     rng = np.random.default_rng(seed)
 
-    def draw(path: Any, like: Any) -> np.ndarray:
+    def draw(path: Any, like: Any) -> Any:
+        if isinstance(like, Affine):
+            return _grid(rng, like)
         if like.dtype == np.uint8:  # codes of quantized kernels
             return rng.integers(0, 256, like.shape, np.uint8)
         middle = 1.0 if tree.path_name(path).endswith("scale") else 0.0
         return rng.normal(middle, 0.1, like.shape).astype(np.float32)
 
-    return tree.unstack_like(jax.tree.map_with_path(draw, jax.eval_shape(tree.stack_layers, like)), like)
+    stacked = jax.eval_shape(tree.stack_layers, like)
+    return tree.unstack_like(jax.tree.map_with_path(draw, stacked, is_leaf=lambda node: isinstance(node, Affine)), like)
+
+
+def _grid(rng: np.random.Generator, like: Affine) -> Affine:
+    """Codes of weights from -0.2 to 0.2, about."""
+    scale = (rng.uniform(0.5, 1, like.scale.shape) * 0.4 / 2**like.bits).astype(like.scale.dtype)
+    zero, groups, middle = like.zero, like.groups, 2 ** (like.bits - 1)
+    if zero is not None:
+        zero = rng.integers(middle - 2, middle + 2, zero.shape, np.uint8)
+    if groups is not None:
+        groups = rng.integers(0, like.scale.shape[like.axis], groups.shape, np.int32)
+    return dataclasses.replace(like, codes=rng.integers(0, 256, like.codes.shape, np.uint8), scale=scale, zero=zero, groups=groups)
 
 
 def start(config: Any, plan: Any, model: Any) -> state.TrainState:

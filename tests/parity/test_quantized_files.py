@@ -7,6 +7,7 @@ from typing import Any
 import bitsandbytes
 import numpy as np
 import pytest
+import torch
 import transformers
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter
@@ -44,6 +45,9 @@ def write(path: Path, case: str, packing: str, kind: str, **grid: Any) -> tuple[
         ("llama", "pack-quantized", {}, {}),
         ("llama tied", "pack-quantized", {"bits": 8, "group": 64}, {}),
         ("qwen2", "pack-quantized", {"group": 0}, {}),
+        ("llama tied", "pack-quantized", {"bits": 3}, {}),
+        ("llama", "pack-quantized", {"bits": 3, "symmetric": False}, DEQUANTIZE),
+        ("llama", "pack-quantized", {"bits": 2, "group": 64}, {}),
         ("bert classes", "pack-quantized", {}, {}),
         ("llama classes", "pack-quantized", {"bits": 8, "group": 0}, {}),
         ("mistral", "pack-quantized", {"symmetric": False}, DEQUANTIZE),
@@ -81,6 +85,7 @@ def test_transformers_loads_int_quantized(tmp_path: Path) -> None:
 SCHEMES: dict[str, dict[str, Any]] = {
     "pack-quantized": {"num_bits": 4, "strategy": "group", "group_size": 32},
     "pack-quantized zeros": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False},
+    "pack-quantized 3": {"num_bits": 3, "strategy": "group", "group_size": 32},
     "pack-quantized 8": {"num_bits": 8, "strategy": "channel"},
     "int-quantized": {"num_bits": 8, "strategy": "channel"},
 }
@@ -121,6 +126,23 @@ def test_their_own_compressor_is_read(scheme: str, tmp_path: Path) -> None:
     for name, weight in expected.items():
         np.testing.assert_array_equal(imported.tensors.read(name), weight, err_msg=name)
     weights.load(imported)
+
+
+@pytest.mark.parametrize(("packing", "kind"), [("pack-quantized", "grid"), ("nf4", "nf4")])
+def test_what_is_not_quantized_is_named(packing: str, kind: str, tmp_path: Path) -> None:
+    """Attention is dense, and so are the tied head and the table."""
+    _, model, params = quantized(MODELS["llama tied"][1], kind)
+    for layer in params["layers"]:
+        for each in layer["attention"].values():
+            if "kernel" in each:
+                each["kernel"] = each["kernel"].dense()
+    directory.write(tmp_path, params, model.config, None, {}, packing=packing)
+    loaded, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(loaded.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    assert not hasattr(loaded.model.layers[0].self_attn.q_proj, "quantization_scheme")
+    # bitsandbytes multiplies in bfloat16 on a CPU.
+    np.testing.assert_allclose(theirs(loaded.dequantize() if kind == "nf4" else loaded), ours(model, params), atol=LOGITS)
 
 
 @pytest.mark.parametrize(("case", "kind"), [("llama", "nf4"), ("llama tied", "double"), ("gpt2", "double"), ("bert", "nf4")])

@@ -28,7 +28,8 @@ PARTS = (
 )
 PACKED, WHOLE = "pack-quantized", "int-quantized"
 FORMATS = {PACKED: PACKED, WHOLE: WHOLE, "naive-quantized": WHOLE}
-BITS = (2, 4, 8)
+# Of 3 bits, the layout since compressed-tensors 0.20, where no bit is left out; before, a word had ten of them.
+BITS = (2, 3, 4, 8)
 
 
 # Of activations: each token by itself.

@@ -10,7 +10,7 @@ from jaxllm.interop.packed.dense import Dense
 from jaxllm.transforms import nf4, quantized
 from jaxllm.transforms.affine import Grid
 
-FORMS = {4: "int4", 8: "int8"}
+FORMS = {3: "int3", 4: "int4", 8: "int8"}
 
 
 class Kernel(NamedTuple):

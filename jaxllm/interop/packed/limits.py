@@ -40,9 +40,9 @@ def check(settings: Settings, sizes: Mapping[str, Size], family: str, forced: bo
 def _of_format(settings: Settings, sizes: Mapping[str, Size]) -> Iterator[Limit]:
     """What has no place in the files."""
     kind, bits = settings.format, settings.bits
-    accepted = {"awq": (4,), "int-quantized": (8,), "nf4": (4,)}.get(kind, (2, 4, 8))
+    accepted = {"awq": (4,), "int-quantized": (8,), "nf4": (4,), "pack-quantized": (2, 3, 4, 8)}.get(kind, (2, 4, 8))
     if bits not in accepted:
-        yield Limit(f"codes of {bits} bits", ", ".join(map(str, accepted)), "Quantize to one of these, or take another format")
+        yield Limit(f"codes of {bits} bits", ", ".join(map(str, accepted)), "Quantize to one of these, or write pack-quantized")
     if settings.ordered and kind in ("awq", "int-quantized"):
         yield Limit("groups that an index gives", "groups that are runs of inputs", "Quantize without quant.ordered, or write gptq")
     if kind == "int-quantized" and (settings.group or not settings.symmetric):
@@ -60,7 +60,7 @@ def _of_format(settings: Settings, sizes: Mapping[str, Size]) -> Iterator[Limit]
 def _of_readers(settings: Settings, sizes: Mapping[str, Size], family: str) -> Iterator[Limit]:
     """What has a place, and no reader."""
     kind, bits = settings.format, settings.bits
-    if kind in ("gptq", "gptq_v2", "pack-quantized") and bits not in (4, 8):
+    if kind in ("gptq", "gptq_v2") and bits not in (4, 8):
         yield Limit(f"a model in {bits} bits", "4, 8 (vLLM)", "Quantize to one of these")
     if kind in ("gptq", "gptq_v2") and not settings.symmetric:
         yield Limit("a grid with zeros", "a symmetric one (vLLM)", "Quantize with quant.symmetric, or write pack-quantized or awq")
@@ -81,6 +81,8 @@ def notes(settings: Settings, sizes: Mapping[str, Size], family: str) -> tuple[s
     if whole and (family == "T5" or not settings.symmetric):
         what = "T5" if family == "T5" else "grids with zeros"
         lines.append(f"transformers reads {what} in this format with CompressedTensorsConfig(dequantize=True) alone")
+    if settings.format == "pack-quantized" and settings.bits not in (4, 8):
+        lines.append(f"codes of {settings.bits} bits: transformers with compressed-tensors 0.20 or newer reads them, vLLM does not")
     if settings.format == "int-quantized":
         lines.append("other tools round what these layers multiply to 8 bits, each token by itself")
     shared = [size for size in sizes.values() if size.shared and size.groups > 1]

@@ -150,6 +150,7 @@ def test_notes(tmp_path: Path) -> None:
     assert "CompressedTensorsConfig(dequantize=True)" in zeros and shared.endswith("over 2 devices")
     assert "round what these layers multiply" in write(tmp_path / "c", "llama", "int-quantized", "int8").notes[0]
     assert write(tmp_path / "d", "llama", "gptq", group=0).notes == ()
+    assert "codes of 3 bits: transformers with" in write(tmp_path / "f", "llama", "pack-quantized", bits=3, group=0).notes[0]
     assert "reads T5 in this format with CompressedTensorsConfig" in write(tmp_path / "e", "t5", "pack-quantized", group=0).notes[0]
 
 

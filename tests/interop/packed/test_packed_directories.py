@@ -20,6 +20,7 @@ from jaxllm.types import Params
 FORMATS: dict[str, tuple[str, str, dict[str, Any], bool]] = {
     "pack-quantized": ("pack-quantized", "grid", {}, False),
     "pack-quantized 8 bits": ("pack-quantized", "grid", {"bits": 8, "group": 0}, False),
+    "pack-quantized 3 bits, zeros": ("pack-quantized", "grid", {"bits": 3, "symmetric": False}, False),
     "pack-quantized zeros": ("pack-quantized", "grid", {"symmetric": False}, False),
     "pack-quantized order": ("pack-quantized", "grid", {"ordered": True}, True),
     "int-quantized": ("int-quantized", "int8", {}, False),

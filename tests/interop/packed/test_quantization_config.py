@@ -99,7 +99,7 @@ def test_written_is_read_again(settings: Settings, tmp_path: Path) -> None:
         (CT | {"quantization_status": "frozen"}, r"quantization_status = 'frozen'"),
         (CT | {"transform_config": {"config_groups": {"u": {}}}}, r"transform_config = "),
         (CT | {"config_groups": {"a": CT_GROUP, "b": ct(num_bits=8)["config_groups"]["group_0"]}}, r"Accepted: one way for all"),
-        (ct(num_bits=3), r"num_bits = 3.\n  Accepted: 2, 4, 8"),
+        (ct(num_bits=5), r"num_bits = 5.\n  Accepted: 2, 3, 4, 8"),
         (ct(type="float"), r"type = 'float'"),
         (ct(strategy="block"), r"strategy = 'block'"),
         ({"quant_method": "bitsandbytes"}, r"load_in_4bit = False"),
