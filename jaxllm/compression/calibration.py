@@ -132,19 +132,26 @@ def _made_alike(recipe: Mapping[str, Any], config: ConfigDict) -> bool:
 
 def _drawn(run: Opened, config: ConfigDict, packed: Shards, source: str, rows: int, seed: int, tell: Tell) -> Calibration:
     """Batches of rows that the seed chooses, each once."""
-    tokens = packed.row_tokens
-    if len(packed) < rows:
+    tokens, data = packed.row_tokens, examples.make(config)
+    # A stream of text ends inside a row, as a rule.
+    count = len(packed) - (data.reads == "text" and _is_padded(packed, len(packed) - 1))
+    if count < rows:
         raise ValueError(
-            f"--calibrate {source} has {len(packed)} rows of {tokens} tokens, and --rows is {rows}.\n"
-            f"  Accepted: {f'--rows up to {len(packed)}, or' if len(packed) else ''} shorter rows, or more text.\n"
+            f"--calibrate {source} has {count} full rows of {tokens} tokens, and --rows is {rows}.\n"
+            f"  Accepted: {f'--rows up to {count}, ' if count else ''}shorter rows, more text.\n"
             "  Give more text, or lower --rows or --tokens."
         )
-    chosen = np.sort(np.random.default_rng(seed).choice(len(packed), rows, replace=False))
-    made, batches = examples.make(config).batch(run.tokenizer), list[Batch]()
+    chosen = np.sort(np.random.default_rng(seed).choice(count, rows, replace=False))
+    made, batches = data.batch(run.tokenizer), list[Batch]()
     for part in _parts(chosen, tokens):
         batches.append({name: jnp.asarray(array) for name, array in made(packed.rows(part), part, seed, 0).items()})
         tell(len(batches) * len(part), rows)
     return Calibration(batches, f"{rows} rows of {tokens} tokens of {source}")
+
+
+def _is_padded(packed: Shards, row: int) -> bool:
+    stored = packed.rows(np.array([row]))
+    return any((stored[name] == 0).any() for name in ("segments", "input_segments") if name in stored)
 
 
 def _samples(run: Opened, rows: int, tokens: int, seed: int, tell: Tell) -> Calibration:

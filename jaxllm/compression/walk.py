@@ -85,10 +85,11 @@ class Site:
         return self._programs.statistics(layer, self._index, self._stream, groups)
 
     def outputs(self, layer: Params, most_tokens: int = 0) -> list[jax.Array]:
-        """What comes out of the layer with these parameters, [B, T, D] for each batch; of the first batches that have so many tokens."""
+        """What comes out of the layer with these parameters, [B, T, D] for each batch, 0 at padding; of the first batches that have so many
+        tokens."""
         found, tokens = list[jax.Array](), 0
         for at in self._stream:
-            found.append(self._programs.run(layer, self._index, at))
+            found.append(self._programs.seen(self._programs.run(layer, self._index, at), at.batch))
             tokens += found[-1].shape[0] * found[-1].shape[1]
             if most_tokens and tokens >= most_tokens:
                 break
@@ -180,6 +181,11 @@ class _Programs:
     def run(self, layer: Params, index: int, at: _At) -> jax.Array:
         """What comes out of the layer, [B, T, D]."""
         return self._run_compiled(self._rest, layer, index, at)
+
+    def seen(self, x_BTD: jax.Array, batch: Batch) -> jax.Array:
+        """0 where the stack reads padding."""
+        segments = batch.get(SEGMENTS[self.stack.part])
+        return x_BTD if segments is None else jnp.where(segments[:, :, None] > 0, x_BTD, 0)
 
     def statistics(self, layer: Params, index: int, stream: Sequence[_At], groups: Sequence[Group]) -> list[Statistics]:
         """Of what each group reads over the whole stream."""

@@ -138,7 +138,7 @@ def test_one_pass_gives_the_statistics_of_several_groups() -> None:
 
 @pytest.mark.parametrize("layers_as", ["unrolled", "scan"])
 def test_each_layer_is_reached_through_the_changed_ones(layers_as: str) -> None:
-    """What comes out at the end is what the changed model gives; the outputs that are asked for are those of the batches that are needed."""
+    """What comes out at the end is what the changed model gives; outputs are those of as many batches as are asked for."""
     model, given = models.build(tiny("t5", layers_as=layers_as)), batches("t5")
     last: list[jax.Array] = []
 
@@ -154,6 +154,7 @@ def test_each_layer_is_reached_through_the_changed_ones(layers_as: str) -> None:
     for batch, x in zip(given, last, strict=True):
         beside = {name: array for name, array in batch.items() if name != "tokens"}
         there = np.asarray(batch["segments"]) > 0
+        assert not x[~there].any()
         expected = model.hidden(halved, batch["tokens"], **beside)
         np.testing.assert_allclose(model.stacks[-1].leave(halved, x)[there], expected[there], atol=1e-5)
 

@@ -40,9 +40,9 @@ def draw(model: Model) -> Params:
     return jax.tree.map_with_path(one, jax.eval_shape(model.init, jax.random.key(0)))
 
 
-def batches(family: str) -> list[dict[str, jax.Array]]:
+def batches(family: str, seed: int = 1) -> list[dict[str, jax.Array]]:
     """Two documents a row and padding at its end, more in each row than in the one before; inputs are as many and padded otherwise."""
-    rng, found = np.random.default_rng(1), {}
+    rng, found = np.random.default_rng(seed), {}
 
     def rows(name: str, prefix: str, padding: list[int]) -> None:
         segments = np.array([[1] * 3 + [2] * (LENGTH - 3 - pad) + [0] * pad for pad in padding], np.int32)
