@@ -71,7 +71,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_float("damp", 0.01, "of gptq: added to the Hessian's diagonal, as a share of its mean", lower_bound=0)
     flags.DEFINE_string("targets", ".*layers/.*/kernel", "regular expression over parameter paths: the kernels to compress")
-    flags.DEFINE_string("calibrate", "", f"to fit to: a file, a folder, a glob, hf:OWNER/NAME, prepared data; or {calibration.SAMPLES}")
+    flags.DEFINE_string(
+        "calibrate", "", f"to fit to: a file, a folder, a glob, hf:OWNER/NAME, prepared data; or {calibration.SAMPLES}"
+    )
     flags.DEFINE_integer("rows", 128, "of --calibrate", lower_bound=1)
     flags.DEFINE_integer("tokens", 512, "a row of --calibrate; at most the context", lower_bound=2)
     flags.DEFINE_integer("seed", 0, "which rows, and what is sampled", lower_bound=0)

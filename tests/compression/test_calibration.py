@@ -85,6 +85,15 @@ def test_rows_are_those_of_the_text(source: str, monkeypatch: pytest.MonkeyPatch
     jax.tree.map(np.testing.assert_array_equal, made(run, source, tokens=500), joined)
 
 
+def test_of_a_long_text_the_beginning_is_read(tmp_path: Path) -> None:
+    """32 characters for each token that is wanted, whatever a document's length."""
+    (tmp_path / "long.txt").write_text(" ".join(f"{number:07}" for number in range(10_000)))
+    run = opened("llama", "causal_lm")
+    found = [run.tokenizer.decode([int(index) for index in row]) for row in made(run, tmp_path / "long.txt", rows=64)["tokens"]]
+    numbers = [int(word) for text in found for word in text.split() if len(word) == 7]
+    assert 64 * 16 * 32 / 8 * 0.8 < max(numbers) < 64 * 16 * 32 / 8
+
+
 @pytest.mark.parametrize(
     ("family", "objective", "arrays"),
     [
