@@ -78,7 +78,7 @@ def make(recipe: Recipe, arch: Architecture, chosen: Collection[str], found: lis
             if not names:
                 continue
             # Anew for each group: what it reads has gone through the codes of the groups before.
-            (read,) = site.statistics(layer, [group])
+            read = site.statistics(layer, group)
             for name in names:
                 kernel = kernel_of(layer, name)
                 leaf = _leaf(recipe, name, kernel, read)
@@ -148,10 +148,11 @@ def _scaled(recipe: Recipe, arch: Architecture, chosen: Callable[[str], bool], l
     if recipe.method not in ("awq", "awq+gptq", "smoothquant"):
         return scaled
     # All that reads the same is scaled, or nothing.
-    places = [each for each in folds.find(arch, layer) if any(map(chosen, each.kernels))]
-    # Before any of them: a fold changes what its own kernels read, and no others.
-    for each, read in zip(places, site.statistics(layer, [each.kernels for each in places]), strict=True):
+    for each in folds.find(arch, layer):
+        if not any(map(chosen, each.kernels)):
+            continue
         layer = scaled.layer
+        read = site.statistics(layer, each.kernels)
         s_S = _smooth(layer, each, read) if recipe.method == "smoothquant" else _awq(recipe, layer, each, site, read)
         outputs = {name: s_S for name in each.sources if name.endswith("/kernel")}
         scaled = _Scaled(

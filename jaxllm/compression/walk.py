@@ -5,8 +5,8 @@ the same array (q, k, v; then o; then gate, up; then down), in the order in whic
 taken with the groups before it compressed (Frantar et al. 2023, arXiv:2210.17323, section 4, and "true sequential" in its code). An
 encoder's layers come before those of the decoder, which reads what the compressed encoder gives.
 
-Besides the model, a device holds one layer's statistics and one batch of hidden states; the others wait in the host's memory. Each kind of
-layer is compiled once, however many there are: one program for the statistics of a group, and one for the whole layer.
+Besides the model, a device holds the statistics of one group and one batch of hidden states; the others wait in the host's memory. Each
+kind of layer is compiled once, however many there are: one program for the statistics of a group, and one for the whole layer.
 """
 
 from collections.abc import Callable, Sequence
@@ -80,9 +80,9 @@ class Site:
         self.path, self.number, self.groups = programs.stack.path, number, programs.groups
         self._programs, self._index, self._stream = programs, index, stream
 
-    def statistics(self, layer: Params, groups: Sequence[Group]) -> list[Statistics]:
-        """Of what the kernels of each of these groups read, with these parameters of the layer, in one pass. Padding does not count."""
-        return self._programs.statistics(layer, self._index, self._stream, groups)
+    def statistics(self, layer: Params, group: Group) -> Statistics:
+        """Of what the kernels of a group read, with these parameters of the layer. Padding does not count."""
+        return self._programs.statistics(layer, self._index, self._stream, group[0])
 
     def outputs(self, layer: Params, most_tokens: int = 0) -> list[jax.Array]:
         """What comes out of the layer with these parameters, [B, T, D] for each batch, 0 at padding; of the first batches that have so many
@@ -187,22 +187,22 @@ class _Programs:
         segments = batch.get(SEGMENTS[self.stack.part])
         return x_BTD if segments is None else jnp.where(segments[:, :, None] > 0, x_BTD, 0)
 
-    def statistics(self, layer: Params, index: int, stream: Sequence[_At], groups: Sequence[Group]) -> list[Statistics]:
-        """Of what each group reads over the whole stream."""
-        firsts = [group[0] for group in groups]
-        new = tuple(name for name in firsts if self._part[name] not in self._known)
-        sums = {name: jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), self._shapes[name]) for name in new}
-        for at in stream if new else ():
-            sums = self._measure(new, sums, self._rest, layer, index, at)
-        self._known |= {self._part[name]: sums[name] for name in new if self._part[name] != self.stack.part}
-        return [sums[name] if name in sums else self._known[self._part[name]] for name in firsts]
+    def statistics(self, layer: Params, index: int, stream: Sequence[_At], name: str) -> Statistics:
+        """Of what a kernel reads over the whole stream."""
+        part = self._part[name]
+        if part in self._known:
+            return self._known[part]
+        total = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), self._shapes[name])
+        for at in stream:
+            total = self._measure(name, total, self._rest, layer, index, at)
+        if part != self.stack.part:
+            self._known[part] = total
+        return total
 
-    def _measured(
-        self, names: Group, sums: dict[str, Statistics], rest: Params, layer: Params, index: jax.Array, at: _At
-    ) -> dict[str, Statistics]:
-        """The sums with a batch added."""
-        found = statistics.reads(lambda layer: self._run(rest, layer, index, at), layer, names)
-        return {name: statistics.add(sums[name], statistics.of(found[name], self._is_real(name, at.batch))) for name in names}
+    def _measured(self, name: str, total: Statistics, rest: Params, layer: Params, index: jax.Array, at: _At) -> Statistics:
+        """`total` with a batch added."""
+        read = statistics.reads(lambda layer: self._run(rest, layer, index, at), layer, (name,))[name]
+        return statistics.add(total, statistics.of(read, self._is_real(name, at.batch)))
 
     def _is_real(self, name: str, batch: Batch) -> jax.Array | None:
         """bool [B, T]: which tokens are no padding, of those that the kernel reads; None: all."""

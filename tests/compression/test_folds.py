@@ -40,9 +40,8 @@ def test_a_folded_layer_does_what_it_did(case: str) -> None:
     scales: dict[int, dict[str, np.ndarray]] = {}
 
     def note(turn: int, layer: Params, site: Site) -> None:
-        found = site.statistics(layer, site.groups)
-        each = zip(site.groups, found, strict=True)
-        reads[turn][site.number] = {name: one for group, one in each for name in group}
+        found = {group: site.statistics(layer, group) for group in site.groups}
+        reads[turn][site.number] = {name: found[group] for group in site.groups for name in group}
 
     def prepare(layer: Params, site: Site) -> Params:
         note(0, layer, site)

@@ -62,7 +62,7 @@ def test_errors_are_those_of_the_model_that_comes_out(family: str, method: str, 
     path, name, read = model.stacks[0].path, "attention/q/kernel", []
 
     def look(layer: Params, site: Site) -> Params:
-        read.extend(site.statistics(layer, [(name,)]))
+        read.append(site.statistics(layer, (name,)))
         return layer
 
     walk(model, draw(model), data(family), look)
