@@ -11,10 +11,12 @@ round what they multiply), nf4. All but nearest and nf4 are fitted to --calibrat
 the model, and compression.json and compression.png beside it.
 """
 
+import contextlib
 import dataclasses
 import re
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,7 +72,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_float("damp", 0.01, "of gptq: added to the Hessian's diagonal, as a share of its mean", lower_bound=0)
     flags.DEFINE_string("targets", ".*layers/.*/kernel", "regular expression over parameter paths: the kernels to compress")
-    flags.DEFINE_string("calibrate", "", f"text to fit to: a file, a folder, a glob, hf:OWNER/NAME; or {calibration.SAMPLES}")
+    flags.DEFINE_string(
+        "calibrate", "", f"to fit to: a file, a folder, a glob, hf:OWNER/NAME, prepared data; or {calibration.SAMPLES}"
+    )
     flags.DEFINE_integer("rows", 128, "of --calibrate", lower_bound=1)
     flags.DEFINE_integer("tokens", 512, "a row of --calibrate; at most the context", lower_bound=2)
     flags.DEFINE_integer("seed", 0, "which rows, and what is sampled", lower_bound=0)
@@ -145,14 +149,16 @@ def quantize(recipe: Recipe, options: Options, console: Console) -> int:
     convert.check_free(options.target, options.format)
     source = convert.open_source(options.source, options.step, convert.HF, options.base)
     run = _run(source, options.source)
-    calibrated = None
-    if options.calibrate:
-        calibrated = calibration.make(run, options.calibrate, options.rows, options.tokens, options.seed)
+    kernels = _kernels(run, options.targets)
+    calibrated = _calibrate(run, options, console) if options.calibrate else None
     before, bytes_before = _measure(run, options.evaluate), _bytes(run.params)
-    began = time.perf_counter()
-    params, errors = _compress(run, recipe, options.targets, calibrated, console)
-    secs = time.perf_counter() - began
     config = _config(run.config, recipe, options.targets)
+    began = time.perf_counter()
+    # The dense layers are nobody else's from here on, and go one by one.
+    params = jax.tree.map(lambda leaf: leaf, run.params)
+    source, run = dataclasses.replace(source, params={}), dataclasses.replace(run, params={})
+    params, errors = _compress(run, params, recipe, kernels, calibrated, console)
+    secs = time.perf_counter() - began
     after = dataclasses.replace(run, config=config, model=models.build(config), params=params)
     speed_before, speed_after = _speeds(run, after) if options.evaluate else ({}, {})
     found = Report(
@@ -184,40 +190,38 @@ def words(recipe: Recipe) -> str:
 
 
 def _run(source: Source, path: Path) -> runs.Run:
-    """The model with unrolled layers; ValueError for one without a tokenizer."""
+    """The model; ValueError for one without a tokenizer."""
     if source.tokenizer is None:
         raise ValueError(runs.no_tokenizer(path))
-    config = source.config.copy_and_resolve_references()
-    config.model.layers_as = "unrolled"
-    model = models.build(config)
-    template = jax.eval_shape(model.init, jax.random.key(0))
-    params = (
-        tree.unstack_like(tree.stack_layers(source.params), template) if source.config.model.layers_as == "scan" else source.params
-    )
     imported = runs.read_imported(path) if runs.is_foreign(path) else None
-    return runs.Run(Workdir(path), config, source.tokenizer, model, params, 0, source.classes, imported)
+    model = models.build(source.config)
+    return runs.Run(Workdir(path), source.config, source.tokenizer, model, source.params, 0, source.classes, imported)
+
+
+def _calibrate(run: runs.Run, options: Options, console: Console) -> Calibration:
+    with _bar("row to calibrate on", console) as tell:
+        return calibration.make(run, options.calibrate, options.rows, options.tokens, options.seed, tell)
+
+
+@contextlib.contextmanager
+def _bar(what: str, console: Console) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal, and tell(done, of) that moves it."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, of: progress.update(task, completed=done, total=of)
 
 
 def _compress(
-    run: runs.Run, recipe: Recipe, targets: str, calibrated: Calibration | None, console: Console
+    run: runs.Run, params: Params, recipe: Recipe, kernels: set[str], calibrated: Calibration | None, console: Console
 ) -> tuple[Params, list[KernelError]]:
-    """(parameters, errors of their kernels). Without data kernel by kernel, by the transform that rounds."""
-    kernels = _kernels(run, targets)
+    """(`params` with these kernels compressed in place, their errors). Without data kernel by kernel, and no errors."""
     errors: list[KernelError] = []
-    params = jax.tree.map(lambda leaf: leaf, run.params)  # lists of its own, whose layers are let go one by one
     if calibrated is None:
-        return methods.without_data(recipe, params, kernels), errors
-
-    def chosen(name: str, site: walk.Site) -> bool:
-        return "/".join((*site.path, name, "kernel")) in kernels
-
-    compress = methods.make(recipe, run.model.config, chosen, errors)
-    columns = (TextColumn("layer"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=None)
-        params = walk.walk(
-            run.model, params, calibrated.batches, compress, lambda done, of: progress.update(task, completed=done, total=of)
-        )
+        return methods.without_data(recipe, run.model, params, kernels), errors
+    with _bar("layer", console) as tell:
+        compress = methods.make(recipe, run.model.config, kernels, errors)
+        params = walk.walk(run.model, params, calibrated.batches, compress, tell)
     return params, errors
 
 
@@ -286,6 +290,7 @@ def _write(source: Source, options: Options, found: Report) -> dict[str, str]:
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         if options.format == RUN:
+            # Checkpoints hold stacked layers.
             stacked = dataclasses.replace(source, params=tree.stack_layers(source.params))
             rows = convert.write_run(partial, target, stacked)
         else:

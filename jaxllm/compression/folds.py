@@ -1,56 +1,88 @@
-"""Scaling the inputs of kernels, with the inverse in the operation before: the layer computes what it did, and is rounded otherwise.
+"""Which parameters take the scales of a kernel's inputs, so that a layer computes what it did (AWQ, SmoothQuant).
 
-    y = x W = (x / s) (s W)         (Xiao et al. 2022, arXiv:2211.10438, eq. 3; Lin et al. 2023, arXiv:2306.00978, eq. 4)
+A kernel that reads x / s and whose inputs are multiplied by s does what it did. What makes x is divided by s where x goes nowhere else:
 
-x / s costs nothing where x comes out of a norm, of a linear map, or of a product with one: its parameters take 1 / s. It has no place to go
-where x comes out of a GELU or SiLU, or where it is also what the residual stream carries on (norms behind a sub-block, as in BERT).
+    attention/norm -> attention/q, k, v   where the norm comes before. After it (BERT, the Transformer of 2017), its result is also the
+                                          residual stream, and nothing can take the scales
+    cross/norm -> cross/q                 the same; k and v read the encoder's output, which all layers of the decoder read
+    v -> o                                attention adds up values, so that o reads v's outputs, head by head. Query heads that share a
+                                          value head (grouped-query attention) share its scales
+    mlp/norm -> mlp/up, gate              where the norm comes before
+    mlp/up -> mlp/down                    up is a factor of what a gated MLP has inside; ReLU(u / s) = ReLU(u) / s for s > 0. GELU has no
+                                          such law
+
+Lin et al. 2023, arXiv:2306.00978, section 3.2; Xiao et al. 2022, arXiv:2211.10438, section 4. Unlike there, v -> o is also folded under
+grouped-query attention. Letters: I inputs of a kernel, S scales, D width, F mlp width, G value heads, K head width.
 """
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxllm.compression.walk import kernel_of, with_kernel
 from jaxllm.models.architecture import GATED, Architecture
 from jaxllm.transforms import tree
 from jaxllm.types import Params
 
 
-def source(arch: Architecture, name: str) -> str | None:
-    """What takes 1 / s of the inputs of the kernel `name`, "attention/q": "attention/norm", "attention/v" or "mlp/up"; or None."""
-    part, projection = name.split("/")
-    if projection in ("q", "k", "v", "gate", "up"):
-        reads_norm = arch.norm_order == "pre" and not (part == "cross" and projection != "q")
-        return f"{part}/norm" if reads_norm else None
-    if projection == "o":
-        return f"{part}/v"
-    # A product with up is linear in it, and ReLU(x / s) = ReLU(x) / s.
-    return "mlp/up" if arch.activation in GATED or arch.activation == "relu" else None
+class Fold(NamedTuple):
+    """Names are within a layer. kernels: they read the same, and their inputs are multiplied; sources: their outputs are divided.
+
+    shape: the inputs I, in order, as [outer, tied, inner]. Tied ones share a scale, so that there are S = outer x inner of them.
+    """
+
+    kernels: tuple[str, ...]
+    sources: tuple[str, ...]
+    shape: tuple[int, int, int]
+
+    def join(self, values_I: jax.Array, how: Callable[..., jax.Array]) -> jax.Array:
+        """[S] of a number an input: how(numbers, axis=...) of those that are tied, such as jnp.max."""
+        return how(values_I.reshape(self.shape), axis=1).reshape(-1)
+
+    def spread(self, scales_S: jax.Array) -> jax.Array:
+        """[I]: the scale of each input."""
+        outer, _, inner = self.shape
+        return jnp.broadcast_to(scales_S.reshape(outer, 1, inner), self.shape).reshape(-1)
 
 
-def tie(arch: Architecture, name: str, of_inputs: jax.Array) -> jax.Array:
-    """Numbers of the inputs of a kernel, made equal by their mean where one output of the source feeds several: query heads share the
-    values of a key/value head."""
-    if not name.endswith("/o"):
-        return of_inputs
-    shared = of_inputs.reshape(arch.kv_heads, -1, arch.head_dim)
-    return jnp.broadcast_to(shared.mean(1, keepdims=True), shared.shape).reshape(of_inputs.shape)
+def find(arch: Architecture, layer: Params) -> list[Fold]:
+    """What can be folded in a layer with these parameters, in the order in which its kernels multiply."""
+    found = []
+    norms_first, width = arch.norm_order == "pre", (1, 1, arch.width)
+    for part in ("attention", "cross"):
+        if part not in layer:
+            continue
+        if norms_first:
+            found.append(_of(layer, f"{part}/norm", [f"{part}/{name}" for name in ("q" if part == "cross" else "qkv")], width))
+        heads = (arch.kv_heads, arch.heads // arch.kv_heads, arch.head_dim)
+        found.append(_of(layer, f"{part}/v", [f"{part}/o"], heads))
+    gated = arch.activation in GATED
+    if norms_first:
+        found.append(_of(layer, "mlp/norm", ["mlp/gate", "mlp/up"] if gated else ["mlp/up"], width))
+    if gated or arch.activation == "relu":
+        found.append(_of(layer, "mlp/up", ["mlp/down"], (1, 1, arch.mlp_width)))
+    return found
 
 
-def fold(layer: Params, group: tuple[str, ...], into: str, s_I: jax.Array, arch: Architecture) -> Params:
-    """The layer with the inputs of the kernels of a group scaled by s, and 1 / s in `into`. s_I: as `tie` leaves it."""
-    for name in group:
-        kernel = kernel_of(layer, name)
-        inputs = 2 if name.endswith("/o") else 1
-        shape = (*kernel.shape[:inputs], *(1,) * (kernel.ndim - inputs))
-        layer = with_kernel(layer, name, kernel * s_I.reshape(shape))
-    path = tuple(into.split("/"))
-    before = tree.get(layer, path)
-    shape = (arch.kv_heads, arch.head_dim) if into.endswith("/v") else s_I.shape
-    s = of_outputs(arch, into, s_I).reshape(shape)
-    # The outputs of a kernel are its last axes; a norm has nothing else.
-    return tree.replaced(layer, path, {name: array / s for name, array in before.items()})
+def _of(layer: Params, source: str, readers: Sequence[str], shape: tuple[int, int, int]) -> Fold:
+    """source: a norm, or a projection, with all parameters that it has."""
+    own = tree.get(layer, source.split("/"))
+    return Fold(tuple(f"{name}/kernel" for name in readers), tuple(f"{source}/{name}" for name in own), shape)
 
 
-def of_outputs(arch: Architecture, into: str, s_I: jax.Array) -> jax.Array:
-    """s, once for each output of `into`."""
-    return s_I.reshape(arch.kv_heads, -1, arch.head_dim)[:, 0].reshape(-1) if into.endswith("/v") else s_I
+def fold(layer: Params, each: Fold, scales_S: jax.Array) -> Params:
+    """The layer with dense kernels that does what it did, its `kernels` multiplied by the scales (above 0) and its `sources` divided."""
+
+    def divided(array: Any) -> jax.Array:
+        return (array.reshape(-1, scales_S.size) / scales_S).reshape(array.shape)
+
+    def multiplied(kernel: Any) -> jax.Array:
+        scales_I = each.spread(scales_S)
+        return (kernel.reshape(scales_I.size, -1) * scales_I[:, None]).reshape(kernel.shape)
+
+    changes = dict.fromkeys(each.sources, divided) | dict.fromkeys(each.kernels, multiplied)
+    for name, change in changes.items():
+        path = name.split("/")
+        layer = tree.replaced(layer, path, change(tree.get(layer, path)))
+    return layer

@@ -1,6 +1,7 @@
 """The ways to compress a layer, each put together of the same parts: scales of inputs, codes, and the error that they leave."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -8,13 +9,14 @@ import jax.numpy as jnp
 
 from jaxllm.compression import awq, folds, gptq
 from jaxllm.compression import grid as grids
+from jaxllm.compression.folds import Fold
 from jaxllm.compression.report import KernelError
-from jaxllm.compression.statistics import Moments
-from jaxllm.compression.walk import Compress, Site, groups, kernel_of, with_kernel
+from jaxllm.compression.statistics import Statistics
+from jaxllm.compression.walk import Compress, Layers, Site
 from jaxllm.models.architecture import Architecture
 from jaxllm.transforms import nf4, tree
 from jaxllm.transforms.affine import Grid
-from jaxllm.types import Params
+from jaxllm.types import Model, Params
 
 # Method -> what it is, in words.
 METHODS = {
@@ -57,62 +59,92 @@ class _Scaled(NamedTuple):
             kernel_IO = kernel_IO / self.inputs[name][:, None]
         return kernel_IO * self.outputs.get(name, 1.0)
 
-    def moments(self, name: str, hessian_II: jax.Array) -> jax.Array:
+    def moments(self, name: str, second_II: jax.Array) -> jax.Array:
         """The same of the sum of x x^T that it reads."""
         s_I = self.inputs.get(name)
-        return hessian_II if s_I is None else hessian_II * s_I[:, None] * s_I
+        return second_II if s_I is None else second_II * s_I[:, None] * s_I
 
 
-def make(recipe: Recipe, arch: Architecture, chooses: Callable[[str, Site], bool], found: list[KernelError]) -> Compress:
-    """What compresses a layer of a model (walk.py): its kernels "attention/q", ... that it chooses; their errors are added to `found`."""
+def make(recipe: Recipe, arch: Architecture, chosen: Collection[str], found: list[KernelError]) -> Compress:
+    """What compresses a layer of a model (walk.py): its kernels with these path names; their errors are added to `found`."""
 
     def compress(layer: Params, site: Site) -> Params:
-        def chosen(name: str) -> bool:
-            return chooses(name, site)
+        def whole(name: str) -> str:
+            return "/".join((*site.path, name))
 
-        scaled = _scaled(recipe, arch, chosen, layer, site)
+        scaled = _scaled(recipe, arch, lambda name: whole(name) in chosen, layer, site)
         layer = scaled.layer
-        for group in groups(layer, chosen):
+        for group in site.groups:
+            names = [name for name in group if whole(name) in chosen]
+            if not names:
+                continue
             # Anew for each group: what it reads has gone through the codes of the groups before.
-            moments = site.moments(layer, group[0])
-            for name in group:
+            read = site.statistics(layer, group)
+            says_nothing = _is_blank(read, f"{whole(names[0])} of layer {site.number}")
+            for name in names:
                 kernel = kernel_of(layer, name)
-                leaf = _leaf(recipe, name, kernel, moments)
+                leaf = _leaf(recipe, name, kernel, None if says_nothing else read)
                 before, after = (scaled.original(name, grids.matrix(each, inputs_of(name))) for each in (kernel, leaf.dense()))
-                errors = _errors(recipe, before, after, scaled.moments(name, moments.second_II))
-                found.append(KernelError(site.number, "/".join((*site.path, name, "kernel")), *map(float, errors)))
+                errors = _errors(recipe, before, after, scaled.moments(name, read.second_II))
+                found.append(KernelError(site.number, whole(name), *map(float, errors)))
                 layer = with_kernel(layer, name, leaf)
         return layer
 
     return compress
 
 
-def without_data(recipe: Recipe, params: Params, kernels: set[str]) -> Params:
-    """The parameters with the kernels of these path names compressed, each by itself: for methods that need no data."""
+def _is_blank(read: Statistics, name: str) -> bool:
+    """Whether nothing but 0 was read, so that no code is better than another. ValueError for what is not finite."""
+    whole = float(jnp.trace(read.second_II))
+    if not math.isfinite(whole):
+        raise ValueError(
+            f"{name} reads numbers on the calibration data that are not finite, or whose squares are not.\n"
+            "  Accepted: data on which all activations are finite.\n"
+            "  Look at the model (python -m jaxllm.evaluate), take other data (--calibrate), or leave the kernel out (--targets)."
+        )
+    return whole == 0
 
-    def one(path: Any, kernel: jax.Array) -> Any:
-        name = tree.path_name(path)
-        return _leaf(recipe, name.removesuffix("/kernel"), kernel, None) if name in kernels else kernel
 
-    return jax.tree.map_with_path(one, params)
+def without_data(recipe: Recipe, model: Model, params: Params, chosen: Collection[str]) -> Params:
+    """`params` with the kernels of these path names compressed, each by itself, in place: for methods that need no data."""
+    for stack in model.stacks:
+        layers = Layers(tree.get(params, stack.path))
+        for index in range(stack.layers):
+            layer = layers.take(index)
+            for name in tree.names(layer):
+                if "/".join((*stack.path, name)) in chosen:
+                    layer = with_kernel(layer, name, _leaf(recipe, name, kernel_of(layer, name), None))
+            layers.put(index, layer)
+        tree.put(params, stack.path, layers.after)
+    return params
+
+
+def kernel_of(layer: Params, name: str) -> Any:
+    """A kernel of a layer, "attention/q/kernel"."""
+    return tree.get(layer, name.split("/"))
+
+
+def with_kernel(layer: Params, name: str, kernel: Any) -> Params:
+    """The layer with another kernel; nothing is changed in place."""
+    return tree.replaced(layer, name.split("/"), kernel)
 
 
 def inputs_of(name: str) -> int:
     """How many axes of the kernel are summed over."""
-    return 2 if name.endswith("/o") else 1
+    return 2 if name.endswith("/o/kernel") else 1
 
 
-def _leaf(recipe: Recipe, name: str, kernel: jax.Array, moments: Moments | None) -> Any:
-    """The compressed kernel; moments: None for methods that need no data."""
+def _leaf(recipe: Recipe, name: str, kernel: jax.Array, read: Statistics | None) -> Any:
+    """The compressed kernel; read: None for methods that need no data."""
     inputs, grid, matrix = inputs_of(name), recipe.grid, grids.matrix(kernel, inputs_of(name))
     if recipe.method == "nf4":
         return jax.jit(nf4.quantize, static_argnums=(1, 2))(kernel, inputs, recipe.double)
-    if moments is None:
+    if read is None:
         rounded = grids.round_to_nearest(matrix, grid)
     elif recipe.method in ("gptq", "awq+gptq"):
-        rounded = gptq.solve(matrix, moments.second_II, grid, recipe.damp, recipe.order)[0]
+        rounded, _ = gptq.solve(matrix, read.second_II, grid, recipe.damp, recipe.order)
     elif recipe.method == "clip" or (recipe.method == "awq" and name.split("/")[1] not in NOT_CLIPPED):
-        rounded = grids.clipped(matrix, moments.second_II, grid)
+        rounded = grids.clipped(matrix, read.second_II, grid)
     else:
         rounded = grids.round_to_nearest(matrix, grid)
     return grids.leaf(rounded, kernel.shape, inputs, grid, rounds=recipe.method == "smoothquant")
@@ -129,49 +161,46 @@ def _scaled(recipe: Recipe, arch: Architecture, chosen: Callable[[str], bool], l
     scaled = _Scaled(layer, {}, {})
     if recipe.method not in ("awq", "awq+gptq", "smoothquant"):
         return scaled
-    for group in groups(layer, lambda name: True):
-        # All that reads the same is scaled, or nothing.
-        into = folds.source(arch, group[0])
-        if into is None or not any(map(chosen, group)):
+    # All that reads the same is scaled, or nothing.
+    for each in folds.find(arch, layer):
+        if not any(map(chosen, each.kernels)):
             continue
         layer = scaled.layer
-        moments = site.moments(layer, group[0])
-        s_I = (
-            _smooth(arch, layer, group, moments)
-            if recipe.method == "smoothquant"
-            else _awq(recipe, arch, layer, group, site, moments)
-        )
-        outputs = {} if into.endswith("/norm") else {into: folds.of_outputs(arch, into, s_I)}
+        read = site.statistics(layer, each.kernels)
+        s_S = _smooth(layer, each, read) if recipe.method == "smoothquant" else _awq(recipe, layer, each, site, read)
+        outputs = {name: s_S for name in each.sources if name.endswith("/kernel")}
         scaled = _Scaled(
-            folds.fold(layer, group, into, s_I, arch), scaled.inputs | dict.fromkeys(group, s_I), scaled.outputs | outputs
+            folds.fold(layer, each, s_S), scaled.inputs | dict.fromkeys(each.kernels, each.spread(s_S)), scaled.outputs | outputs
         )
     return scaled
 
 
-def _smooth(arch: Architecture, layer: Params, group: tuple[str, ...], moments: Moments) -> jax.Array:
-    """s = max|x|^a / max|w|^(1 - a) of each input (Xiao et al. 2022, arXiv:2211.10438, eq. 4)."""
-    weights_I = jnp.stack([jnp.abs(grids.matrix(kernel_of(layer, name), inputs_of(name))).max(1) for name in group]).max(0)
-    ratio = jnp.maximum(moments.largest_I, 1e-5) ** SMOOTH / jnp.maximum(weights_I, 1e-5) ** (1 - SMOOTH)
-    return folds.tie(arch, group[0], jnp.maximum(ratio, 1e-5))
+def _smooth(layer: Params, each: Fold, read: Statistics) -> jax.Array:
+    """s = max|x|^a / max|w|^(1 - a) of each input (Xiao et al. 2022, arXiv:2211.10438, eq. 4), the mean of those that are tied."""
+    weights_I = jnp.stack([jnp.abs(grids.matrix(kernel_of(layer, name), inputs_of(name))).max(1) for name in each.kernels]).max(0)
+    ratio_I = jnp.maximum(read.largest_I, 1e-5) ** SMOOTH / jnp.maximum(weights_I, 1e-5) ** (1 - SMOOTH)
+    return each.join(jnp.maximum(ratio_I, 1e-5), jnp.mean)
 
 
-def _awq(recipe: Recipe, arch: Architecture, layer: Params, group: tuple[str, ...], site: Site, moments: Moments) -> jax.Array:
-    scales = awq.candidates(folds.tie(arch, group[0], moments.absolute_I / moments.tokens))
-    kernels = {name: kernel_of(layer, name) for name in group}
-    if len(group) == 1:
+def _awq(recipe: Recipe, layer: Params, each: Fold, site: Site, read: Statistics) -> jax.Array:
+    """Of the candidates the one with the least error of what the layer gives, [S]."""
+    scales_CS = awq.candidates(each.join(read.absolute_I / jnp.maximum(read.tokens, 1), jnp.mean))
+    kernels = {name: kernel_of(layer, name) for name in each.kernels}
+    if len(kernels) == 1:
         # The layer's output is its own one, or close behind: the error of that is known without running anything.
-        matrix = grids.matrix(kernels[group[0]], inputs_of(group[0]))
-        return awq.search(scales, awq.linear_loss(matrix, moments.second_II, recipe.grid))
+        ((name, kernel),) = kernels.items()
+        own = awq.linear_loss(grids.matrix(kernel, inputs_of(name)), read.second_II, recipe.grid)
+        return awq.search(scales_CS, lambda s_S: own(each.spread(s_S)))
     expected = site.outputs(layer, SEARCH_TOKENS)
 
-    def loss(s_I: jax.Array) -> jax.Array:
+    def loss(s_S: jax.Array) -> jax.Array:
         tried = layer
         for name, kernel in kernels.items():
-            rounded = awq.rounded(grids.matrix(kernel, inputs_of(name)), s_I, recipe.grid)
+            rounded = awq.rounded(grids.matrix(kernel, inputs_of(name)), each.spread(s_S), recipe.grid)
             tried = with_kernel(tried, name, rounded.reshape(kernel.shape))
         return _distance(site.outputs(tried, SEARCH_TOKENS), expected)
 
-    return awq.search(scales, loss)
+    return awq.search(scales_CS, loss)
 
 
 def _distance(some: list[jax.Array], others: list[jax.Array]) -> jax.Array:

@@ -54,6 +54,10 @@ class Report:
         """How many kernels have a smaller error than by rounding to the nearest code."""
         return sum(each.error < each.nearest for each in self.kernels)
 
+    def blank(self) -> int:
+        """How many kernels read nothing but 0, and were rounded to the nearest code for want of anything better."""
+        return sum(each.error == each.nearest == 0 for each in self.kernels)
+
     def save(self, directory: Path) -> None:
         """Writes JSON and, with matplotlib, PNG."""
         fields = dataclasses.asdict(self) | {"kernels": [each._asdict() for each in self.kernels]}
@@ -81,6 +85,10 @@ def show(report: Report, console: Console) -> None:
             better = sum(each.error < each.nearest for each in found)
             table.add_row(short(name, names), f"{median:.2%}", f"{largest:.2%}", f"{nearest:.2%}", f"{better} of {len(found)}")
         console.print(table)
+        if blank := report.blank():
+            console.print(
+                f"{blank} kernels read nothing but 0 on these data, and were rounded to the nearest code", highlight=False
+            )
     changes = Table("", *(Column(name, justify="right") for name in ("before", "after", "ratio")))
     for name, before, after, ratio in _changes(report):
         changes.add_row(name, before, after, ratio)

@@ -25,8 +25,9 @@ def pack(
 ) -> shards.Shards:
     """Rows of the text of `source`, anything that data.source may be, in `directory`: cleaned, encoded and packed as `config` says.
 
-    setting: the flag that names the source, for errors. most_characters: to be read, about; 0 for all. However few documents of its own a
-    run used. A warning says what was dropped. ValueError for a source that cannot be read or gives no row.
+    setting: the flag that names the source, for errors. most_characters: to be read, about; 0 for all; text that is longer is cut there.
+    However few documents of its own a run used. A warning says what was dropped. ValueError for a source that cannot be read or gives no
+    row.
     """
     found = _cleaned(config, source, classes, setting, most_characters)
     rows = examples.write(config, directory, found, tokenizer, classes, shards.Totals())
@@ -37,7 +38,8 @@ def pack(
 def _cleaned(config: ConfigDict, source: str, classes: tuple[str, ...], setting: str, most_characters: int) -> Iterator[Document]:
     config = config.copy_and_resolve_references()
     config.data.max_documents = 0
-    cleaner, dropped, characters = clean.make(config), Counter[str](), 0
+    cleaner, dropped, left = clean.make(config), Counter[str](), most_characters
+    cuts = most_characters and examples.make(config).reads == "text"
     for document in documents.open(source, config, setting=setting):
         cleaned = cleaner(document)
         if isinstance(cleaned, clean.Dropped):
@@ -45,9 +47,9 @@ def _cleaned(config: ConfigDict, source: str, classes: tuple[str, ...], setting:
             continue
         if classes:
             labels.check_known(labels.of(cleaned), classes, cleaned.origin)
-        yield cleaned
-        characters += len(cleaned.text)
-        if most_characters and characters >= most_characters:
+        yield cleaned._replace(text=cleaned.text[:left]) if cuts else cleaned
+        left -= len(cleaned.text)
+        if most_characters and left <= 0:
             break
     _tell_dropped(dropped, source)
 

@@ -33,7 +33,7 @@ def make(config: ConfigDict, texts: Callable[[], Iterable[str]]) -> "Tokenizer":
     """
     wanted = needed(config)
     made = registry.resolve("tokenizer", config.tokenizer.kind)(config, texts, wanted._replace(tokens=()))
-    _check(made, wanted, config)
+    check(made, wanted, config)
     if registry.resolve("examples", config.train.objective)(config).reads == "messages":
         tokenizer = extend(made, wanted.tokens, templates.choose(config, made), templates.end(config))
     else:
@@ -86,7 +86,8 @@ def _rewrite(tokenizer: Any, changes: dict[str, Any], lacking: Sequence[str], te
     return _restore(files.Saved(record, parts | chat_template.contents(template)))
 
 
-def _check(tokenizer: "Tokenizer", wanted: Added, config: ConfigDict) -> None:
+def check(tokenizer: "Tokenizer", wanted: Added, config: ConfigDict) -> None:
+    """ValueError if the tokenizer lacks a special token that the objective needs."""
     lacks = ""
     if wanted.mask and tokenizer.mask_id is None:
         lacks, accepted = "has no mask token", "one whose tokenizer_config.json names a mask_token, or with [MASK] or <mask>"
