@@ -154,13 +154,14 @@ def quantize(recipe: Recipe, options: Options, console: Console) -> int:
     before, bytes_before = _measure(run, options.evaluate), _bytes(run.params)
     config = _config(run.config, recipe, options.targets)
     began = time.perf_counter()
-    # The dense layers are nobody else's from here on, and go one by one.
-    params = jax.tree.map(lambda leaf: leaf, run.params)
+    # The dense layers are nobody else's from here on, and go one by one; but for a model whose speed is to be compared.
+    params, dense = jax.tree.map(lambda leaf: leaf, run.params), run if options.evaluate else None
     source, run = dataclasses.replace(source, params={}), dataclasses.replace(run, params={})
     params, errors = _compress(run, params, recipe, kernels, calibrated, console)
     secs = time.perf_counter() - began
     after = dataclasses.replace(run, config=config, model=models.build(config), params=params)
-    speed_before, speed_after = _speeds(run, after) if options.evaluate else ({}, {})
+    speed_before, speed_after = _speeds(dense, after) if dense else ({}, {})
+    del dense
     found = Report(
         model=source.title,
         what=words(recipe),
