@@ -150,16 +150,19 @@ def quantize(recipe: Recipe, options: Options, console: Console) -> int:
     source = convert.open_source(options.source, options.step, convert.HF, options.base)
     run = _run(source, options.source)
     kernels = _kernels(run, options.targets)
+    config = _config(run.config, recipe, options.targets)
+    model = models.build(config)
+    # Refuses groups that do not cut these kernels, before any work.
+    jax.eval_shape(model.init, jax.random.key(0))
     calibrated = _calibrate(run, options, console) if options.calibrate else None
     before, bytes_before = _measure(run, options.evaluate), _bytes(run.params)
-    config = _config(run.config, recipe, options.targets)
     began = time.perf_counter()
     # The dense layers are nobody else's from here on, and go one by one; but for a model whose speed is to be compared.
     params, dense = jax.tree.map(lambda leaf: leaf, run.params), run if options.evaluate else None
     source, run = dataclasses.replace(source, params={}), dataclasses.replace(run, params={})
     params, errors = _compress(run, params, recipe, kernels, calibrated, console)
     secs = time.perf_counter() - began
-    after = dataclasses.replace(run, config=config, model=models.build(config), params=params)
+    after = dataclasses.replace(run, config=config, model=model, params=params)
     speed_before, speed_after = _speeds(dense, after) if dense else ({}, {})
     del dense
     found = Report(
