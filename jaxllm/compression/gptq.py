@@ -10,6 +10,9 @@ rows before it have left there:
 
 which is the same number (Chen et al. 2025, arXiv:2507.18553: GPTQ is Babai's nearest plane algorithm). So H is factored once and never
 inverted, a step reads the differences d and writes one row, and errors of float32 do not add up from row to row.
+
+What rounding leaves of weight i adds its square times R_ii^2 to the error, all else having been made up for. So that is what the ranges of
+groups are clipped by: most weights come out nearer for the few that lie beyond the last code.
 """
 
 from functools import partial
@@ -19,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from jaxllm.compression.grid import Rounded, scale_shape
+from jaxllm.compression.grid import SHARES, Rounded, scale_shape
 from jaxllm.transforms import affine
 from jaxllm.transforms.affine import Grid
 
@@ -52,7 +55,7 @@ def solve(
 
     order: "none": as they lie, the scales of a group being those of its weights as they are when its turn comes. "static": those with the
     largest H_ii first, with the scales of the weights as they were. "group": so, too, and groups are runs of that order, with scales as
-    of "none"; the grid is ordered.
+    of "none"; the grid is ordered. Ranges are clipped to the one of `SHARES` that makes the smallest error.
     damp: what is added to the diagonal, as a share of its mean over the inputs that are not always 0. It is raised tenfold until the
     factor is finite; inf or NaN says that it never was, and the codes mean nothing.
     block: rows that are rounded between two products with all rows before them. The result does not depend on it.
@@ -68,17 +71,16 @@ def solve(
     mean = jnp.sum(diagonal_I) / jnp.maximum(jnp.sum(live_I), 1)
     hessian_II = hessian_II / jnp.where(mean == 0, 1, mean) + jnp.diag(jnp.where(live_I, 0.0, 1.0))
     group_I = jnp.arange(len(live_I)) // (len(live_I) // shape[0])
-    scales = _Scales(*affine.scales(*affine.limits(kernel_IO, grid, shape), grid)) if order == "static" or shape[0] == 1 else None
-    if order == "none":
-        root_II, damp_used = _factor(hessian_II, damp)
-        codes, scales = _round(_Rows(kernel_IO, root_II, group_I), scales, grid, block)
-        return Rounded(codes, *scales, group_I.astype(jnp.int32) if grid.ordered else None), damp_used
-    first_I = jnp.argsort(-diagonal_I)
+    first_I = jnp.arange(len(live_I)) if order == "none" else jnp.argsort(-diagonal_I)
     place_I = jnp.argsort(first_I)
-    root_II, damp_used = _factor(hessian_II[first_I][:, first_I], damp)
-    of_rows = group_I[first_I] if order == "static" else group_I
-    codes, scales = _round(_Rows(kernel_IO[first_I], root_II, of_rows), scales, grid, block)
-    index = (group_I if order == "static" else group_I[place_I]).astype(jnp.int32)
+    root_II, cost_I, damp_used = _factor(hessian_II if order == "none" else hessian_II[first_I][:, first_I], damp)
+    rows = _Rows(kernel_IO[first_I], root_II, group_I[first_I] if order == "static" else group_I)
+    if order == "static" or shape[0] == 1:
+        scales = _fitted(kernel_IO, cost_I[place_I], grid, shape)
+        codes, _ = _in_blocks(rows, jnp.zeros_like(kernel_IO), scales, grid, block)
+    else:
+        codes, scales = _in_groups(rows, cost_I, grid, block)
+    index = (group_I[place_I] if order == "group" else group_I).astype(jnp.int32)
     return Rounded(codes[place_I], *scales, index if grid.ordered else None), damp_used
 
 
@@ -92,8 +94,8 @@ def _check(order: str, grid: Grid) -> None:
         )
 
 
-def _factor(hessian_II: jax.Array, damp: float) -> tuple[jax.Array, jax.Array]:
-    """(R with each row divided by its diagonal, damping used): R^T R = H + damping I, R lower triangular.
+def _factor(hessian_II: jax.Array, damp: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(R with each row divided by its diagonal, the squares of that, damping used): R^T R = H + damping I, R lower triangular.
 
     That is Cholesky's factor of the matrix read from its last row and column on.
     """
@@ -109,28 +111,40 @@ def _factor(hessian_II: jax.Array, damp: float) -> tuple[jax.Array, jax.Array]:
     first = jnp.where(jnp.isfinite(jnp.diagonal(hessian_II)).all(), jnp.float32(damp), jnp.nan)
     factor_II, used = jax.lax.while_loop(failed, lambda state: attempt(jnp.maximum(10 * state[1], 1e-6)), attempt(first))
     root_II = jnp.flip(factor_II.T)
-    return root_II / jnp.diagonal(root_II)[:, None], used
+    diagonal_I = jnp.diagonal(root_II)
+    return root_II / diagonal_I[:, None], diagonal_I**2, used
 
 
-def _round(rows: _Rows, scales: _Scales | None, grid: Grid, block: int) -> tuple[jax.Array, _Scales]:
-    """(uint8 codes [I, O], scales). Without scales, those of a group are found when its turn comes."""
-    if scales is not None:
-        return _in_blocks(rows, jnp.zeros_like(rows.kernel), scales, grid, block)[0], scales
-    return _in_groups(rows, grid, block)
+def _fitted(kernel_IO: jax.Array, cost_I: jax.Array, grid: Grid, shape: tuple[int, int]) -> _Scales:
+    """Of grids that reach to a share of the largest weight, for each group the one to whose nearest codes the weights are nearest: by the
+    sum of cost x distance^2. shape: (G, O)."""
+    low_GO, high_GO = affine.limits(kernel_IO, grid, shape)
+    parts = kernel_IO.reshape(shape[0], -1, shape[1])
+    costs = cost_I.reshape(shape[0], -1)
+
+    def error(share: jax.Array) -> jax.Array:
+        scale, zero = (x if x is None else x[:, None] for x in affine.scales(low_GO * share, high_GO * share, grid))
+        middle = grid.middle if zero is None else zero.astype(jnp.float32)
+        off = parts - (affine.nearest(parts, scale, zero, grid) - middle) * scale.astype(jnp.float32)
+        # A product, since compilers make a slow loop of the sum over this axis.
+        return jnp.einsum("gi,gio->go", costs, off * off, precision="highest")
+
+    share_GO = SHARES[jnp.argmin(jax.lax.map(error, SHARES), axis=0)]
+    return _Scales(*affine.scales(low_GO * share_GO, high_GO * share_GO, grid))
 
 
-def _in_groups(rows: _Rows, grid: Grid, block: int) -> tuple[jax.Array, _Scales]:
-    """One group after the other, on the grid of its weights as the groups before have moved them."""
+def _in_groups(rows: _Rows, cost_I: jax.Array, grid: Grid, block: int) -> tuple[jax.Array, _Scales]:
+    """(uint8 codes [I, O], scales): one group after the other, on the grid of its weights as the groups before have moved them."""
     size, outputs = grid.group, rows.kernel.shape[1]
 
     def one(off_IO: jax.Array, number: jax.Array) -> tuple[jax.Array, tuple[jax.Array, _Scales]]:
         start = number * size
-        root_gI, kernel_gO = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (rows.root, rows.kernel))
+        root_gI, kernel_gO, cost_g = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (rows.root, rows.kernel, cost_I))
         root_gg = jax.lax.dynamic_slice_in_dim(root_gI, start, size, 1)
         left_gO = _product(root_gI, off_IO)
         # The least error would be that of weights that are not rounded: R (moved - kernel) takes all back that is left.
         moved_gO = kernel_gO + solve_triangular(root_gg, left_gO, lower=True, unit_diagonal=True)
-        scales = _Scales(*affine.scales(*affine.limits(moved_gO, grid, (1, outputs)), grid))
+        scales = _fitted(moved_gO, cost_g, grid, (1, outputs))
         part = _Rows(kernel_gO, root_gg, jnp.zeros(size, jnp.int32))
         codes, off_gO = _in_blocks(part, left_gO, scales, grid, block)
         return jax.lax.dynamic_update_slice_in_dim(off_IO, off_gO, start, 0), (codes, scales)

@@ -6,6 +6,8 @@ import numpy as np
 
 from jaxllm.transforms.affine import Grid
 
+SHARES = np.linspace(1, 0.5, 20, endpoint=False)
+
 
 class Found(NamedTuple):
     """codes: [I, O]; scale, zero: [G, O]; dense: [I, O]; group: [I], that of each input."""
@@ -64,6 +66,25 @@ def round_groups(kernel: np.ndarray, grid: Grid, share: np.ndarray | None = None
     return Found(codes, scale, zero, (codes - zero[group]) * scale[group], group)
 
 
+def fitted(weights: np.ndarray, cost: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, zero) [O] of one group [g, O], of the share of its range that leaves the least sum of cost [g] times squared difference."""
+    errors = []
+    for share in SHARES:
+        scale, zero = scales(weights, grid, share)
+        errors.append(cost @ (weights - (nearest(weights, scale, zero, grid) - zero) * scale) ** 2)
+    return scales(weights, grid, SHARES[np.argmin(errors, 0)])
+
+
+def costs(inverse: np.ndarray, turns: np.ndarray) -> np.ndarray:
+    """[I]: what a squared difference of each input adds to the error when those after it make up for it (eq. 2: 1 / [H^-1]_ii of what is
+    left)."""
+    inverse, found = inverse.copy(), np.zeros(len(inverse))
+    for i in turns:
+        found[i] = 1 / inverse[i, i]
+        inverse -= np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+    return found
+
+
 def solve(kernel: np.ndarray, hessian: np.ndarray, grid: Grid, damp: float, order: str) -> Found:
     """Frantar et al. 2022, arXiv:2210.17323: eq. 2 for every input, with H^-1 of what is left by eq. 3; no factor, no blocks."""
     kernel, hessian = kernel.astype(np.float64), hessian.astype(np.float64)
@@ -76,13 +97,15 @@ def solve(kernel: np.ndarray, hessian: np.ndarray, grid: Grid, damp: float, orde
     group = np.arange(inputs) // size
     if order == "group":
         group[turns] = np.arange(inputs) // size
-    first = round_groups(kernel, grid)
-    scale, zero = first.scale.copy(), first.zero.copy()
+    cost = costs(inverse, turns)
+    found = [fitted(kernel[rows], cost[rows], grid) for rows in np.arange(inputs).reshape(-1, size)]
+    scale, zero = (np.stack(each) for each in zip(*found, strict=True))
     codes, dense = np.zeros_like(kernel), np.zeros_like(kernel)
     for turn, i in enumerate(turns):
         left, g = turns[turn + 1 :], group[i]
         if order != "static" and turn % size == 0:
-            scale[g], zero[g] = scales(kernel[turns[turn : turn + size]], grid)
+            rows = turns[turn : turn + size]
+            scale[g], zero[g] = fitted(kernel[rows], cost[rows], grid)
         codes[i] = nearest(kernel[i], scale[g], zero[g], grid)
         dense[i] = (codes[i] - zero[g]) * scale[g]
         kernel[left] -= np.outer(inverse[left, i], (kernel[i] - dense[i]) / inverse[i, i])
