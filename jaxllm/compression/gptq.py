@@ -123,7 +123,7 @@ def _fitted(kernel_IO: jax.Array, cost_I: jax.Array, grid: Grid, shape: tuple[in
     costs = cost_I.reshape(shape[0], -1)
 
     def error(share: jax.Array) -> jax.Array:
-        scale, zero = (x if x is None else x[:, None] for x in affine.scales(low_GO * share, high_GO * share, grid))
+        scale, zero = jax.tree.map(lambda x: x[:, None], affine.scales(low_GO * share, high_GO * share, grid))
         middle = grid.middle if zero is None else zero.astype(jnp.float32)
         off = parts - (affine.nearest(parts, scale, zero, grid) - middle) * scale.astype(jnp.float32)
         # A product, since compilers make a slow loop of the sum over this axis.
