@@ -3,7 +3,8 @@
     python benchmarks/gptq.py [--rounds 5] [--tokens 4096] [--torch_threads N] [--qwix DIRECTORY]
 
 Layers of 576 inputs and 1536 outputs and the other way around (the MLP of SmolLM2-135M), 4 bits, symmetric, groups of 64, blocks of 128,
-damping 1 %. The inputs are random and hang together. --qwix: a directory that holds the package qwix. Needs torch.
+damping 1 %. The inputs are random and hang together. Ranges of groups are clipped here, and whole on the other sides.
+--qwix: a directory that holds the package qwix. Needs torch.
 
 Each round runs all sides one after the other, in this process. What counts are the medians, and the median of the rounds' ratios. Compiling
 is left out: every shape runs once before. The error is that of the outputs, as a share of the error of the nearest codes.

@@ -58,6 +58,17 @@ def test_inputs_without_anything_in_common(order: str) -> None:
     jax.tree.map(np.testing.assert_array_equal, found[:3], grid.clipped(kernel, hessian, given)[:3])
 
 
+@ORDERS
+@pytest.mark.parametrize("group", [0, 32])
+def test_long_tails_lose_less_than_by_clipping_alone(order: str, group: int) -> None:
+    """With few codes, whole ranges of such weights would cost more than clipping them and making up for nothing."""
+    kernel, x = paper.correlated(96, 64)
+    kernel *= np.random.default_rng(1).standard_t(3, kernel.shape).astype(np.float32)
+    given, hessian = Grid(3, group, ordered=order == "group"), paper.second_moment(x)
+    found, clipped = gptq.solve(kernel, hessian, given, order=order)[0], grid.clipped(kernel, hessian, given)
+    assert paper.output_error(kernel - found.dense(given), x) < 0.8 * paper.output_error(kernel - clipped.dense(given), x)
+
+
 def test_damping_grows_until_there_is_a_factor() -> None:
     """Of 12 tokens H has rank 12, and with an input that stands there twice: only damping makes it a Hessian. With little of it, what the
     tokens do not see is free, and the error vanishes."""
