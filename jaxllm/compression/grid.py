@@ -73,18 +73,24 @@ def clipped(kernel_IO: jax.Array, hessian_II: jax.Array, grid: Grid) -> Rounded:
     """To the nearest code of grids that reach to 1, 0.975, ... 0.525 of the largest weight, whichever makes the smallest error of the sums
     over the inputs of each group (Lin et al. 2023, arXiv:2306.00978, section 5.1: weight clipping).
 
-    hessian_II: the sum of x x^T. Of it the blocks of the groups count: d^T H_g d is the sum over the tokens of (x_g d)^2.
+    hessian_II: the sum of x x^T. Of it the blocks of the groups count: d^T H_g d is the sum over the tokens of (x_g d)^2. Groups hang
+    together, though: an output that loses by what its groups gain each by itself keeps its whole ranges.
     """
     shape = scale_shape(kernel_IO, grid)
     low, high = affine.limits(kernel_IO, grid, shape)
     size = len(kernel_IO) // shape[0]
     blocks_G = jnp.stack([hessian_II[start : start + size, start : start + size] for start in range(0, len(kernel_IO), size)])
 
+    def off(share: jax.Array) -> jax.Array:
+        return kernel_IO - with_limits(kernel_IO, low * share, high * share, grid).dense(grid)
+
     def error(share: jax.Array) -> jax.Array:
-        off = (kernel_IO - with_limits(kernel_IO, low * share, high * share, grid).dense(grid)).reshape(shape[0], size, -1)
-        return jnp.einsum("gio,gij,gjo->go", off, blocks_G, off, precision="highest")
+        parts = off(share).reshape(shape[0], size, -1)
+        return jnp.einsum("gio,gij,gjo->go", parts, blocks_G, parts, precision="highest")
 
     best_GO = SHARES[jnp.argmin(jax.lax.map(error, SHARES), axis=0)]
+    loses_O = output_errors(off(best_GO), hessian_II) > output_errors(off(SHARES[0]), hessian_II)
+    best_GO = jnp.where(loses_O, SHARES[0], best_GO)
     return with_limits(kernel_IO, low * best_GO, high * best_GO, grid)
 
 
@@ -98,8 +104,12 @@ def scale_shape(kernel_IO: jax.Array, grid: Grid) -> tuple[int, int]:
 @jax.jit
 def squared_error(kernel_IO: jax.Array, other_IO: jax.Array, hessian_II: jax.Array) -> jax.Array:
     """The sum over tokens and outputs of (x W - x V)^2: tr(D^T H D), D = W - V, H the sum of x x^T."""
-    off = kernel_IO - other_IO
-    return jnp.sum(off * jnp.matmul(hessian_II, off, precision="highest"))
+    return jnp.sum(output_errors(kernel_IO - other_IO, hessian_II))
+
+
+def output_errors(off_IO: jax.Array, hessian_II: jax.Array) -> jax.Array:
+    """[O]: the sum over tokens of (x d)^2 for each output, d^T H d."""
+    return jnp.sum(off_IO * jnp.matmul(hessian_II, off_IO, precision="highest"), axis=0)
 
 
 def relative_error(kernel_IO: jax.Array, other_IO: jax.Array, hessian_II: jax.Array) -> jax.Array:

@@ -30,8 +30,6 @@ METHODS = {
 }
 # Tokens that a search for scales sends through a layer for each candidate.
 SEARCH_TOKENS = 2048
-# Attention is sharp in what its scores are made of: their ranges are not clipped (as in AWQ's program).
-NOT_CLIPPED = ("q", "k")
 # How much of the difficulty goes from activations to weights (SmoothQuant, eq. 4).
 SMOOTH = 0.5
 
@@ -143,7 +141,7 @@ def _leaf(recipe: Recipe, name: str, kernel: jax.Array, read: Statistics | None)
         rounded = grids.round_to_nearest(matrix, grid)
     elif recipe.method in ("gptq", "awq+gptq"):
         rounded, _ = gptq.solve(matrix, read.second_II, grid, recipe.damp, recipe.order)
-    elif recipe.method == "clip" or (recipe.method == "awq" and name.split("/")[1] not in NOT_CLIPPED):
+    elif recipe.method in ("clip", "awq"):
         rounded = grids.clipped(matrix, read.second_II, grid)
     else:
         rounded = grids.round_to_nearest(matrix, grid)
@@ -183,14 +181,18 @@ def _smooth(layer: Params, each: Fold, read: Statistics) -> jax.Array:
 
 
 def _awq(recipe: Recipe, layer: Params, each: Fold, site: Site, read: Statistics) -> jax.Array:
-    """Of the candidates the one with the least error of what the layer gives, [S]."""
+    """Of the candidates that make no kernel's own error larger the one with the least error of what the layer gives, [S]."""
     scales_CS = awq.candidates(each.join(read.absolute_I / jnp.maximum(read.tokens, 1), jnp.mean))
     kernels = {name: kernel_of(layer, name) for name in each.kernels}
+
+    def own(name: str) -> Callable[[jax.Array], jax.Array]:
+        loss = awq.linear_loss(grids.matrix(kernels[name], inputs_of(name)), read.second_II, recipe.grid)
+        return lambda s_S: loss(each.spread(s_S))
+
     if len(kernels) == 1:
         # The layer's output is its own one, or close behind: the error of that is known without running anything.
-        ((name, kernel),) = kernels.items()
-        own = awq.linear_loss(grids.matrix(kernel, inputs_of(name)), read.second_II, recipe.grid)
-        return awq.search(scales_CS, lambda s_S: own(each.spread(s_S)))
+        return awq.search(scales_CS, own(*kernels))
+    scales_CS = awq.harmless(scales_CS, [own(name) for name in kernels])
     expected = site.outputs(layer, SEARCH_TOKENS)
 
     def loss(s_S: jax.Array) -> jax.Array:

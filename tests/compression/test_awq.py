@@ -1,5 +1,7 @@
 """AWQ's search for the scales of inputs, beside NumPy in float64 over tokens."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +50,18 @@ def test_search_finds_the_least_error_of_the_outputs(symmetric: bool) -> None:
     best = int(np.argmin(expected))
     assert best > 0 and expected[best] < 0.8 * expected[0]
     np.testing.assert_array_equal(awq.search(scales, loss), scales[best])
+
+
+def test_scales_that_are_bad_for_one_kernel_are_left_out() -> None:
+    """However good for the other; as are those of which a loss is NaN. The first row, which changes nothing, is always there."""
+    scales = jnp.arange(5.0)[:, None]
+
+    def of(*values: float) -> Callable[[jax.Array], jax.Array]:
+        return lambda s_I: jnp.array(values)[s_I[0].astype(int)]
+
+    first, second = of(4, 3, 5, 1, 4), of(4, 4, 0, np.nan, 4.5)
+    np.testing.assert_array_equal(awq.harmless(scales, [first, second]), [[0], [1]])
+    np.testing.assert_array_equal(awq.harmless(scales, [of(*[np.nan] * 5)]), [[0]])
 
 
 def test_a_loss_that_is_nan_is_not_the_least() -> None:

@@ -45,7 +45,7 @@ def test_nearest_codes(bits: int, group: int, symmetric: bool, scale_dtype: str)
 @GRIDS
 @pytest.mark.parametrize(("bits", "group"), [(3, 16), (4, 0)])
 def test_clipped_ranges_are_the_best_of_each_groups_outputs(bits: int, group: int, symmetric: bool) -> None:
-    """Summed over tokens, each group by itself."""
+    """Summed over tokens, each group by itself; but an output that loses by it keeps its whole ranges."""
     w, x = paper.correlated(64, 24)
     w *= np.random.default_rng(1).standard_t(3, w.shape).astype(np.float32)
     given, size = Grid(bits, group, symmetric), group or 64
@@ -55,6 +55,10 @@ def test_clipped_ranges_are_the_best_of_each_groups_outputs(bits: int, group: in
         parts = np.einsum("ngi,gio->ngo", x.astype(np.float64).reshape(len(x), -1, size), off.reshape(-1, size, 24))
         every.append(np.square(parts).sum(0))
     share = shares[np.argmin(every, 0)]
+    whole, each = (np.square(x @ (w - paper.round_groups(w, given, tried).dense)).sum(0) for tried in (np.ones_like(share), share))
+    # With one group there is nothing to lose.
+    assert (each > whole).any() == (group > 0) and (each > whole).mean() < 0.5
+    share = np.where(each > whole, 1, share)
     assert (share < 1).mean() > 0.5
     found = grid.clipped(w, paper.second_moment(x), given)
     expected = paper.round_groups(w, given, share)
