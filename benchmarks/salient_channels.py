@@ -8,7 +8,7 @@ mean |x| on the calibration data, with the largest norm of their weights, or of 
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,18 +17,34 @@ import numpy as np
 
 from jaxllm import evaluate, runs
 from jaxllm.compression import calibration, grid, methods, walk
-from jaxllm.compression.statistics import Statistics
 from jaxllm.engine import compilation
+from jaxllm.transforms import tree
 from jaxllm.transforms.affine import Grid
-from jaxllm.types import Params
+from jaxllm.types import Batch, Model, Params
 
 KEPT_FRAC = 0.01
-# Of an input: (its statistics, weights [I, O], a generator) -> how much it is worth to keep it, [I].
-WORTH: dict[str, Callable[[Statistics, jax.Array, np.random.Generator], Any]] = {
-    "mean |x|": lambda read, kernel_IO, rng: read.absolute_I,
-    "norm of the weights": lambda read, kernel_IO, rng: jnp.linalg.norm(kernel_IO, axis=1),
-    "any": lambda read, kernel_IO, rng: rng.random(len(kernel_IO)),
+# (number of the layer, name of a kernel in it) -> mean |x| of its inputs, [I].
+Sizes = dict[tuple[int, str], jax.Array]
+# Of an input: (mean |x| [I], weights [I, O], a generator) -> how much it is worth to keep it, [I].
+WORTH: dict[str, Callable[[jax.Array, jax.Array, np.random.Generator], Any]] = {
+    "mean |x|": lambda size_I, kernel_IO, rng: size_I,
+    "norm of the weights": lambda size_I, kernel_IO, rng: jnp.linalg.norm(kernel_IO, axis=1),
+    "any": lambda size_I, kernel_IO, rng: rng.random(len(kernel_IO)),
 }
+
+
+def measure_sizes(model: Model, params: Params, batches: Sequence[Batch]) -> Sizes:
+    """What the kernels read in the dense model: no layer is changed on the way, so that no choice depends on what rounding did."""
+    found: Sizes = {}
+
+    def note(layer: Params, site: walk.Site) -> Params:
+        for group in site.groups:
+            read = site.statistics(layer, group)
+            found.update({(site.number, name): read.absolute_I / read.tokens for name in group})
+        return layer
+
+    walk.walk(model, copy(params), batches, note)
+    return found
 
 
 def rounded(kernel_IO: jax.Array, given: Grid, worth_I: Any | None) -> jax.Array:
@@ -40,23 +56,27 @@ def rounded(kernel_IO: jax.Array, given: Grid, worth_I: Any | None) -> jax.Array
     return dense_IO.at[kept].set(kernel_IO[kept])
 
 
-def compress(run: runs.Run, batches: Any, given: Grid, choice: str | None) -> Params:
-    """The parameters with all kernels of the layers rounded. What each reads is that of the dense model."""
-    rng = np.random.default_rng(0)
-
-    def one(layer: Params, site: walk.Site) -> Params:
-        result = layer
-        for group in site.groups:
-            read = site.statistics(layer, group)
-            for name in group:
+def compress(model: Model, params: Params, sizes: Sizes, given: Grid, choice: str | None) -> Params:
+    """The parameters with all kernels of the layers rounded; choice: of WORTH, None to keep no input."""
+    rng, number, params = np.random.default_rng(0), 0, copy(params)
+    for stack in model.stacks:
+        layers = walk.Layers(tree.get(params, stack.path))
+        for index in range(stack.layers):
+            layer = layers.take(index)
+            for name in (name for name in tree.names(layer) if name.endswith("/kernel")):
                 kernel = methods.kernel_of(layer, name)
                 kernel_IO = grid.matrix(kernel, methods.inputs_of(name))
-                worth_I = None if choice is None else WORTH[choice](read, kernel_IO, rng)
-                result = methods.with_kernel(result, name, rounded(kernel_IO, given, worth_I).reshape(kernel.shape))
-        return result
+                worth_I = None if choice is None else WORTH[choice](sizes[number, name], kernel_IO, rng)
+                layer = methods.with_kernel(layer, name, rounded(kernel_IO, given, worth_I).reshape(kernel.shape))
+            layers.put(index, layer)
+            number += 1
+        tree.put(params, stack.path, layers.after)
+    return params
 
-    params = jax.tree.map(lambda leaf: leaf, run.params)
-    return walk.walk(run.model, params, batches, one)
+
+def copy(params: Params) -> Params:
+    """Another tree of the same arrays: layers are put in place."""
+    return jax.tree.map(lambda leaf: leaf, params)
 
 
 def main() -> None:
@@ -70,7 +90,7 @@ def main() -> None:
     args = parser.parse_args()
     compilation.use_cache()
     run = runs.load(args.model)
-    batches = calibration.make(run, args.calibrate, args.rows, args.tokens, seed=0).batches
+    sizes = measure_sizes(run.model, run.params, calibration.make(run, args.calibrate, args.rows, args.tokens, seed=0).batches)
 
     def measure(params: Params) -> dict[str, Any]:
         return evaluate.evaluate_source(dataclasses.replace(run, params=params), args.evaluate)
@@ -81,7 +101,7 @@ def main() -> None:
     for group in args.groups:
         given = Grid(args.bits, group, symmetric=False)
         for choice in (None, *WORTH):
-            found = measure(compress(run, batches, given, choice))
+            found = measure(compress(run.model, run.params, sizes, given, choice))
             kept = f"1 % by {choice}" if choice else "none"
             print(f"{group or 'all':>6} {kept:24} {found['perplexity']:10.3f}", flush=True)
 
