@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from jaxllm.compression.grid import SHARES, Rounded, scale_shape
+from jaxllm.compression import grid as grids
+from jaxllm.compression.grid import Rounded, scale_shape
 from jaxllm.transforms import affine
 from jaxllm.transforms.affine import Grid
 
@@ -55,7 +56,7 @@ def solve(
 
     order: "none": as they lie, the scales of a group being those of its weights as they are when its turn comes. "static": those with the
     largest H_ii first, with the scales of the weights as they were. "group": so, too, and groups are runs of that order, with scales as
-    of "none"; the grid is ordered. Ranges are clipped to the one of `SHARES` that makes the smallest error.
+    of "none"; the grid is ordered. Ranges are clipped (`grid.clip`) to what makes the smallest error.
     damp: what is added to the diagonal, as a share of its mean over the inputs that are not always 0. It is raised tenfold until the
     factor is finite; inf or NaN says that it never was, and the codes mean nothing.
     block: rows that are rounded between two products with all rows before them. The result does not depend on it.
@@ -116,21 +117,13 @@ def _factor(hessian_II: jax.Array, damp: float) -> tuple[jax.Array, jax.Array, j
 
 
 def _fitted(kernel_IO: jax.Array, cost_I: jax.Array, grid: Grid, shape: tuple[int, int]) -> _Scales:
-    """Of grids that reach to a share of the largest weight, for each group the one to whose nearest codes the weights are nearest: by the
-    sum of cost x distance^2. shape: (G, O)."""
-    low_GO, high_GO = affine.limits(kernel_IO, grid, shape)
-    parts = kernel_IO.reshape(shape[0], -1, shape[1])
-    costs = cost_I.reshape(shape[0], -1)
+    """Of clipped ranges, by the sum of cost x distance^2 to the nearest codes. shape: (G, O)."""
 
-    def error(share: jax.Array) -> jax.Array:
-        scale, zero = jax.tree.map(lambda x: x[:, None], affine.scales(low_GO * share, high_GO * share, grid))
-        middle = grid.middle if zero is None else zero.astype(jnp.float32)
-        off = parts - (affine.nearest(parts, scale, zero, grid) - middle) * scale.astype(jnp.float32)
+    def error(off: jax.Array) -> jax.Array:
         # A product, since compilers make a slow loop of the sum over this axis.
-        return jnp.einsum("gi,gio->go", costs, off * off, precision="highest")
+        return jnp.einsum("gi,gio->go", cost_I.reshape(off.shape[:2]), off * off, precision="highest")
 
-    share_GO = SHARES[jnp.argmin(jax.lax.map(error, SHARES), axis=0)]
-    return _Scales(*affine.scales(low_GO * share_GO, high_GO * share_GO, grid))
+    return _Scales(*affine.scales(*grids.clip(kernel_IO, grid, shape, error), grid))
 
 
 def _in_groups(rows: _Rows, cost_I: jax.Array, grid: Grid, block: int) -> tuple[jax.Array, _Scales]:

@@ -4,6 +4,7 @@ A kernel is here the matrix [I, O] of its inputs and outputs, however many axes 
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -68,30 +69,44 @@ def with_limits(kernel_IO: jax.Array, low_GO: jax.Array, high_GO: jax.Array, gri
     return Rounded(codes, scale, zero, index)
 
 
+def clip(
+    kernel_IO: jax.Array, grid: Grid, shape: tuple[int, int], error: Callable[[jax.Array], jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """(low, high) [G, O] of each group: 1, 0.975, ... 0.525 of the range of its weights, whichever leaves the least error; of equal ones
+    the widest.
+
+    shape: (G, O). error: [G, O] of the difference between weights and nearest codes, [G, I / G, O].
+    """
+    low, high = affine.limits(kernel_IO, grid, shape)
+
+    def of(share: jax.Array) -> jax.Array:
+        off = kernel_IO - with_limits(kernel_IO, low * share, high * share, grid).dense(grid)
+        return error(off.reshape(shape[0], -1, shape[1]))
+
+    share_GO = SHARES[jnp.argmin(jax.lax.map(of, SHARES), axis=0)]
+    return low * share_GO, high * share_GO
+
+
 @partial(jax.jit, static_argnames="grid")
 def clipped(kernel_IO: jax.Array, hessian_II: jax.Array, grid: Grid) -> Rounded:
-    """To the nearest code of grids that reach to 1, 0.975, ... 0.525 of the largest weight, whichever makes the smallest error of the sums
-    over the inputs of each group (Lin et al. 2023, arXiv:2306.00978, section 5.1: weight clipping).
+    """To the nearest code of ranges clipped to what makes the smallest error of the sums over the inputs of each group (Lin et al. 2023,
+    arXiv:2306.00978, section 5.1: weight clipping).
 
     hessian_II: the sum of x x^T. Of it the blocks of the groups count: d^T H_g d is the sum over the tokens of (x_g d)^2. Groups hang
     together, though: an output that loses by what its groups gain each by itself keeps its whole ranges.
     """
-    shape = scale_shape(kernel_IO, grid)
-    low, high = affine.limits(kernel_IO, grid, shape)
-    size = len(kernel_IO) // shape[0]
+    groups, _ = shape = scale_shape(kernel_IO, grid)
+    size = len(kernel_IO) // groups
     blocks_G = jnp.stack([hessian_II[start : start + size, start : start + size] for start in range(0, len(kernel_IO), size)])
+    whole = affine.limits(kernel_IO, grid, shape)
+    fitted = clip(kernel_IO, grid, shape, lambda off: jnp.einsum("gio,gij,gjo->go", off, blocks_G, off, precision="highest"))
 
-    def off(share: jax.Array) -> jax.Array:
-        return kernel_IO - with_limits(kernel_IO, low * share, high * share, grid).dense(grid)
+    def errors(limits: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return output_errors(kernel_IO - with_limits(kernel_IO, *limits, grid).dense(grid), hessian_II)
 
-    def error(share: jax.Array) -> jax.Array:
-        parts = off(share).reshape(shape[0], size, -1)
-        return jnp.einsum("gio,gij,gjo->go", parts, blocks_G, parts, precision="highest")
-
-    best_GO = SHARES[jnp.argmin(jax.lax.map(error, SHARES), axis=0)]
-    loses_O = output_errors(off(best_GO), hessian_II) > output_errors(off(SHARES[0]), hessian_II)
-    best_GO = jnp.where(loses_O, SHARES[0], best_GO)
-    return with_limits(kernel_IO, low * best_GO, high * best_GO, grid)
+    loses_O = errors(fitted) > errors(whole)
+    low, high = (jnp.where(loses_O, wide, narrow) for wide, narrow in zip(whole, fitted, strict=True))
+    return with_limits(kernel_IO, low, high, grid)
 
 
 def scale_shape(kernel_IO: jax.Array, grid: Grid) -> tuple[int, int]:

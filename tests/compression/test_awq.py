@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import gptq_paper as paper
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,20 +10,6 @@ import pytest
 
 from jaxllm.compression import awq
 from jaxllm.transforms.affine import Grid
-
-
-def nearest(kernel: np.ndarray, grid: Grid) -> np.ndarray:
-    """Each weight to the nearest code of its group, float64 [I, O]."""
-    parts = kernel.astype(np.float64).reshape(-1, grid.group, kernel.shape[1])
-    low, high = (np.minimum(parts.min(1, keepdims=True), 0), np.maximum(parts.max(1, keepdims=True), 0))
-    if grid.symmetric:
-        high = np.maximum(high, -low)
-        low = -high
-    step = (high - low) / (2**grid.bits - 1)
-    zero = 2 ** (grid.bits - 1) if grid.symmetric else np.rint(-low / step)
-    # The largest weight lies in the middle of two codes, and goes to the outer one.
-    codes = np.clip(np.rint(parts / step * (1 + 2.0**-20 * grid.symmetric)) + zero, 0, 2**grid.bits - 1)
-    return ((codes - zero) * step).reshape(kernel.shape)
 
 
 def test_candidates_are_powers_of_the_mean_input() -> None:
@@ -37,14 +24,15 @@ def test_candidates_are_powers_of_the_mean_input() -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_search_finds_the_least_error_of_the_outputs(symmetric: bool) -> None:
-    rng, grid = np.random.default_rng(0), Grid(3, 16, symmetric)
-    kernel = rng.normal(0, 0.05, (64, 32)).astype(np.float32)
-    x = rng.normal(size=(400, 64)) * np.exp(rng.normal(0, 1.5, 64))
-    scales = awq.candidates(jnp.asarray(np.abs(x).mean(0), jnp.float32))
+    given = Grid(3, 16, symmetric)
+    kernel, x = paper.correlated(64, 32)
+    x *= np.exp(np.random.default_rng(1).normal(0, 1.5, 64)).astype(np.float32)
+    scales = awq.candidates(jnp.asarray(np.abs(x).mean(0)))
     expected = []
-    for s in np.asarray(scales, np.float64):
-        expected.append(np.square(x @ (kernel - nearest(kernel * s[:, None], grid) / s[:, None])).sum())
-    loss = awq.linear_loss(jnp.asarray(kernel), jnp.asarray(x.T @ x, jnp.float32), grid)
+    for s in np.asarray(scales):
+        scaled = paper.round_groups(kernel * s[:, None], given).dense
+        expected.append(paper.output_error(kernel - scaled / s[:, None].astype(np.float64), x))
+    loss = awq.linear_loss(jnp.asarray(kernel), jnp.asarray(paper.second_moment(x)), given)
     # A weight that float32 puts on the other side of a middle changes a loss by less than this.
     np.testing.assert_allclose([loss(s) for s in scales], expected, rtol=2e-3)
     best = int(np.argmin(expected))

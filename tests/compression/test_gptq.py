@@ -55,7 +55,12 @@ def test_inputs_without_anything_in_common(order: str) -> None:
     kernel, given = paper.correlated(96, 32)[0], Grid(3, 48, order == "none", order == "group")
     hessian = 7 * np.eye(96, dtype=np.float32)
     found, _ = gptq.solve(kernel, hessian, given, order=order, block=32)
-    jax.tree.map(np.testing.assert_array_equal, found[:3], grid.clipped(kernel, hessian, given)[:3])
+    expected = grid.clipped(kernel, hessian, given)
+    np.testing.assert_array_equal(found.codes, expected.codes)
+    # Two programs may round the product of range and share otherwise.
+    np.testing.assert_allclose(found.scale, expected.scale, rtol=2**-22)
+    if expected.zero is not None:
+        np.testing.assert_array_equal(found.zero, expected.zero)
 
 
 @ORDERS
