@@ -33,6 +33,7 @@ from jaxllm.engine.workdir import Workdir, check_space, sync_directory, write_te
 from jaxllm.interop import directory, gguf_export, gguf_file, gguf_write, weights
 from jaxllm.interop.imported import Tensors
 from jaxllm.interop.packed import formats
+from jaxllm.parallel import forms
 from jaxllm.transforms import adapt
 from jaxllm.transforms.int8 import Int8
 from jaxllm.transforms.quantized import Quantized
@@ -293,7 +294,7 @@ def write_hf(
     carried = [name for name in written.files if name in source.carried and name != directory.CONFIG]
     return {
         "architecture": written.architecture,
-        "parameters": f"{sum(int(np.prod(node.shape)) for node in jax.tree.leaves(source.params, is_leaf=_is_quantized)):,}",
+        "parameters": f"{forms.weights(source.params):,}",
         "packing": packing,
         "tensors": f"{len(written.shapes)} in {sum(name.endswith('.safetensors') for name in written.files)} file(s), {dtype}",
         "files as they were": _listing(carried),
@@ -335,11 +336,11 @@ def write_run(partial: Path, target: Path, source: Source) -> dict[str, str]:
     checkpoints = Checkpoints(workdir.checkpoints)
     checkpoints.save(0, {"params": source.params})
     checkpoints.close()
-    leaves = jax.tree.leaves(source.params)
+    coded = any(map(_is_quantized, jax.tree.leaves(source.params, is_leaf=_is_quantized)))
     return {
         "model": f"{config.model.name}, {config.model.layers} layers, width {config.model.width}",
-        "parameters": f"{sum(leaf.size for leaf in leaves):,}",
-        "checkpoint": "step 0, float32",
+        "parameters": f"{forms.weights(source.params):,}",
+        "checkpoint": f"step 0, {'codes and ' if coded else ''}float32",
         "files as they were": _listing([f"{runs.CARRIED}/{name}" for name in source.carried]),
     }
 

@@ -1,13 +1,6 @@
 """Training that begins with a model: from every kind of source its weights to the bit, and what does not fit is said."""
 
 import dataclasses
-import io
-import json
-import re
-import shlex
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_gguf
+from begun import BYTES, begin, config_of, equal, save, write_sources
 from random_run import write_run
-from rich.console import Console
 
 from jaxllm import config as schema
-from jaxllm import convert, logits, models, runs, start
-from jaxllm.data import tokenize
-from jaxllm.engine import session as sessions
-from jaxllm.engine.checkpoint import Checkpoints
-from jaxllm.interop import directory, peft, peft_attach, peft_params, weights
-from jaxllm.parallel import plan as plans
+from jaxllm import logits, models, runs, start
 from jaxllm.transforms import adapt, tree
 from jaxllm.transforms.affine import Affine
 from jaxllm.transforms.lora import Lora
-
-BYTES = 259  # tokens of the byte tokenizer
-NEW = 30  # the step at which the runs below have weights of their own
-
-
-def save(run: Path, params: Any, frozen: Any = None) -> None:
-    """A checkpoint of these weights at step NEW."""
-    checkpoints = Checkpoints(run / "checkpoints", keep_last=9)
-    checkpoints.save(NEW, {"params": params} if frozen is None else {"params": params, "frozen": frozen})
-    checkpoints.close()
 
 
 @pytest.fixture(scope="module")
@@ -48,73 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sources(folder: Path) -> dict[str, Path]:
-    """A run in each form of the stack, one with adapters, and the first one and a LLaMA as others write them."""
-    found = {
-        "unrolled": write_run(folder / "unrolled", model__name="llama", model__layers_as="unrolled"),
-        "scan": write_run(folder / "scan", model__layers_as="scan"),
-        "adapted": write_run(folder / "adapted", train__transforms=("dora",), lora__rank=2, train__trainable=".*/(a|b|magnitude)"),
-    }
-    adapted = runs.load(found["adapted"])
-    rng = np.random.default_rng(0)
-    drawn = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.1, leaf.shape).astype(np.float32), adapted.params)
-    save(found["adapted"], *tree.split(drawn, adapt.adapters(adapted.model.axes)))
-    assert convert.convert(found["unrolled"], folder / "hf", "", None, Console(file=io.StringIO())) == 0
-    values = tiny_gguf.model_values() | tiny_gguf.tokenizer_values()
-    tensors = tiny_gguf.stored(tiny_gguf.tensors(np.random.default_rng(5)))
-    found |= {"hf": folder / "hf", "gguf": tiny_gguf.write(folder / "tiny.gguf", tensors, values)}
-    for name in ("unrolled", "hf"):
-        found[f"peft_{name}"] = write_adapter(folder / f"peft_{name}", found[name])
-    return found
-
-
-def write_adapter(path: Path, base: Path, new: tuple[str, ...] = ()) -> Path:
-    """An adapter of PEFT that changes the base, which it names. new: its tokens above the base's, with which its tokenizer is written."""
-    run, rng = runs.load(base), np.random.default_rng(1)
-    config = run.config.copy_and_resolve_references()
-    config.train.transforms, config.lora.rank, config.model.start_rows = ("lora",), 2, config.model.vocab_size
-    config.model.vocab_size += len(new)
-    adapted, more = models.build(config), [(0, len(new)), (0, 0)]
-    params = {
-        **run.params,
-        **{part: jax.tree.map(lambda table: jnp.pad(table, more), run.params[part]) for part in ("embed", "head")},
-    }
-    drawn = adapt.Adaptation(run.model.axes, adapted.config.transforms).params(params, jax.random.key(0))
-    moved = adapt.adapters(adapted.axes)
-
-    def move(path: Any, array: jax.Array) -> jax.Array:
-        return array + rng.normal(0, 0.1, array.shape).astype(np.float32) if tree.path_name(path) in moved else array
-
-    peft.write(path, peft_params.export(jax.tree.map_with_path(move, drawn), adapted.config, base=str(base)))
-    if new:
-        tokenizer = tokenize.extend(run.tokenizer, new, None)
-        for name, data in directory.tokenizer_alone(tokenizer, adapted.config).files.items():
-            (path / name).write_bytes(data)
-    return path
-
-
-def config_of(path: Path | str, **fields: Any) -> Any:
-    """Keys with __ for the dot."""
-    config = schema.base()
-    config.train.start, config.train.batch_seqs, config.parallel.data = str(path), 4, 1
-    for key, value in fields.items():
-        section, _, name = key.partition("__")
-        config[section][name] = value
-    return config
-
-
-def begin(config: Any, workdir: Path) -> tuple[Any, Any, str]:
-    """(session, params, what was said), as training does it."""
-    resolved = start.resolve(config, workdir)
-    schema.check(resolved)
-    vocab_size = start.open_start(config.train.start).config.model.vocab_size
-    resolved = schema.with_vocabulary(resolved, vocab_size)
-    session = sessions.build_session(resolved, plans.make(resolved, jax.devices()[:1]))
-    said: list[str] = []
-    return session, start.load(session, said.append), "".join(said)
-
-
-def equal(one: Any, other: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(other))
+    return write_sources(folder)
 
 
 @pytest.mark.parametrize("form", ["scan", "unrolled"])
@@ -221,80 +133,6 @@ def test_the_config_takes_what_the_model_says(sources: dict[str, Path], tmp_path
     own = config_of(sources["hf"], tokenizer__kind="file", tokenizer__path="elsewhere")
     assert start.resolve(own, tmp_path).tokenizer.path == "elsewhere"
     assert start.resolve(config_of(""), tmp_path) == config_of("")
-
-
-@pytest.mark.parametrize("name", ["peft_unrolled", "peft_hf", "chain"])
-def test_the_weights_of_an_adapter_and_its_base_are_read_once(
-    sources: dict[str, Path], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From the first look at the config to the parameters; also where the base of the base is a model."""
-    path = sources.get(name) or tmp_path / name
-    if name not in sources:
-        shutil.copytree(sources["peft_hf"], path)
-        values = json.loads((path / peft.CONFIG).read_text())
-        (path / peft.CONFIG).write_text(json.dumps(values | {"base_model_name_or_path": str(sources["peft_hf"])}))
-    expected, read = tree.stack_layers(adapt.merged(runs.load(path).params)), []
-    for place, function in ((weights, "load"), (Checkpoints, "load_params")):
-        original = getattr(place, function)
-        monkeypatch.setattr(place, function, lambda *given, original=original: read.append(1) or original(*given))
-    _, params, _ = begin(config_of(path, model__layers_as="scan"), tmp_path / "new")
-    equal(params, expected)
-    assert len(read) == 1
-
-
-@pytest.mark.parametrize(("stored", "tied"), [("its own", "off"), ("the base's", "on")])
-def test_a_head_beside_a_tied_base_is_known_without_its_weights(stored: str, tied: str) -> None:
-    """Those of the embedding are asked for, as a head that is the same stays tied."""
-    golden = Path(__file__).parent / "golden"
-    imported = runs.read_imported(golden / "gpt2")
-    params, adapter = weights.load(imported).params, peft.read(golden / "peft" / "gpt2_head")
-    embedding = np.asarray(params["embed"]["tokens"])
-    if stored == "the base's":
-        read = adapter.read
-        adapter = dataclasses.replace(adapter, read=lambda name: embedding if name == "lm_head.weight" else read(name))
-    empty = jax.tree.map(lambda array: np.broadcast_to(np.float32(0), array.shape), params)
-    found = peft_attach.attach(empty, imported.config, adapter, lambda: embedding).config
-    assert found == peft_attach.attach(params, imported.config, adapter).config
-    assert found.model.tied_head == tied
-
-
-def test_an_adapter_with_new_tokens(sources: dict[str, Path], tmp_path: Path) -> None:
-    """Brings them, and its tokenizer; new ones of the run come above them."""
-    path = write_adapter(tmp_path / "grown", sources["unrolled"], ("<one>", "<two>"))
-    found, opened = start.open_start(str(path)), runs.load(path)
-    assert found.config.model.vocab_size == BYTES + 2
-    config = start.resolve(config_of(path), tmp_path)
-    assert (config.model.start_rows, config.tokenizer.kind, config.tokenizer.path) == (BYTES + 2, "file", str(path))
-    session, params, said = begin(config_of(path, model__layers_as="scan", train__transforms=("lora",), lora__rank=2), tmp_path)
-    assert said == f"begins with {path} merged into {sources['unrolled']}" and not any(
-        "rows" in name for name in tree.names(params)
-    )
-    equal(adapt.merged(params), tree.stack_layers(adapt.merged(opened.params)))
-    assert tokenize.make(config, tuple).encode_with_specials("a<two>") == [*opened.tokenizer.encode("a"), BYTES + 1]
-
-
-def test_an_adapter_whose_base_is_not_there_is_folded_first(sources: dict[str, Path], tmp_path: Path) -> None:
-    """As the error says, and what the command in it writes is a model to begin with."""
-    path = tmp_path / "moved away"
-    shutil.copytree(sources["peft_unrolled"], path)
-    values = json.loads((path / peft.CONFIG).read_text())
-    for named, words in (("gone/base", "its base 'gone/base' is not a path here, nor beside it"), (None, "it names no base")):
-        (path / peft.CONFIG).write_text(json.dumps(values | {"base_model_name_or_path": named}))
-        with pytest.raises(
-            ValueError, match=rf"moved away' is an adapter, and {words}.\n  Accepted: .*\n  Fold it into its base"
-        ) as error:
-            start.resolve(config_of(path), tmp_path / "new")
-    flags = shlex.split(re.findall(r"\(python -m jaxllm.convert (.*)\)", str(error.value))[0])
-    names = {"BASE": str(sources["unrolled"]), "MERGED": str(tmp_path / "merged")}
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxllm.convert", *(names.get(flag, flag) for flag in flags)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    _, params, _ = begin(config_of(tmp_path / "merged"), tmp_path)
-    equal(params, begin(config_of(sources["peft_unrolled"]), tmp_path)[1])
 
 
 def test_what_contradicts_the_model_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from test_start import begin, config_of
+from begun import begin, config_of
 
 from jaxllm.data.tokenizers.byte import ByteTokenizer
 from jaxllm.interop import directory, weights

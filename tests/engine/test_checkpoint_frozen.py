@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 import tiny_training as tiny
-from test_checkpoint import assert_same, place, stacked, template
+from checkpoint_states import assert_same, place, stacked, template
 
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.record import CheckpointError, DamagedError
