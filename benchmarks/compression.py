@@ -20,15 +20,16 @@ from jaxllm.report import canvas
 
 
 class Case(NamedTuple):
-    """grouped: inputs share scales in groups, else all inputs of an output share one."""
+    """grouped: inputs share scales in groups, else all inputs of an output share one. zeros: not symmetric."""
 
     method: str
     bits: int
     grouped: bool
+    zeros: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.method}_{self.bits}{'_grouped' if self.grouped else ''}"
+        return f"{self.method}_{self.bits}{'_grouped' if self.grouped else ''}{'_zeros' if self.zeros else ''}"
 
 
 DATA = ("clip", "gptq", "awq", "awq+gptq")
@@ -39,7 +40,8 @@ CASES = [
     Case("nf4", 4, False),
     *(Case(method, 4, True) for method in ("nearest", *DATA)),
     *(Case(method, 4, False) for method in ("nearest", "gptq", "awq")),
-    *(Case(method, 3, True) for method in ("nearest", *DATA)),
+    *(Case(method, 3, True, zeros) for zeros in (False, True) for method in ("nearest", *DATA)),
+    *(Case(method, 3, False, zeros=True) for method in ("nearest", "gptq", "awq")),
 ]
 
 
@@ -50,7 +52,7 @@ def run(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         began = time.perf_counter()
         flags = [f"--model={args.model}", f"--to={target}", f"--method={case.method}", f"--evaluate={args.evaluate}"]
         if case.method not in ("nf4", "smoothquant"):
-            flags += [f"--bits={case.bits}", f"--group={args.group if case.grouped else 0}"]
+            flags += [f"--bits={case.bits}", f"--group={args.group if case.grouped else 0}", f"--symmetric={not case.zeros}"]
         if case.method != "nf4":
             flags += [f"--calibrate={args.calibrate}", f"--rows={args.rows}", f"--tokens={args.tokens}"]
         subprocess.run([sys.executable, "-m", "jaxllm.quantize", *flags], check=True, stdout=subprocess.DEVNULL)
@@ -66,7 +68,7 @@ def row(case: Case, group: int, report: dict[str, Any]) -> list[str]:
     return [
         str(case.bits),
         "scale and zero of 64" if case.method == "nf4" else str(group) if case.grouped else "all",
-        case.method,
+        case.method + (", zeros" if case.zeros else ""),
         f"{report['after']['perplexity']:.2f}",
         f"{report['after']['loss'] - report['before']['loss']:+.4f}",
         f"{statistics.median(errors):.2%}" if errors else "",
