@@ -196,7 +196,8 @@ def test_two_processes_begin_with_a_run(alone: Path, config: Path, tmp_path: Pat
     """Each reads the model for itself, with quantized kernels and adapters on top. An update of nothing leaves its validation loss."""
     more = ["start=" + str(alone), "transforms=('int8','lora')", "trainable=auto", "steps=1"]
     flags = [f"--config.train.{each}" for each in more]
-    flags += ["--config.tokenizer.kind=bpe", "--config.schedule.warmup_steps=0"]
+    # The config makes a tokenizer; the model has its own.
+    flags += ["--config.tokenizer.kind=file", f"--config.tokenizer.path={alone / 'tokenizer'}", "--config.schedule.warmup_steps=0"]
     flags += ["--config.eval.every_steps=1", "--config.optimizer.learning_rate=1e-12"]
     with launch(2, 2, config, tmp_path / "run", *flags) as run:
         assert run.wait() == 0, run.output()
