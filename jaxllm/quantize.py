@@ -42,7 +42,7 @@ from jaxllm.ops import sampling
 from jaxllm.transforms import tree
 from jaxllm.transforms.affine import Grid
 from jaxllm.transforms.quantized import Quantized
-from jaxllm.types import Params
+from jaxllm.types import Model, Params
 
 RUN = "jaxllm"
 # --format -> of interop/packed, by whether activations are rounded, too.
@@ -152,8 +152,7 @@ def quantize(recipe: Recipe, options: Options, console: Console) -> int:
     kernels = _kernels(run, options.targets)
     config = _config(run.config, recipe, options.targets)
     model = models.build(config)
-    # Refuses groups that do not cut these kernels, before any work.
-    jax.eval_shape(model.init, jax.random.key(0))
+    _check_groups(model)
     calibrated = _calibrate(run, options, console) if options.calibrate else None
     before, bytes_before = _measure(run, options.evaluate), _bytes(run.params)
     began = time.perf_counter()
@@ -181,6 +180,15 @@ def quantize(recipe: Recipe, options: Options, console: Console) -> int:
     report.show(found, console)
     convert.show({"to": f"{options.target} ({options.format})", "seconds of compression": f"{secs:.1f}", **rows}, console)
     return _check(after, options, console) if options.check else 0
+
+
+def _check_groups(model: Model) -> None:
+    """ValueError, before any work, for groups that do not cut these kernels."""
+    try:
+        jax.eval_shape(model.init, jax.random.key(0))
+    except ValueError as error:
+        # The config's fields are flags here.
+        raise ValueError(str(error).replace("quant.group", "--group").replace("quant.targets", "--targets")) from error
 
 
 def words(recipe: Recipe) -> str:

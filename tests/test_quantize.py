@@ -122,7 +122,7 @@ def test_an_encoder(folder: Path, tmp_path: Path) -> None:
         (("--method=gptq",), r"--method gptq without --calibrate[\s\S]*Accepted: a text .*samples; --method nearest"),
         (("--method=smoothquant", "--bits=4", "--calibrate=samples"), r"smoothquant with other codes than 8 bits"),
         # Before the data are looked for.
-        (("--method=gptq", "--group=48", "--calibrate=nowhere"), r"quant.group = 48 does not cut the inputs"),
+        (("--method=gptq", "--group=48", "--calibrate=nowhere"), r"--group = 48 does not cut the inputs"),
         (
             ("--method=nearest", "--targets=.*norm.*"),
             r"--targets '.\*norm.\*' selects .*norm/scale[\s\S]*Accepted: a regular expression",

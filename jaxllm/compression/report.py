@@ -17,8 +17,8 @@ from rich.table import Column, Table
 from jaxllm.report.units import size
 
 JSON, PNG = "compression.json", "compression.png"
-# Inches.
-WIDE = (7.5, 4.2)
+# Inches: of the errors, and of each line below them. ROOM: for what is written behind the longest bar.
+WIDE, CHANGE_HEIGHT, ROOM = (7.5, 4.2), 0.28, 1.6
 # Of the lines, where there are more kernels than colours.
 MARKERS = ("o", "s", "^")
 
@@ -59,11 +59,10 @@ class Report:
         return sum(each.error == each.nearest == 0 for each in self.kernels)
 
     def save(self, directory: Path) -> None:
-        """Writes JSON and, with matplotlib, PNG."""
+        """Writes JSON and PNG."""
         fields = dataclasses.asdict(self) | {"kernels": [each._asdict() for each in self.kernels]}
         (directory / JSON).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
-        if self.kernels:
-            (directory / PNG).write_bytes(picture(self))
+        (directory / PNG).write_bytes(picture(self))
 
 
 def show(report: Report, console: Console) -> None:
@@ -113,14 +112,39 @@ def _changes(report: Report) -> list[tuple[str, str, str, str]]:
 
 
 def picture(report: Report) -> bytes:
-    """PNG: the errors of the kernels over the layers, a colour a kernel, and dashed those of rounding to the nearest."""
+    """PNG: the errors of the kernels over the layers, a colour a kernel, and dashed those of rounding to the nearest.
+
+    Below, what changed.
+    """
+    from jaxllm.report import canvas  # noqa: PLC0415
+
+    theme, changes = canvas.LIGHT, _changes(report)
+    below = 1.0 + CHANGE_HEIGHT * len(changes)
+    drawn = canvas.figure(theme, WIDE[0], (WIDE[1] if report.kernels else 0) + below)
+    parts = drawn.subfigures(2, 1, height_ratios=(WIDE[1], below)) if report.kernels else (None, drawn)
+    if parts[0] is not None:
+        _draw_errors(parts[0], theme, report)
+    axes = parts[1].add_subplot()
+    canvas.dress(axes, theme, "After, as a share of before", "", "")
+    axes.grid(visible=False)
+    axes.barh([name for name, *_ in changes], [float(ratio) for *_, ratio in changes], color=theme.lines[0], height=0.6)
+    axes.axvline(1, color=theme.faint, linestyle=(0, (4, 2)), linewidth=1.0)
+    for place, (_, before, after, ratio) in enumerate(changes):
+        label = axes.text(float(ratio), place, f" {ratio}: {before} to {after}", va="center", fontsize=8, color=theme.ink)
+        label.set_bbox({"facecolor": theme.background, "edgecolor": "none", "pad": 0.6})
+    axes.invert_yaxis()
+    axes.xaxis.set_major_locator(canvas.MaxNLocator(5))
+    axes.set_xlim(0, ROOM * max(1.0, *(float(ratio) for *_, ratio in changes)))
+    return canvas.png(drawn)
+
+
+def _draw_errors(part: Any, theme: Any, report: Report) -> None:
+    """The upper part of the picture."""
     from matplotlib.lines import Line2D  # noqa: PLC0415
 
     from jaxllm.report import canvas  # noqa: PLC0415
 
-    theme = canvas.LIGHT
-    drawn = canvas.figure(theme, *WIDE)
-    axes = drawn.add_subplot()
+    axes = part.add_subplot()
     canvas.dress(axes, theme, "Error of each kernel's products", "layer", "relative error")
     names = list(dict.fromkeys(each.name for each in report.kernels))
     lines, colors = [], (*theme.lines, theme.ink)
@@ -134,9 +158,8 @@ def picture(report: Report) -> bytes:
     lines.append(Line2D([], [], color=theme.faint, linestyle=(0, (4, 2)), linewidth=1.0, label="to the nearest"))
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if value >= 0.1 or not value else f"{value:.1%}")
-    drawn.legend(handles=lines, loc="outside right center", frameon=False, fontsize=8.5, labelcolor=theme.ink)
+    part.legend(handles=lines, loc="outside right center", frameon=False, fontsize=8.5, labelcolor=theme.ink)
     axes.set_title(report.what, loc="right", fontsize=8.5, color=theme.faint, pad=10)
-    return canvas.png(drawn)
 
 
 def short(name: str, names: Sequence[str]) -> str:

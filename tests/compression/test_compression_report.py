@@ -60,7 +60,7 @@ def test_what_was_not_measured_is_not_shown(tmp_path: Path) -> None:
     bare = made(kernels=(), before={}, after={})
     assert "perplexity" not in text(bare) and "nearest" not in text(bare)
     bare.save(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [report.JSON]
+    assert {path.name for path in tmp_path.iterdir()} == {report.JSON, report.PNG}
 
 
 def test_what_is_written_is_what_was_found(tmp_path: Path) -> None:
@@ -71,8 +71,9 @@ def test_what_is_written_is_what_was_found(tmp_path: Path) -> None:
     assert first.startswith(b"\x89PNG")
     made().save(tmp_path)
     assert (tmp_path / report.PNG).read_bytes() == first
-    made(kernels=[each._replace(error=each.error / 2) for each in KERNELS]).save(tmp_path)
-    assert (tmp_path / report.PNG).read_bytes() != first
+    for change in ({"kernels": [each._replace(error=each.error / 2) for each in KERNELS]}, {"bytes_after": 3000}):
+        made(**change).save(tmp_path)
+        assert (tmp_path / report.PNG).read_bytes() != first
 
 
 @pytest.mark.parametrize(
