@@ -121,10 +121,12 @@ def picture(report: Report) -> bytes:
     theme, changes = canvas.LIGHT, _changes(report)
     below = 1.0 + CHANGE_HEIGHT * len(changes)
     drawn = canvas.figure(theme, WIDE[0], (WIDE[1] if report.kernels else 0) + below)
-    parts = drawn.subfigures(2, 1, height_ratios=(WIDE[1], below)) if report.kernels else (None, drawn)
-    if parts[0] is not None:
-        _draw_errors(parts[0], theme, report)
-    axes = parts[1].add_subplot()
+    if report.kernels:
+        upper, lower = drawn.subfigures(2, 1, height_ratios=(WIDE[1], below))
+        _draw_errors(upper, theme, report)
+        axes = lower.add_subplot()
+    else:
+        axes = drawn.add_subplot()
     canvas.dress(axes, theme, "After, as a share of before", "", "")
     axes.grid(visible=False)
     axes.barh([name for name, *_ in changes], [float(ratio) for *_, ratio in changes], color=theme.lines[0], height=0.6)
