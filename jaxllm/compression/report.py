@@ -122,9 +122,9 @@ def picture(report: Report) -> bytes:
     below = 1.0 + CHANGE_HEIGHT * len(changes)
     drawn = canvas.figure(theme, WIDE[0], (WIDE[1] if report.kernels else 0) + below)
     if report.kernels:
-        upper, lower = drawn.subfigures(2, 1, height_ratios=(WIDE[1], below))
-        _draw_errors(upper, theme, report)
-        axes = lower.add_subplot()
+        parts: Any = drawn.subfigures(2, 1, height_ratios=(WIDE[1], below))
+        _draw_errors(parts[0], theme, report)
+        axes = parts[1].add_subplot()
     else:
         axes = drawn.add_subplot()
     canvas.dress(axes, theme, "After, as a share of before", "", "")
