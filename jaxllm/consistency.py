@@ -4,23 +4,32 @@ from ml_collections import ConfigDict
 
 # Transforms that add something trained to a kernel, and those that hold it in fewer bits.
 ADAPTERS, FORMS = ("lora", "dora"), ("int8", "int4", "int3", "nf4")
+# Losses of dpo that take some of the pairs for mixed up.
+SMOOTHED = ("cdpo", "robust")
 # Kinds of tokenizers that are loaded, from tokenizer.path.
 LOADED = ("file", "gguf")
 # The models that each objective can train.
 MODELS = {
     "causal_lm": ("gpt", "llama"),
+    "dpo": ("gpt", "llama"),
+    "kto": ("gpt", "llama"),
+    "orpo": ("gpt", "llama"),
     "prefix_lm": ("gpt", "llama"),
     "masked_lm": ("bert",),
+    "reward": ("gpt", "llama"),
     "span_corruption": ("t5", "transformer"),
     "seq2seq": ("t5", "transformer"),
     "sequence_classification": ("bert", "gpt", "llama"),
     "sft": ("gpt", "llama"),
+    "simpo": ("gpt", "llama"),
     "token_classification": ("bert", "gpt", "llama"),
 }
 # The head that it needs, if not "lm".
-HEADS = {"sequence_classification": "classify", "token_classification": "tag"}
+HEADS = {"reward": "classify", "sequence_classification": "classify", "token_classification": "tag"}
+# Objectives that compare answers to a prompt, in forked rows.
+PREFERENCES = ("dpo", "kto", "orpo", "reward", "simpo")
 # Objectives whose documents are more than a text.
-PAIRED = ("seq2seq", "sft", *HEADS)
+PAIRED = ("seq2seq", "sft", *PREFERENCES, "sequence_classification", "token_classification")
 
 
 def check(config: ConfigDict) -> None:
@@ -28,6 +37,7 @@ def check(config: ConfigDict) -> None:
     _check_sizes(config)
     _check_objective(config)
     _check_data(config)
+    _check_losses(config)
     _check_optimizer(config)
     _check_adapters(config)
     _check_codes(config)
@@ -75,6 +85,23 @@ def _check_objective(config: ConfigDict) -> None:
         raise ValueError(
             f"model.head = '{config.model.head}' does not fit train.objective = '{objective}'.\n  Accepted: {head}.\n"
             f"  Set model.head={head}, or another train.objective."
+        )
+
+
+def _check_losses(config: ConfigDict) -> None:
+    """What is said of a loss of preferences is said of one that has it."""
+    objective, preference = config.train.objective, config.preference
+    if preference.loss != "sigmoid" and objective != "dpo":
+        raise ValueError(
+            f"preference.loss = '{preference.loss}' with train.objective = '{objective}', which has one loss.\n"
+            "  Accepted: sigmoid; another one with train.objective=dpo.\n  Change one of them."
+        )
+    smooths = preference.loss in SMOOTHED
+    if smooths == (not preference.label_smoothing):
+        accepted = "a share above 0, such as 0.1" if smooths else f"0; a share with preference.loss = {' or '.join(SMOOTHED)}"
+        raise ValueError(
+            f"preference.label_smoothing = {preference.label_smoothing:g} with preference.loss = '{preference.loss}'"
+            f"{', which would be sigmoid' if smooths else ', which does not smooth'}.\n  Accepted: {accepted}.\n  Change one of them."
         )
 
 

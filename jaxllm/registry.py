@@ -16,14 +16,18 @@ TABLE: dict[str, dict[str, str]] = {
         "t5": "jaxllm.models.t5:make",
         "transformer": "jaxllm.models.transformer:make",
     },
-    # One loss for all of these: they differ in the batches, which the line of the same name under "examples" makes.
+    # One loss for most of these: they differ in the batches, which the line of the same name under "examples" makes.
     "objective": {
         "causal_lm": "jaxllm.objectives.tokens:make",
+        "dpo": "jaxllm.objectives.preferences:make_pairs",
+        "kto": "jaxllm.objectives.preferences:make_labelled",
         "masked_lm": "jaxllm.objectives.tokens:make",
+        "orpo": "jaxllm.objectives.preferences:make_pairs",
         "prefix_lm": "jaxllm.objectives.tokens:make",
         "seq2seq": "jaxllm.objectives.tokens:make",
         "sequence_classification": "jaxllm.objectives.tokens:make",
         "sft": "jaxllm.objectives.tokens:make",
+        "simpo": "jaxllm.objectives.preferences:make_pairs",
         "span_corruption": "jaxllm.objectives.tokens:make",
         "token_classification": "jaxllm.objectives.tokens:make",
     },
