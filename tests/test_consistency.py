@@ -46,7 +46,7 @@ def test_each_objective_takes_its_models_and_head(objective: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"train__objective": "masked_lm"}, "Accepted: bert for masked_lm; causal_lm, prefix_lm, .* for llama"),
+        ({"train__objective": "masked_lm"}, "Accepted: bert for masked_lm; causal_lm, .*prefix_lm, .* for llama"),
         (
             {"train__objective": "sequence_classification"},
             "model.head = 'lm' does not fit .*Accepted: classify.\n",
