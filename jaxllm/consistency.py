@@ -208,7 +208,7 @@ def _check_preferences(config: ConfigDict) -> None:
         raise ValueError(
             f"model.window_tokens = {config.model.window_tokens} with train.objective = '{objective}': a window counts places of a row, and"
             " answers to one prompt stand there one after the other.\n"
-            "  Accepted: 0. Set model.window_tokens=0, which is the same for rows that are no longer than the window."
+            "  Accepted: 0, which is the same for rows that are no longer than the window.\n  Set model.window_tokens=0."
         )
     if config.parallel.seq != 1:
         raise ValueError(

@@ -37,7 +37,7 @@ class LeftOut:
     """Counts what goes into rows of `width` tokens, and what does not, in `totals`."""
 
     def __init__(self, words: Words, tokenizer: "Tokenizer", width: int, context_tokens: int, totals: Totals):
-        self._words, self._tokenizer, self._totals = words, tokenizer, totals
+        self._words, self._tokenizer, self.totals = words, tokenizer, totals
         self.width, self._context_tokens = width, context_tokens
         self._needed: list[int] = []
         self._first: tuple[Document, str] | None = None
@@ -45,7 +45,7 @@ class LeftOut:
     @property
     def count(self) -> int:
         """Documents so far, used or not."""
-        return self._totals.documents + sum(self._totals.dropped.values())
+        return self.totals.documents + sum(self.totals.dropped.values())
 
     def need(self, tokens: int) -> None:
         """Counts the tokens that a document needs of a row to stay whole."""
@@ -53,12 +53,12 @@ class LeftOut:
 
     def add(self, document: Document, reason: str) -> None:
         """Leaves the document out."""
-        self._totals.dropped[reason] = self._totals.dropped.get(reason, 0) + 1
+        self.totals.dropped[reason] = self.totals.dropped.get(reason, 0) + 1
         self._first = self._first or (document, reason)
 
     def check(self) -> None:
         """ValueError, with the first one as an example, if more was left out than used. Warns of what is longer than a row."""
-        words, totals = self._words, self._totals
+        words, totals = self._words, self.totals
         if self._first is not None and sum(totals.dropped.values()) * 2 > self.count:
             raise ValueError(self._mostly(*self._first))
         if too_long := totals.cut + sum(totals.dropped.get(reason, 0) for reason in words.too_long):
@@ -74,7 +74,7 @@ class LeftOut:
         )
 
     def _mostly(self, document: Document, reason: str) -> str:
-        words, dropped = self._words, self._totals.dropped
+        words, dropped = self._words, self.totals.dropped
         reasons = "\n".join(f"    {number:,} x {name}" for name, number in dropped.items())
         if set(words.too_long) & set(dropped):
             reasons += f"\n    {self._lengths()}"

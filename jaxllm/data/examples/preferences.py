@@ -50,7 +50,7 @@ class Prompted(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Places of a row that they take."""
+        """Places of a row that they take where the answers are predicted."""
         return self.prompt_tokens - 1 + sum(len(ids) - self.prompt_tokens for ids in self.ids)
 
 
@@ -69,13 +69,15 @@ def make_labelled(config: ConfigDict) -> Examples:
     return _examples(config, "labelled", {"desirable": FLAG}, _labelled, shown.labelled)
 
 
-# (examples that can be used, width of a row) -> the segment of each; None if there is no room for it.
-MakeSides = Callable[[Iterable[Prompted], int], Iterator[tuple[Prompted, dict[str, np.ndarray] | None]]]
+# (examples that can be used, width of a row) -> the segment of each.
+MakeSides = Callable[[Iterable[Prompted], int], Iterator[dict[str, np.ndarray]]]
 
 
 def _examples(config: ConfigDict, rows_name: str, more: Mapping[str, np.dtype], make_sides: MakeSides, show: Show) -> Examples:
     width, context_tokens = row_tokens(config), config.model.context_tokens
     unit = "answers" if rows_name == "labelled" else "pairs"
+    # What a row needs besides a prompt and its answers: the prompt's last token in the trunk, or a first one of another answer.
+    spare = 0 if rows_name == "pairs" else 1
 
     def columns(vocab_size: int) -> dict[str, Column]:
         ids, segments = Column(width, smallest_dtype(vocab_size - 1)), Column(width, smallest_dtype(width))
@@ -89,8 +91,8 @@ def _examples(config: ConfigDict, rows_name: str, more: Mapping[str, np.dtype], 
     def rows(documents: Iterable[Document], tokenizer: "Tokenizer", labels: tuple[str, ...], totals: Totals) -> Iterator[Block]:
         del labels
         left_out = LeftOut(_words(unit), tokenizer, width, context_tokens, totals)
-        sides = _sides(documents, tokenizer, make_sides, left_out, LONG[unit], totals)
-        for block in fill.fill(((side,) for side in sides), (width,), ("segments",), 0):
+        examples = _usable(documents, tokenizer, left_out, spare, LONG[unit])
+        for block in fill.fill(_counted(make_sides(examples, width), totals), (width,), ("segments",), 0):
             padding = block["segments"] == 0
             yield block | {name: np.where(padding, tokenizer.pad_id, block[name]) for name in ("tokens", "targets")}
 
@@ -130,40 +132,32 @@ def _words(unit: str) -> Words:
     )
 
 
-def _sides(
-    documents: Iterable[Document],
-    tokenizer: "Tokenizer",
-    make_sides: MakeSides,
-    left_out: LeftOut,
-    too_long: str,
-    totals: Totals,
-) -> Iterator[dict[str, np.ndarray]]:
-    """The segments of rows; counts them, and what is left out."""
-    encode, width, resplit = answers.make(tokenizer, "last"), left_out.width, 0
-
-    def usable() -> Iterator[Prompted]:
-        for document in documents:
-            try:
-                found = prompted(document, encode)
-                left_out.need(found.length)
-                if found.prompt_tokens > width or found.length > width:
-                    raise answers.Refused(LONG_PROMPT if found.prompt_tokens > width else too_long)
-            except answers.Refused as error:
-                left_out.add(document, str(error))
-                continue
-            for ids in found.ids:
-                pack.check_ids(ids, tokenizer)
-            yield found
-
-    for found, side in make_sides(usable(), width):
-        if side is None:
-            left_out.add(found.document, too_long)
-            continue
-        resplit += found.resplit
-        totals.documents += 1
+def _counted(sides: Iterable[dict[str, np.ndarray]], totals: Totals) -> Iterator[tuple[fill.Side]]:
+    for side in sides:
         totals.tokens += len(side["tokens"])
         totals.weighted_tokens += int(side["weights"].sum())
-        yield side
+        yield (side,)
+
+
+def _usable(
+    documents: Iterable[Document], tokenizer: "Tokenizer", left_out: LeftOut, spare: int, too_long: str
+) -> Iterator[Prompted]:
+    """Those of the documents that a row has room for, and for `spare` more tokens. Checks in the end that they are not too few."""
+    encode, room, resplit = answers.make(tokenizer, "last"), left_out.width - spare, 0
+    for document in documents:
+        try:
+            found = prompted(document, encode)
+            left_out.need(found.length + spare)
+            if found.length > room:
+                raise answers.Refused(LONG_PROMPT if found.prompt_tokens > room else too_long)
+        except answers.Refused as error:
+            left_out.add(document, str(error))
+            continue
+        for ids in found.ids:
+            pack.check_ids(ids, tokenizer)
+        resplit += found.resplit
+        left_out.totals.documents += 1
+        yield found
     left_out.check()
     answers.warn_resplit(resplit, left_out.count, "prompts with answers")
 
@@ -189,33 +183,30 @@ def prompted(document: Document, encode: answers.Encode) -> Prompted:
     return Prompted(document, ids, trained, prompt_tokens, any(each.resplit for each in found))
 
 
-def _pairs(examples: Iterable[Prompted], width: int) -> Iterator[tuple[Prompted, dict[str, np.ndarray] | None]]:
+def _pairs(examples: Iterable[Prompted], width: int) -> Iterator[dict[str, np.ndarray]]:
     del width
     for found in examples:
-        yield found, forked.predicted(found.ids, found.trained, found.prompt_tokens)
+        yield forked.predicted(found.ids, found.trained, found.prompt_tokens)
 
 
-def _scored(examples: Iterable[Prompted], width: int) -> Iterator[tuple[Prompted, dict[str, np.ndarray] | None]]:
+def _scored(examples: Iterable[Prompted], width: int) -> Iterator[dict[str, np.ndarray]]:
+    del width
     for found in examples:
         side = forked.read(found.ids, found.prompt_tokens)
         margin = np.array(found.document.score or 0, np.float32)
         side["margins"] = np.full(len(side["tokens"]), margin.view(np.int32))
-        # The whole prompt stands in the trunk, which is one token more.
-        yield found, side if len(side["tokens"]) <= width else None
+        yield side
 
 
-def _labelled(examples: Iterable[Prompted], width: int) -> Iterator[tuple[Prompted, dict[str, np.ndarray] | None]]:
+def _labelled(examples: Iterable[Prompted], width: int) -> Iterator[dict[str, np.ndarray]]:
     for found, other in mismatched(examples):
         prompt, room = found.prompt_tokens, width - found.length
-        if not room:
-            yield found, None
-            continue
         # The end of an answer that is too long is cut: what is estimated from it is a mean over examples, and no example is lost.
         behind = slice(other.prompt_tokens, other.prompt_tokens + room)
         ids = [*found.ids, np.concatenate([found.ids[0][:prompt], other.ids[0][behind]])]
         trained = [*found.trained, np.concatenate([found.trained[0][:prompt], other.trained[0][behind]])]
         side = forked.predicted(ids, trained, prompt)
-        yield found, side | {"desirable": np.full(len(side["tokens"]), int(found.document.score or 0))}
+        yield side | {"desirable": np.full(len(side["tokens"]), int(found.document.score or 0))}
 
 
 def mismatched(examples: Iterable[Prompted]) -> Iterator[tuple[Prompted, Prompted]]:
