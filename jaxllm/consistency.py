@@ -38,6 +38,7 @@ def check(config: ConfigDict) -> None:
     _check_objective(config)
     _check_data(config)
     _check_losses(config)
+    _check_preferences(config)
     _check_optimizer(config)
     _check_adapters(config)
     _check_codes(config)
@@ -176,7 +177,11 @@ def _check_data(config: ConfigDict) -> None:
             "  Accepted: the path of a tokenizer.model, tokenizer.json or GGUF file."
             "\n  Set tokenizer.path."
         )
-    if config.train.objective == "sft" and config.chat.template == "tokenizer" and config.tokenizer.kind not in LOADED:
+    if (
+        config.train.objective in ("sft", *PREFERENCES)
+        and config.chat.template == "tokenizer"
+        and config.tokenizer.kind not in LOADED
+    ):
         raise ValueError(
             f"chat.template = 'tokenizer' with tokenizer.kind = '{config.tokenizer.kind}', which is made here and has no chat template.\n"
             "  Accepted: alpaca, chatml, llama3 or plain; tokenizer for a tokenizer.path that has one.\n  Set chat.template=chatml."
@@ -200,6 +205,35 @@ def _check_data(config: ConfigDict) -> None:
         raise ValueError(
             f"data.split_by = 'characters' cuts a text, which train.objective = '{config.train.objective}' cannot do with its documents.\n"
             "  Accepted: documents.\n  Set data.split_by=documents, or data.validation_source."
+        )
+
+
+def _check_preferences(config: ConfigDict) -> None:
+    """What rows with several answers to a prompt cannot be combined with."""
+    objective = config.train.objective
+    if objective not in PREFERENCES:
+        return
+    if config.chat.train_on == "all":
+        raise ValueError(
+            f"chat.train_on = 'all' with train.objective = '{objective}', which compares answers.\n"
+            "  Accepted: assistant or last, which are the same here: the answers that are compared.\n  Set chat.train_on=assistant."
+        )
+    if config.data.replay_source:
+        raise ValueError(
+            f"data.replay_source = '{config.data.replay_source}' with train.objective = '{objective}', whose loss is one of answers.\n"
+            "  Accepted: none; a reference model or an added loss of the chosen answers keeps the model from forgetting.\n"
+            "  Leave out data.replay_source and data.replay_frac."
+        )
+    if config.model.window_tokens:
+        raise ValueError(
+            f"model.window_tokens = {config.model.window_tokens} with train.objective = '{objective}': a window counts places of a row, and"
+            " answers to one prompt stand there one after the other.\n"
+            "  Accepted: 0, which is the same for rows that are no longer than the window.\n  Set model.window_tokens=0."
+        )
+    if config.parallel.seq != 1:
+        raise ValueError(
+            f"parallel.seq = {config.parallel.seq} with train.objective = '{objective}', whose rows are not cut.\n  Accepted: 1.\n"
+            "  Set parallel.seq=1, and parallel.fsdp or parallel.tensor for more devices."
         )
 
 
