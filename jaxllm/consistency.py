@@ -28,6 +28,10 @@ MODELS = {
 HEADS = {"reward": "classify", "sequence_classification": "classify", "token_classification": "tag"}
 # Objectives that compare answers to a prompt, in forked rows.
 PREFERENCES = ("dpo", "kto", "orpo", "reward", "simpo")
+# Those of them that compare the model with the one that training began with.
+REFERRED = ("dpo", "kto")
+# Objectives of models that answer.
+ANSWERING = ("sft", "dpo", "kto", "orpo", "simpo")
 # Objectives whose documents are more than a text.
 PAIRED = ("seq2seq", "sft", *PREFERENCES, "sequence_classification", "token_classification")
 

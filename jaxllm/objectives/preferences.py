@@ -5,38 +5,22 @@ share a row, and a segment counts once, whatever its length. What an answer is b
 an objective is a function of the current parameters and the batch, as any other.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxllm.consistency import REFERRED
 from jaxllm.objectives import preference_losses
 from jaxllm.objectives.preference_losses import Answers, How, PairLoss
-from jaxllm.ops import branches, losses
+from jaxllm.objectives.scores import READ, target_log_probs
+from jaxllm.ops import branches
 from jaxllm.parallel import constrain as devices
-from jaxllm.transforms import leaf
 from jaxllm.types import Batch, Head, Mean, Metrics, Model, Params
 
-# What a model reads of a batch besides its tokens.
-READ = ("segments", "positions", "branches")
-# The objectives whose batches need the array `reference`.
-REFERRED = ("dpo", "kto")
-# What healthy numbers look like, for who sees them for the first time.
-HEALTHY: Mapping[str, str] = {
-    "loss": "falls; that of dpo begins at ln 2 = 0.6931, where model and reference are the same, that of kto at 0.5",
-    "accuracy": "share of the pairs whose chosen answer has the higher reward; dpo begins at 0, as equal rewards do not count, and rises",
-    "margin": "chosen less rejected reward; rises, and fast growth without a falling validation loss is overfitting",
-    "chosen_reward": "may fall: only the margin is trained; where both fall far together, the learning rate is too high or beta too low",
-    "rejected_reward": "falls, and faster than the chosen one",
-    "chosen_logp": "of whole answers, of orpo and simpo a token; falls slowly in dpo, and a steep fall says that the answers are unlearnt",
-    "rejected_logp": "falls, and faster than the chosen one",
-    "kl": "how far the model is from the reference, in nats an answer; rises slowly from 0",
-}
 
-
-class Scores(NamedTuple):
+class Compared(NamedTuple):
     """Of each segment of a batch [B, S] its answers 1 and 2, and whether it has them: float32, 0 or 1. What is not there has log p -1."""
 
     answers: tuple[Answers, Answers]
@@ -62,7 +46,7 @@ class Preferences:
     def of_hidden(self, hidden_BTD: jax.Array, head: Head, batch: Batch, /) -> tuple[Mean, Metrics]:
         raise NotImplementedError
 
-    def score(self, hidden_BTD: jax.Array, head: Head, batch: Batch) -> Scores:
+    def score(self, hidden_BTD: jax.Array, head: Head, batch: Batch) -> Compared:
         """The log-probabilities of the answers."""
         weights_BT = batch["weights"]
         log_p_BT = target_log_probs(hidden_BTD, head, batch, self.chunk_tokens)
@@ -75,7 +59,7 @@ class Preferences:
         there = (tokens > 0).astype(jnp.float32)
         log_p, tokens = jnp.where(tokens > 0, log_p, -1.0), jnp.maximum(tokens, 1.0)
         first, second = (Answers(log_p[..., i], reference[..., i], tokens[..., i]) for i in (1, 2))
-        return Scores((first, second), (there[..., 1], there[..., 2]))
+        return Compared((first, second), (there[..., 1], there[..., 2]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,19 +128,6 @@ class Labelled(Preferences):
             "rejected_logp": mean(answers.log_p, bad),
         }
         return loss, metrics
-
-
-def target_log_probs(hidden_BTD: jax.Array, head: Head, batch: Batch, chunk_tokens: int) -> jax.Array:
-    """float32 [B, T]: log p of the targets that count, 0 elsewhere; NaN where one of them is not in the vocabulary."""
-    weights_BT = batch["weights"]
-    log_p_N = losses.log_probs(
-        hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
-        leaf.dense(head.kernel),
-        batch["targets"].reshape(-1),
-        bias_V=head.bias,
-        chunk_tokens=chunk_tokens,
-    )
-    return jnp.where(weights_BT > 0, log_p_N.reshape(weights_BT.shape), 0.0)
 
 
 def make_pairs(model: Model, config: Any) -> Pairs:
