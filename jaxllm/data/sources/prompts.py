@@ -12,7 +12,7 @@ from jaxllm.data.sources import conversations, preferences
 from jaxllm.data.sources.values import kind
 
 ANSWER = "answer"
-ACCEPTED = "an object with prompt, messages, conversations (ShareGPT) or instruction, and beside it what rewards compare with, such as answer"
+ACCEPTED = "an object with prompt, messages, conversations (ShareGPT) or instruction, and what rewards compare with, such as answer"
 CHANGE = "Rename the fields, or set data.text_field to the one with the prompt; chat.format says which of several is it"
 
 
