@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jaxllm import registry
 from jaxllm.data.documents import Document
-from jaxllm.data.sources import conversations, preferences
+from jaxllm.data.sources import preferences
 
 # Text to text, or None: the document is dropped.
 Clean = Callable[[str], str | None]
@@ -65,9 +65,8 @@ def make(config: ConfigDict) -> Callable[[Document], Document | Dropped]:
             return Dropped(document, reason)
         cleaned = [{**message, "content": text} for message, (text, _) in zip(turns, done, strict=True)]
         messages, answers = cleaned[: len(document.messages)], cleaned[len(document.messages) :]
-        if answers:
-            return preferences.document(messages, [[answer] for answer in answers], document.origin, document.score)
-        return conversations.document(messages, document.origin)
+        text = "\n".join(message["content"] for message in messages)
+        return document._replace(text=text, messages=tuple(messages), answers=tuple((answer,) for answer in answers))
 
     def clean(document: Document) -> Document | Dropped:
         if document.messages or document.answers:

@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -39,8 +39,9 @@ TEXTS = frozenset(
 )
 
 
-# What is read of conversations: the whole (messages), two answers to a prompt (pairs), or one and whether it is good (labelled).
-CONVERSED = ("messages", "pairs", "labelled")
+# What is read of conversations: the whole (messages), or a prompt and two answers to it (pairs), one and whether it is good (labelled), or
+# none (prompts).
+CONVERSED = ("messages", "pairs", "labelled", "prompts")
 
 # {"role": "system", "user" or "assistant", "content": text}
 Message = Mapping[str, str]
@@ -53,6 +54,7 @@ class Document(NamedTuple):
     pair: a second text to classify with it, or None.
     messages: of a conversation, which is all that is learnt from; its `text` joins their contents. Else empty.
     answers: of a prompt, which the messages are then: what may follow them, the better one first. Else empty.
+    fields: of a prompt without answers, what else is known of it, as values of JSON; else None.
     score: by how much the first answer is better than the second one, if that is known; of a single one whether it is good (1) or bad (0).
     """
 
@@ -63,6 +65,7 @@ class Document(NamedTuple):
     messages: tuple[Message, ...] = ()
     answers: tuple[tuple[Message, ...], ...] = ()
     score: float | None = None
+    fields: Mapping[str, Any] | None = None
 
 
 def open(source: str, config: ConfigDict, *, setting: str = "the source") -> Iterator[Document]:
@@ -83,6 +86,7 @@ _CONVERSED_FIELDS = {
     "messages": "messages, conversations, instruction and output, or prompt and completion; python_questions",
     "pairs": "prompt, chosen and rejected, or whole conversations in chosen and rejected",
     "labelled": "messages and label, or prompt, completion and label",
+    "prompts": "prompt, messages, conversations or instruction",
 }
 
 

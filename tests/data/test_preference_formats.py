@@ -70,6 +70,8 @@ def test_what_is_asked_for_is_the_prompt() -> None:
     row = {"prompt": "p", "question": "x", "messages": [Q], "instruction": "i", **BOTH}
     for changes, asked in (
         ({"data__text_field": "question"}, "x"),
+        # That of answers is none of a prompt.
+        ({"data__target_field": "question", "chat__format": "prompt"}, "p"),
         ({"chat__format": "prompt"}, "p"),
         ({"chat__format": "messages"}, "q"),
         ({"chat__format": "alpaca"}, "i"),

@@ -54,7 +54,7 @@ class Examples:
     """The data side of one objective for one config.
 
     reads: what a document has besides its text: "text" (nothing), "target" (a second text), "label" or "labels" (one a word); or
-        one of CONVERSED: "messages", those of a conversation, or "pairs" or "labelled", its answers, too.
+        one of CONVERSED: "messages", those of a conversation, "pairs" or "labelled", its answers, too, or "prompts", its other fields.
     unit: what documents are called, where some are left out of the rows.
     added: special tokens that the tokenizer must have.
     recipe: the config values that the stored rows depend on, besides those of the text and the tokenizer.

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from jaxllm import registry
 from jaxllm.data.documents import CONVERSED, Document
-from jaxllm.data.sources import conversations, preferences
+from jaxllm.data.sources import conversations, preferences, prompts
 from jaxllm.data.sources.values import kind, valid
 from jaxllm.schema import SCHEMA
 
@@ -41,7 +41,7 @@ def of(config: ConfigDict) -> Fields:
     reads = registry.resolve("examples", config.train.objective)(config).reads
     target = "" if reads == "text" else config.data.target_field
     pair = config.data.pair_field if reads == "label" else ""
-    named = _is_set(config, "text_field") if reads == "pairs" else _names_both(config)
+    named = _is_set(config, "text_field") if reads in ("pairs", "prompts") else _names_both(config)
     chat_format = conversations.NAMED if config.chat.format in ("auto", "prompt") and named else config.chat.format
     return Fields(config.data.text_field, target, pair, reads, chat_format)
 
@@ -61,6 +61,8 @@ def document(row: Any, fields: Fields, origin: str) -> Document:
         return conversations.read(row, fields.format, (fields.text, fields.target), origin)
     if fields.reads == "pairs":
         return preferences.read_pair(row, fields.format, fields.text, origin)
+    if fields.reads == "prompts":
+        return prompts.read(row, fields.format, fields.text, origin)
     if fields.reads == "labelled":
         return preferences.read_labelled(row, fields.format, (fields.text, fields.target), origin)
     if fields.reads == "labels":

@@ -28,6 +28,8 @@ CHOSEN, REJECTED, LABEL = "chosen", "rejected", "label"
 # chat.format -> the field with the prompt.
 PROMPTS = {"prompt": "prompt", "messages": "messages", "sharegpt": "conversations", "alpaca": "instruction"}
 LABELS = {"true": 1.0, "1": 1.0, "false": 0.0, "0": 0.0}
+# An answer that is not there yet.
+TO_COME: Message = {"role": "assistant", "content": ""}
 # Where a turn begins, and who speaks.
 TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
@@ -47,14 +49,19 @@ def document(prompt: Sequence[Message], answers: Sequence[Sequence[Message]], or
 
 
 def flaw(document: Document) -> str:
-    """Why nothing can be learnt from the document, a conversation or a prompt with answers, in a few words; empty if something can."""
+    """Why nothing can be learnt from the document, a conversation or a prompt with or without answers; empty if something can."""
+    if document.fields is not None:
+        return conversations.flaw([*document.messages, TO_COME]) or _not_asked(document)
     if not document.answers:
         return conversations.flaw(document.messages)
     if any(len(answer) != 1 for answer in document.answers):
         return f"{CHOSEN} and {REJECTED} differ before their last answer"
-    if any(message["role"] == "assistant" for message in document.messages[-1:]):
-        return "a prompt that ends with an answer"
-    return next(filter(None, (conversations.flaw([*document.messages, *answer]) for answer in document.answers)), "")
+    flaws = (conversations.flaw([*document.messages, *answer]) for answer in document.answers)
+    return next(filter(None, flaws), "") or _not_asked(document)
+
+
+def _not_asked(document: Document) -> str:
+    return "a prompt that ends with an answer" if document.messages[-1]["role"] == "assistant" else ""
 
 
 def read_pair(row: Any, format_name: str, text_field: str, origin: str) -> Document:
@@ -78,10 +85,11 @@ def read_pair(row: Any, format_name: str, text_field: str, origin: str) -> Docum
         if whole[0]:
             both = zip(*(answer[:-1] for answer in answers), strict=False)
             same = len(list(itertools.takewhile(lambda turns: turns[0] == turns[1], both)))
-            prompt, answers = answers[0][:same], [answer[same:] for answer in answers]
+            prompt = conversations.with_system(answers[0][:same], row, origin)
+            answers = [answer[same:] for answer in answers]
         else:
-            prompt = _prompt(row, format_name, text_field, origin)
-        return document(conversations.with_system(prompt, row, origin), answers, origin, _margin(row, origin))
+            prompt = read_prompt(row, prompt_field(row, format_name, text_field, origin), origin)
+        return document(prompt, answers, origin, _margin(row, origin))
     except conversations.Unreadable as error:
         raise _refuse(error, PAIRS, CHANGE_PAIRS) from None
 
@@ -139,25 +147,35 @@ def _transcript(text: str) -> list[Message]:
     return found
 
 
-def _prompt(row: Mapping[str, Any], format_name: str, text_field: str, origin: str) -> list[Message]:
-    """The prompt beside the answers."""
-    names = [name for name in PROMPTS.values() if name in row]
+def prompt_field(row: Mapping[str, Any], format_name: str, text_field: str, origin: str) -> str:
+    """The name of the field with the prompt; arguments as those of read_pair. Unreadable if there is none, or if it could be several."""
     if format_name == conversations.NAMED:
         names = [text_field]
     elif format_name != "auto":
         names = [PROMPTS[format_name]]
-    if len(names) != 1:
-        what = f"could have its prompt in {' or '.join(map(repr, names))}" if names else "has no prompt"
-        raise conversations.Unreadable(origin, f"{what}: its fields are {', '.join(row)}")
-    given = conversations.field(row, names[0], origin)
-    if format_name in ("auto", "alpaca") and names[0] == PROMPTS["alpaca"]:
-        return [conversations.message("user", conversations.instruction(row, origin), origin)]
+    else:
+        names = [name for name in PROMPTS.values() if name in row]
+    if len(names) == 1 and names[0] in row:
+        return names[0]
+    what = "has no prompt" if not names else f"could have its prompt in {' or '.join(map(repr, names))}"
+    if len(names) == 1:
+        what = f"has no field '{names[0]}'"
+    raise conversations.Unreadable(origin, f"{what}: its fields are {', '.join(row) or 'none'}")
+
+
+def read_prompt(row: Mapping[str, Any], name: str, origin: str) -> list[Message]:
+    """The messages of the prompt in this field of the row, and of its system field."""
+    given = row[name]
     if isinstance(given, list | dict):
-        return conversations.turns(given, "from", "value", conversations.SHAREGPT_ROLES, origin)
-    transcript = _transcript(given) if isinstance(given, str) else []
-    if transcript and transcript[-1] == {"role": "assistant", "content": ""}:
-        transcript.pop()
-    return transcript or [conversations.message("user", given, origin)]
+        messages = conversations.turns(given, "from", "value", conversations.SHAREGPT_ROLES, origin)
+    elif name == PROMPTS["alpaca"]:
+        messages = [conversations.message("user", conversations.instruction(row, origin), origin)]
+    else:
+        messages = _transcript(given) if isinstance(given, str) else []
+        if messages and messages[-1] == {"role": "assistant", "content": ""}:
+            messages.pop()
+        messages = messages or [conversations.message("user", given, origin)]
+    return conversations.with_system(messages, row, origin)
 
 
 def _margin(row: Mapping[str, Any], origin: str) -> float | None:

@@ -17,7 +17,7 @@ from jaxllm import config as schema
 from jaxllm.data import examples, tokenize
 from jaxllm.data.chat import answers
 from jaxllm.data.documents import Document
-from jaxllm.data.examples import forked, preferences
+from jaxllm.data.examples import forked, preferences, shown
 from jaxllm.data.prepare import prepare
 from jaxllm.data.shards import Totals
 from jaxllm.data.sources.preferences import document
@@ -120,6 +120,17 @@ def test_a_row_by_eye() -> None:
     assert batch.keys() == expected.keys()
     for name, row in expected.items():
         np.testing.assert_array_equal(batch[name], [row], err_msg=name)
+    tokenizer = tokenize.make(config_of("dpo", "plain"), list)
+    parts = shown.pairs({name: array[0] for name, array in batch.items()}, tokenizer, ())
+    assert [(part.title, list(map(tuple, part.pieces))) for part in parts] == [
+        ("pair 1, prompt, 3 tokens", [("<s>a\n", False)]),
+        ("pair 1, chosen, 3 tokens, 3 trained", [("bc</s>", True)]),
+        ("pair 1, rejected, 2 tokens, 2 trained", [("d</s>", True)]),
+        ("pair 2, prompt, 3 tokens", [("<s>b\n", False)]),
+        ("pair 2, chosen, 2 tokens, 2 trained", [("e</s>", True)]),
+        ("pair 2, rejected, 3 tokens, 3 trained", [("ee</s>", True)]),
+        ("padding, 2 tokens", []),
+    ]
 
 
 def test_a_row_of_scored_pairs_by_eye() -> None:
@@ -191,9 +202,16 @@ def test_a_mismatched_answer_is_cut_where_the_row_ends() -> None:
     assert (totals.documents, totals.dropped) == (2, {preferences.LONG["answers"]: 1})
 
 
-def test_prompts_that_are_split_otherwise_before_one_answer() -> None:
+def test_prompts_that_are_split_otherwise_before_one_answer(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where an answer's first token takes in the end of the prompt, the branches begin earlier, and what is the prompt's does not count."""
-    rows = {"x": ([1, 2, 3, 4, 9], [0, 0, 0, 1, 1]), "y": ([1, 2, 5, 6, 7, 9, 8], [0, 0, 0, 0, 1, 1, 0])}
+    rows = {
+        "x": ([1, 2, 3, 4, 9], [0, 0, 0, 1, 1]),
+        "y": ([1, 2, 5, 6, 7, 9, 8], [0, 0, 0, 0, 1, 1, 0]),
+        "z": ([1, 2, 6, 6, 6, 6, 7, 9], [0, 0, 0, 0, 0, 0, 1, 1]),
+        "all": ([1, 2, 9], [1, 1, 1]),
+    }
 
     def encode(messages: Any) -> answers.Encoded:
         ids, trained = rows[messages[-1]["content"]]
@@ -207,7 +225,29 @@ def test_prompts_that_are_split_otherwise_before_one_answer() -> None:
         "weights": [0, 0, 1, 1, 0, 0, 1, 1],
         "branches": [0, 1, 1, 1, 2, 2, 2, 2],
     }
-    assert found.resplit and found.length == 8
+    assert found.resplit and found.length == len(side["tokens"]) == 8
+    for said in (("x", "z"), ("z", "x")):
+        assert preferences.prompted(judged("q", *said), encode).prompt_tokens == 2
+    with pytest.raises(answers.Refused, match="no token before the answer"):
+        preferences.prompted(judged("q", "x", "all"), encode)
+    monkeypatch.setattr(answers, "make", lambda tokenizer, train_on: encode)
+    packed(config_of(), [judged("q", "x", "y"), judged("q", "x", "z")])
+    assert "in 2 of 2 prompts with answers what stands before an answer is split into other tokens" in caplog.text
+
+
+def test_ids_beyond_the_vocabulary_are_refused() -> None:
+    tokenizer = tokenize.make(config_of(), list)
+    tokenizer.vocab_size = END
+    with pytest.raises(ValueError, match=rf"gave ids from .* to {END}.\n  Accepted: 0 to {END - 1}"):
+        packed(config_of(), [judged("a", "b", "c")], tokenizer)
+
+
+def test_a_tokenizer_is_made_of_all_answers(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{number}", "chosen": "yes", "rejected": "é!"} for number in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of("dpo", "plain", data__source=str(tmp_path / "rows.jsonl"), tokenizer__kind="char", data__validation_frac=0.3)
+    tokenizer = prepare(config, tmp_path / "data", log=Lines()).tokenizer
+    assert tokenizer.decode(tokenizer.encode("pyesé!")) == "pyesé!"
 
 
 @settings(max_examples=100, deadline=None)
