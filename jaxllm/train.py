@@ -21,18 +21,21 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from jaxllm import beginning as beginnings
 from jaxllm import command, dry_run
 from jaxllm.beginning import Beginning
 from jaxllm.config import flatten, with_classes, with_vocabulary
+from jaxllm.consistency import ANSWERING
 from jaxllm.data import loader, mixture
 from jaxllm.data.prepare import Prepared, place, prepare
 from jaxllm.decode import samples
-from jaxllm.engine import compilation, evaluation, hang, hooks, trackers
+from jaxllm.engine import compilation, evaluation, hang, hooks, references, trackers
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.environment import Record
 from jaxllm.engine.loop import Hook, Monitor, train
 from jaxllm.engine.progress import Progress
 from jaxllm.engine.record import DamagedError
+from jaxllm.engine.references import References
 from jaxllm.engine.session import Session, build_session, bytes_of, check
 from jaxllm.engine.signals import Interrupts
 from jaxllm.engine.state import TrainState, eval_params
@@ -135,7 +138,12 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
         checkpoints.remove_incomplete()
         check_space(workdir.checkpoints, _bytes_to_come(session, checkpoints))
     watchdog.beside("restoring or creating the state", 0)
-    state = beginning.create(session, say) if newest is None else beginning.restore(session, checkpoints, newest, say)
+    if newest is None:
+        state = beginning.create(session, say)
+        referred = beginnings.refer(session, prepared, state, watchdog, say)
+    else:
+        referred = beginnings.refer_again(session, prepared, checkpoints, newest, watchdog, say)
+        state = beginning.restore(session, checkpoints, newest, say)
     sampler = samples.make(config, prepared.tokenizer, say)
     say(f"{'starting' if newest is None else f'resuming at step {begin}'}: {session.describe()}")
     if prepared.replay is not None:
@@ -150,7 +158,7 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
     watchdog.at_hang(lambda done: _end_at_hang(checkpoints, record, done))
     with Interrupts() as interrupts:
         step, state, reason = _train(
-            session, compiled, state, prepared, sampler, checkpoints, workdir, console, interrupts, watchdog
+            session, compiled, state, prepared, referred, sampler, checkpoints, workdir, console, interrupts, watchdog
         )
     watchdog.beside("writing the report", step)
     record.end(step, reason)
@@ -218,7 +226,7 @@ def _next_command(config: ConfigDict, workdir: Workdir) -> str:
         return f"python -m jaxllm.evaluate {run}, or\n  python -m jaxllm.classify {run} --text TEXT{pair}"
     if config.train.objective == "masked_lm":
         return f'python -m jaxllm.fill_mask {run} --text "The [MASK]."'
-    if config.train.objective == "sft":
+    if config.train.objective in ANSWERING:
         return f"python -m jaxllm.generate --chat {run}"
     prompt = config.sample.prompts[0] if config.sample.prompts else ""
     return f"python -m jaxllm.generate {run} --prompt {shlex.quote(prompt)}"
@@ -257,6 +265,7 @@ def _train(
     compiled: Compiled,
     state: TrainState,
     prepared: Prepared,
+    referred: References | None,
     sampler: samples.Sampler | None,
     checkpoints: Checkpoints,
     workdir: Workdir,
@@ -271,7 +280,9 @@ def _train(
         progress = stack.enter_context(Progress(total, start, console))
         tracker = trackers.open_all(config, workdir.path, start, progress.message) if processes.is_first() else trackers.Trackers()
         stack.callback(tracker.close)
-        source = stack.enter_context(loader.make(prepared.batches(config, session.plan.arrange), session.plan.batch_sharding()))
+        batches = prepared.batches(config, session.plan.arrange)
+        batches = batches._replace(make_batch=references.joined(referred, "train", batches.make_batch))
+        source = stack.enter_context(loader.make(batches, session.plan.batch_sharding()))
 
         def write(row: Mapping[str, Any]) -> None:
             tracker.write(row)
@@ -291,14 +302,15 @@ def _train(
             tell=watchdog.step,
         )
         before = jsonl.find(workdir.path, "eval", 0) if start else None
-        validation = hooks.Validation(evaluation.make(session, prepared, watchdog), write, progress.message, before)
-        if start == 0 and (config.train.start or prepared.replay is not None):
+        validation = hooks.Validation(evaluation.make(session, prepared, watchdog, referred), write, progress.message, before)
+        if start == 0 and (config.train.start or prepared.replay is not None or referred is not None):
             # What is known before is what can be forgotten.
             watchdog.around("validation", validation.run)(0, state)
 
         def save(step: int, state: TrainState) -> None:
             watchdog.beside("saving a checkpoint", step)
-            checkpoints.save(step, state, loss=validation.loss(step), meta={"rows": prepared.fingerprint})
+            meta = {"rows": prepared.fingerprint} | ({} if referred is None else {references.NAME: referred.key})
+            checkpoints.save(step, state, loss=validation.loss(step), meta=meta)
 
         beside = [Hook(watchdog.around("validation", validation.run), config.eval.every_steps)]
         if sampler is not None:

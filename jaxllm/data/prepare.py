@@ -278,12 +278,12 @@ def _clean(config: ConfigDict, field: str, counts: dict[str, Any], log: Log) -> 
             dropped[result.reason] += 1
             continue
         counts["kept"] += 1
-        counts["chars"] += len(result.text)
+        counts["chars"] += len(result.text) + sum(len(message["content"]) for answer in result.answers for message in answer)
         yield result
     if not counts["kept"]:
         reasons = ", ".join(f"{count} by {reason}" for reason, count in dropped.items())
         accepted, change = "at least one document with text", "Change data.cleaners or data.min_chars"
-        if config.train.objective == "sft":
+        if examples.make(config).converses:
             accepted = "conversations in which an answer follows each question, no message is empty and none is of a tool"
             change = "Correct the data"
         raise ValueError(
@@ -315,9 +315,11 @@ def _pack(
     if made.reads == "messages":
         share = f"{totals.weighted_tokens / max(totals.tokens, 1):.1%} of the tokens are trained"
         log(f"{name}: {share} (chat.train_on = {config.chat.train_on})")
+    elif made.converses:
+        log(f"{name}: {totals.documents:,} {made.unit}, {written.filled_frac:.1%} of the positions are filled")
     if totals.dropped:
         reasons = ", ".join(f"{count:,} by {reason}" for reason, count in totals.dropped.items())
-        log(f"{name}: {sum(totals.dropped.values()):,} conversations dropped: {reasons}")
+        log(f"{name}: {sum(totals.dropped.values()):,} {made.unit} dropped: {reasons}")
     if totals.cut:
         setting = "data.row_tokens, data.input_tokens" if made.reads == "target" else "data.row_tokens"
         log(f"{name}: {totals.cut:,} of {totals.documents:,} documents were longer than a row and are cut ({setting})")
