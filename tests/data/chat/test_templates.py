@@ -210,7 +210,7 @@ def test_an_answer_that_begins_inside_of_a_token_is_noticed(monkeypatch: pytest.
     other = [TALK[0], {"role": "assistant", "content": "Cat"}]
     assert not answers.make(made, "assistant")(other).resplit
     said: list[str] = []
-    monkeypatch.setattr(sft.logging, "warning", lambda words, *values: said.append(words % values))
+    monkeypatch.setattr(answers.logging, "warning", lambda words, *values: said.append(words % values))
     config = schema.base()
     config.train.objective = "sft"
     for conversations, warnings in (([other], 0), ([[*talk, *talk], other, other], 1)):
