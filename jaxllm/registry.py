@@ -26,6 +26,7 @@ TABLE: dict[str, dict[str, str]] = {
         "sft": "jaxllm.objectives.tokens:make",
         "span_corruption": "jaxllm.objectives.tokens:make",
         "token_classification": "jaxllm.objectives.tokens:make",
+        "grpo": "jaxllm.objectives.policy:make",
     },
     "examples": {
         "causal_lm": "jaxllm.data.examples.causal_lm:make",
@@ -36,6 +37,12 @@ TABLE: dict[str, dict[str, str]] = {
         "sft": "jaxllm.data.examples.sft:make",
         "span_corruption": "jaxllm.data.examples.span_corruption:make",
         "token_classification": "jaxllm.data.examples.token_classification:make",
+        "grpo": "jaxllm.data.examples.prompts:make",
+    },
+    # Where the batches of an objective come from, if not from rows that were prepared.
+    "feed": {
+        "shards": "jaxllm.engine.feed:from_shards",
+        "grpo": "jaxllm.engine.on_policy:make",
     },
     # What becomes of kernels.
     "transform": {
@@ -87,6 +94,7 @@ TABLE: dict[str, dict[str, str]] = {
         "parquet": "jaxllm.data.sources.tables:read_parquet",
         "hf": "jaxllm.data.sources.hf:read",
         "sequences": "jaxllm.data.sources.sequences:read",
+        "sums": "jaxllm.data.sources.sums:read",
     },
     "cleaner": {
         "unicode": "jaxllm.data.clean:unicode",
@@ -107,6 +115,12 @@ TABLE: dict[str, dict[str, str]] = {
         "chatml": "jaxllm.data.chat.templates:chatml",
         "llama3": "jaxllm.data.chat.templates:llama3",
         "plain": "jaxllm.data.chat.templates:plain",
+    },
+    "reward": {
+        "exact_match": "jaxllm.decode.rewards:exact_match",
+        "format": "jaxllm.decode.rewards:form",
+        "length": "jaxllm.decode.rewards:length",
+        "number": "jaxllm.decode.rewards:number",
     },
     "tracker": {
         "jsonl": "jaxllm.engine.trackers.jsonl:make",

@@ -24,10 +24,12 @@ from rich.console import Console
 from jaxllm import command, dry_run
 from jaxllm.beginning import Beginning
 from jaxllm.config import flatten, with_classes, with_vocabulary
-from jaxllm.data import loader, mixture
+from jaxllm.consistency import TALKS
+from jaxllm.data import mixture
 from jaxllm.data.prepare import Prepared, place, prepare
 from jaxllm.decode import samples
-from jaxllm.engine import compilation, evaluation, hang, hooks, trackers
+from jaxllm.engine import compilation, hang, hooks, trackers
+from jaxllm.engine import feed as feeds
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.environment import Record
 from jaxllm.engine.loop import Hook, Monitor, train
@@ -149,8 +151,9 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
     record = Record(workdir.environment, session, compiled, begin)
     watchdog.at_hang(lambda done: _end_at_hang(checkpoints, record, done))
     with Interrupts() as interrupts:
+        first = partial(beginning.create, session, lambda line: None)
         step, state, reason = _train(
-            session, compiled, state, prepared, sampler, checkpoints, workdir, console, interrupts, watchdog
+            session, compiled, state, prepared, sampler, checkpoints, workdir, console, interrupts, watchdog, first
         )
     watchdog.beside("writing the report", step)
     record.end(step, reason)
@@ -218,7 +221,7 @@ def _next_command(config: ConfigDict, workdir: Workdir) -> str:
         return f"python -m jaxllm.evaluate {run}, or\n  python -m jaxllm.classify {run} --text TEXT{pair}"
     if config.train.objective == "masked_lm":
         return f'python -m jaxllm.fill_mask {run} --text "The [MASK]."'
-    if config.train.objective == "sft":
+    if config.train.objective in TALKS:
         return f"python -m jaxllm.generate --chat {run}"
     prompt = config.sample.prompts[0] if config.sample.prompts else ""
     return f"python -m jaxllm.generate {run} --prompt {shlex.quote(prompt)}"
@@ -263,15 +266,15 @@ def _train(
     console: Console,
     interrupts: Interrupts,
     watchdog: Watchdog,
+    first: Callable[[], TrainState],
 ) -> tuple[int, TrainState, str]:
-    """(updates done, state, why it ended). Everything that needs closing is closed, whatever happens."""
+    """(updates done, state, why it ended). Everything that needs closing is closed, whatever happens. first: makes the first state anew."""
     config, start, total = session.config, int(state.step), session.config.train.steps
     with ExitStack() as stack:
         stack.callback(checkpoints.close)
         progress = stack.enter_context(Progress(total, start, console))
         tracker = trackers.open_all(config, workdir.path, start, progress.message) if processes.is_first() else trackers.Trackers()
         stack.callback(tracker.close)
-        source = stack.enter_context(loader.make(prepared.batches(config, session.plan.arrange), session.plan.batch_sharding()))
 
         def write(row: Mapping[str, Any]) -> None:
             tracker.write(row)
@@ -279,19 +282,24 @@ def _train(
             if news := watchdog.news():
                 progress.message(news)
 
+        setting = feeds.Setting(
+            session, prepared, workdir.path, watchdog, start, first, checkpoints.steps, write, tracker.text, progress.message
+        )
+        feed = feeds.make(setting, state)
+        stack.callback(feed.close)
         monitor = Monitor(
-            source=source,
+            source=feed.source,
             write=write,
             message=progress.message,
             log_every_steps=config.train.log_every_steps,
             max_nonfinite_steps=config.train.max_nonfinite_steps,
             positions_a_step=session.positions_a_step,
             parameter_names=[name for name, _ in tree.named_leaves(session.abstract.params)],
-            first_moves=session.first_moves,
+            first_moves=feed.first_moves,
             tell=watchdog.step,
         )
         before = jsonl.find(workdir.path, "eval", 0) if start else None
-        validation = hooks.Validation(evaluation.make(session, prepared, watchdog), write, progress.message, before)
+        validation = hooks.Validation(feed.evaluate, write, progress.message, before)
         if start == 0 and (config.train.start or prepared.replay is not None):
             # What is known before is what can be forgotten.
             watchdog.around("validation", validation.run)(0, state)
@@ -309,8 +317,9 @@ def _train(
                 progress.message,
             )
             beside.append(Hook(watchdog.around("samples", keep), config.sample.every_steps))
+        beside += feed.hooks
         beside.append(Hook(save, config.checkpoint.every_steps))
-        step, state = train(compiled, state, source, monitor, beside, start=start, total=total, stop=interrupts.agreed)
+        step, state = train(compiled, state, feed.source, monitor, beside, start=start, total=total, stop=interrupts.agreed)
         if step < total:
             save(step, state)
         watchdog.beside("finishing the checkpoint and the trackers", step)

@@ -20,15 +20,15 @@ from ml_collections import ConfigDict
 from jaxllm import registry
 
 # Sources that are no path. Each is the registry name of its reader; what follows the colon is its location.
-NAMED = ("python_docs", "python_questions", "hf", "sequences")
+NAMED = ("python_docs", "python_questions", "hf", "sequences", "sums")
 ACCEPTED = (
-    "python_docs, python_questions, a file, a folder, a glob pattern, hf:OWNER/NAME?config=C&split=S, sequences:copy or"
+    "python_docs, python_questions, sums, a file, a folder, a glob pattern, hf:OWNER/NAME?config=C&split=S, sequences:copy or"
     " sequences:reverse"
 )
 # Readers of whole texts, which have nothing beside them.
 WHOLE = ("python_docs", "text")
 # Readers of conversations alone.
-TALKS = ("python_questions",)
+TALKS = ("python_questions", "sums")
 # Readers of what is installed with Python, which is another one in another version.
 OF_PYTHON = ("python_docs", "python_questions")
 
@@ -79,7 +79,7 @@ def _check_targets(places: list[tuple[str, str]], config: ConfigDict, setting: s
         raise ValueError(
             f"{setting}: '{alone[0]}' holds no conversations, which train.objective = '{config.train.objective}' learns from.\n"
             "  Accepted: JSON Lines, a JSON array, CSV, Parquet or hf:OWNER/NAME with messages, conversations, instruction and output, or"
-            f" prompt and completion; python_questions.\n  Change {setting}, or train.objective."
+            f" prompt and completion; python_questions; sums.\n  Change {setting}, or train.objective."
         )
     if reads != "messages" and (talks := [kind for kind, _ in places if kind in TALKS]):
         raise ValueError(

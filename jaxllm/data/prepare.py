@@ -283,7 +283,7 @@ def _clean(config: ConfigDict, field: str, counts: dict[str, Any], log: Log) -> 
     if not counts["kept"]:
         reasons = ", ".join(f"{count} by {reason}" for reason, count in dropped.items())
         accepted, change = "at least one document with text", "Change data.cleaners or data.min_chars"
-        if config.train.objective == "sft":
+        if examples.make(config).reads == "messages":
             accepted = "conversations in which an answer follows each question, no message is empty and none is of a tool"
             change = "Correct the data"
         raise ValueError(
@@ -312,7 +312,7 @@ def _pack(
     written = examples.write(config, directory, watched(), tokenizer, classes, totals)
     rows = f"{len(written):,} rows of {written.row_tokens:,} tokens"
     log(f"{name}: {rows} from {totals.documents:,} documents, {totals.tokens:,} tokens")
-    if made.reads == "messages":
+    if config.train.objective == "sft":
         share = f"{totals.weighted_tokens / max(totals.tokens, 1):.1%} of the tokens are trained"
         log(f"{name}: {share} (chat.train_on = {config.chat.train_on})")
     if totals.dropped:

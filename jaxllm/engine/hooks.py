@@ -26,20 +26,27 @@ class Validation:
 
     def run(self, step: int, state: Any) -> None:
         row = {"kind": "eval", "step": step, **self._evaluate(state)}
-        self._losses[step] = row["loss"]
+        self._losses[step] = row["loss"] if "loss" in row else -row["reward"]
         if step == 0:
             self._first = row
         replayed = row.get("replay_loss")
         if replayed is not None and self._first.get("replay_loss") is not None:
             row["forgetting"] = replayed - self._first["replay_loss"]
         self._write(row)
+        self._message(f"step {step}: {self._describe(row)}")
+
+    def _describe(self, row: Row) -> str:
+        if "loss" not in row:
+            worth = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in row.items() if name.startswith("reward"))
+            return f"validation {worth}"
+        replayed, step = row.get("replay_loss"), row["step"]
         bits = f", {row['bits_per_byte']:.3f} bits per byte" if row.get("bits_per_byte") is not None else ""
         forgotten = f" (forgetting {row['forgetting']:+.4f})" if step > 0 and "forgetting" in row else ""
         replay = "" if replayed is None else f"; on replay_source {replayed:.4f}{forgotten}"
-        self._message(f"step {step}: validation loss {row['loss']:.4f} (perplexity {row['perplexity']:.2f}{bits}){replay}")
+        return f"validation loss {row['loss']:.4f} (perplexity {row['perplexity']:.2f}{bits}){replay}"
 
     def loss(self, step: int) -> float | None:
-        """Validation loss measured at exactly this step, if it was."""
+        """Validation loss measured at exactly this step, if it was; where answers have rewards instead, minus their mean."""
         return self._losses.get(step)
 
 

@@ -1,0 +1,30 @@
+"""The model of sums_sft.py learns to add better from its own answers (GRPO): it is only told which of them are right."""
+
+from ml_collections import ConfigDict
+
+from jaxllm.config import base
+
+
+def get_config() -> ConfigDict:
+    config = base()
+    config.model.attention_block_tokens = 64
+    config.data.source = "sums:count=4000&digits=2"
+    config.train.start = "runs/sums_sft"
+    config.train.objective = "grpo"
+    config.train.steps = 200
+    config.train.batch_seqs = 64
+    config.rl.prompts = 32
+    config.rl.answers = 8
+    config.rl.max_new_tokens = 5
+    config.rl.refresh_steps = 2
+    config.rl.rewards = (("exact_match", 1.0),)
+    config.rl.answer_bytes = 16
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.weight_decay = 0.0
+    config.schedule.name = "constant"
+    config.schedule.warmup_steps = 10
+    config.eval.every_steps = 50
+    config.sample.prompts = ("12+7=", "58+36=")
+    config.sample.tokens = 8
+    config.sample.temperature = 0.0
+    return config

@@ -1,0 +1,51 @@
+"""Sums to be added up, as conversations: `sums`, or `sums:count=4000&digits=2`.
+
+    12+7=        19
+
+No pair of numbers comes twice (7+12= is another one than 12+7=), so that held-out ones are new to the model.
+"""
+
+import urllib.parse
+from collections.abc import Iterator
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxllm.data import order
+from jaxllm.data.documents import Document
+from jaxllm.data.sources import conversations
+
+DEFAULTS = {"count": 4000, "digits": 2, "seed": 0}
+MOST_DIGITS = 9
+
+
+def read(location: str, config: ConfigDict) -> Iterator[Document]:
+    """`count` sums of two numbers from 0 to 10^digits - 1, the same ones each time; another seed gives others."""
+    del config
+    options = parse(location)
+    numbers = 10 ** options["digits"]
+    for place in range(options["count"]):
+        pair = order.permute(numbers**2, options["seed"], np.zeros(1, np.uint64), np.array([place], np.uint64))
+        left, right = divmod(int(pair[0]), numbers)
+        messages = [{"role": "user", "content": f"{left}+{right}="}, {"role": "assistant", "content": str(left + right)}]
+        yield conversations.document(messages, f"sums:{left}+{right}")
+
+
+def parse(location: str) -> dict[str, int]:
+    """The options; ValueError for an unknown one, and for more sums than there are."""
+    given = dict(urllib.parse.parse_qsl(location, keep_blank_values=True))
+    unknown = sorted(set(given) - set(DEFAULTS))
+    wrong = [name for name, value in given.items() if not value.isdecimal()]
+    options = DEFAULTS | {name: int(value) for name, value in given.items() if name not in (*unknown, *wrong)}
+    what = ""
+    if unknown or wrong:
+        what = f"unknown option '{unknown[0]}'" if unknown else f"{wrong[0]} = '{given[wrong[0]]}' is no whole number"
+    elif not 1 <= options["digits"] <= MOST_DIGITS:
+        what = f"digits = {options['digits']} is not from 1 to {MOST_DIGITS}"
+    elif not 1 <= options["count"] <= 100 ** options["digits"]:
+        what = f"count = {options['count']}, of {100 ** options['digits']} pairs of such numbers"
+    if what:
+        raise ValueError(
+            f"'sums:{location}': {what}.\n  Accepted: sums, or sums:count=4000&digits=2&seed=0 or some of these.\n  Correct the name."
+        )
+    return options
