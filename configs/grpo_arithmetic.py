@@ -11,19 +11,21 @@ def get_config() -> ConfigDict:
     config.data.source = "sums:count=4000&digits=2"
     config.train.start = "runs/sums_sft"
     config.train.objective = "grpo"
-    config.train.steps = 200
-    config.train.batch_seqs = 64
-    config.rl.prompts = 32
+    config.train.steps = 400
+    config.train.batch_seqs = 128
+    config.rl.prompts = 64
     config.rl.answers = 8
     config.rl.max_new_tokens = 5
     config.rl.refresh_steps = 2
     config.rl.rewards = (("exact_match", 1.0),)
     config.rl.answer_bytes = 16
-    config.optimizer.learning_rate = 3e-4
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.b2 = 0.99
     config.optimizer.weight_decay = 0.0
-    config.schedule.name = "constant"
+    config.schedule.name = "linear"
+    config.schedule.end_frac = 0.0
     config.schedule.warmup_steps = 10
-    config.eval.every_steps = 50
+    config.eval.every_steps = 100
     config.sample.prompts = ("12+7=", "58+36=")
     config.sample.tokens = 8
     config.sample.temperature = 0.0

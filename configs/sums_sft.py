@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.data.source = "sums:count=4000&digits=2"
     config.chat.template = "plain"
     config.train.objective = "sft"
-    config.train.steps = 400
+    config.train.steps = 250
     config.train.batch_seqs = 16
     config.optimizer.learning_rate = 3e-3
     config.schedule.warmup_steps = 50

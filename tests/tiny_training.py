@@ -9,9 +9,8 @@ import jax
 import numpy as np
 
 from jaxllm import config as configs
-from jaxllm import models
+from jaxllm import models, registry
 from jaxllm.engine import gradients, state, step
-from jaxllm.objectives import tokens
 from jaxllm.optim import build, schedules
 from jaxllm.parallel import plan as plans
 from jaxllm.parallel import region as regions
@@ -46,6 +45,7 @@ class Training:
     model: Any
     optimizer: Any
     objective: Any
+    region: Any
     step: Any
 
     def abstract(self) -> state.TrainState:
@@ -74,11 +74,11 @@ def _make(overrides: tuple[tuple[str, Any], ...]) -> Training:
     plan = plans.make(config, jax.devices()[:sizes])
     model = models.build(config, plan.constrain)
     optimizer = build.make(config, model.axes)
-    objective = tokens.make(model, config)
+    objective = registry.resolve("objective", config.train.objective)(model, config)
     region = regions.Region(plan, model.axes, tuple(each.path for each in model.stacks))
     found = gradients.make(objective, model, config, region)
     made = step.make(found, optimizer, schedules.make(config), config, region)
-    return Training(config, plan, model, optimizer, objective, made)
+    return Training(config, plan, model, optimizer, objective, region, made)
 
 
 @cache
