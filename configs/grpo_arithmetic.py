@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.rl.max_new_tokens = 5
     config.rl.refresh_steps = 2
     config.rl.rewards = (("exact_match", 1.0),)
-    config.rl.answer_bytes = 16
+    config.rl.field_bytes = 32
     config.optimizer.learning_rate = 5e-4
     config.optimizer.b2 = 0.99
     config.optimizer.weight_decay = 0.0

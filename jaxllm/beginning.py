@@ -1,4 +1,5 @@
-"""What a run begins with: the state before its first step, or that of its newest checkpoint, and the compiled step."""
+"""What a run begins with: the state before its first step, or that of its newest checkpoint, what the former says of the data where the
+objective asks for it, and the compiled step."""
 
 import dataclasses
 import signal
@@ -9,11 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm import start
+from jaxllm.data.prepare import Prepared
+from jaxllm.engine import references
 from jaxllm.engine.checkpoint import Checkpoints
+from jaxllm.engine.references import References, Scorer
 from jaxllm.engine.session import Session
 from jaxllm.engine.signals import Interrupts
-from jaxllm.engine.state import TrainState
+from jaxllm.engine.state import TrainState, full_params
 from jaxllm.engine.step import Compiled
+from jaxllm.engine.watchdog import Watchdog
 from jaxllm.types import Params
 
 Say = Callable[[str], None]
@@ -103,3 +108,35 @@ class SharedBeginning(Beginning):
 def _without_frozen(state: TrainState) -> TrainState:
     nothing: Any = None
     return dataclasses.replace(state, frozen=nothing)
+
+
+def refer(session: Session, prepared: Prepared, first: TrainState, watchdog: Watchdog, say: Say) -> References | None:
+    """What the first state says of the targets, where the objective needs it."""
+    if not references.needed(session.config):
+        return None
+    watchdog.beside("scoring with the reference", 0)
+    scorer = Scorer(session.model, session.config, session.plan, session.region, session.eval_seqs)
+    return references.make(scorer, prepared, full_params(first), watchdog, say)
+
+
+def refer_again(
+    session: Session, prepared: Prepared, checkpoints: Checkpoints, step: int, watchdog: Watchdog, say: Say
+) -> References | None:
+    """The same for a run that goes on from a checkpoint: what it began with, from the first state if the files are not there as they were.
+
+    ValueError if the first state is no longer what it was.
+    """
+    if not references.needed(session.config):
+        return None
+    key = str(checkpoints.record(step).meta[references.NAME])
+    if references.are_there(prepared, key):
+        return references.read(prepared, key)
+    say(f"the reference log-probabilities in '{prepared.directory}' are not there as they were: they are made from the first state")
+    made = refer(session, prepared, Beginning().create(session, say), watchdog, say)
+    if made is not None and made.key != key:
+        raise ValueError(
+            f"the model that this run began with is no longer the one in train.start = '{session.config.train.start}', or is computed"
+            f" otherwise: its reference has the key {made.key}.\n  Accepted: {key}. Put back what train.start was, or"
+            f" '{prepared.directory / references.FOLDER / key}', or begin a new run in another --workdir."
+        )
+    return made

@@ -4,27 +4,39 @@ from ml_collections import ConfigDict
 
 # Transforms that add something trained to a kernel, and those that hold it in fewer bits.
 ADAPTERS, FORMS = ("lora", "dora"), ("int8", "int4", "int3", "nf4")
+# Losses of dpo that take some of the pairs for mixed up.
+SMOOTHED = ("cdpo", "robust")
 # Kinds of tokenizers that are loaded, from tokenizer.path.
 LOADED = ("file", "gguf")
 # The models that each objective can train.
 MODELS = {
     "causal_lm": ("gpt", "llama"),
+    "dpo": ("gpt", "llama"),
+    "kto": ("gpt", "llama"),
+    "orpo": ("gpt", "llama"),
     "prefix_lm": ("gpt", "llama"),
     "masked_lm": ("bert",),
+    "reward": ("gpt", "llama"),
     "span_corruption": ("t5", "transformer"),
     "seq2seq": ("t5", "transformer"),
     "sequence_classification": ("bert", "gpt", "llama"),
     "sft": ("gpt", "llama"),
+    "simpo": ("gpt", "llama"),
     "token_classification": ("bert", "gpt", "llama"),
     "grpo": ("gpt", "llama"),
 }
 # The head that it needs, if not "lm".
-HEADS = {"sequence_classification": "classify", "token_classification": "tag"}
-# Objectives that learn from answers which the model writes itself, and all whose documents are conversations.
+HEADS = {"reward": "classify", "sequence_classification": "classify", "token_classification": "tag"}
+# Objectives that compare answers to a prompt, in forked rows.
+PREFERENCES = ("dpo", "kto", "orpo", "reward", "simpo")
+# Those of them that compare the model with the one that training began with.
+REFERRED = ("dpo", "kto")
+# Objectives that learn from answers which the model writes itself.
 ON_POLICY = ("grpo",)
-TALKS = ("sft", *ON_POLICY)
+# Objectives of models that answer.
+ANSWERING = ("sft", "dpo", "kto", "orpo", "simpo", *ON_POLICY)
 # Objectives whose documents are more than a text.
-PAIRED = ("seq2seq", *TALKS, *HEADS)
+PAIRED = ("seq2seq", "sft", *PREFERENCES, *ON_POLICY, "sequence_classification", "token_classification")
 
 
 def check(config: ConfigDict) -> None:
@@ -32,6 +44,8 @@ def check(config: ConfigDict) -> None:
     _check_sizes(config)
     _check_objective(config)
     _check_data(config)
+    _check_losses(config)
+    _check_preferences(config)
     _check_optimizer(config)
     _check_adapters(config)
     _check_codes(config)
@@ -81,6 +95,23 @@ def _check_objective(config: ConfigDict) -> None:
         raise ValueError(
             f"model.head = '{config.model.head}' does not fit train.objective = '{objective}'.\n  Accepted: {head}.\n"
             f"  Set model.head={head}, or another train.objective."
+        )
+
+
+def _check_losses(config: ConfigDict) -> None:
+    """What is said of a loss of preferences is said of one that has it."""
+    objective, preference = config.train.objective, config.preference
+    if preference.loss != "sigmoid" and objective != "dpo":
+        raise ValueError(
+            f"preference.loss = '{preference.loss}' with train.objective = '{objective}', which has one loss.\n"
+            "  Accepted: sigmoid; another one with train.objective=dpo.\n  Change one of them."
+        )
+    smooths = preference.loss in SMOOTHED
+    if smooths == (not preference.label_smoothing):
+        accepted = "a share above 0, such as 0.1" if smooths else f"0; a share with preference.loss = {' or '.join(SMOOTHED)}"
+        raise ValueError(
+            f"preference.label_smoothing = {preference.label_smoothing:g} with preference.loss = '{preference.loss}'"
+            f"{', which would be sigmoid' if smooths else ', which does not smooth'}.\n  Accepted: {accepted}.\n  Change one of them."
         )
 
 
@@ -155,7 +186,11 @@ def _check_data(config: ConfigDict) -> None:
             "  Accepted: the path of a tokenizer.model, tokenizer.json or GGUF file."
             "\n  Set tokenizer.path."
         )
-    if config.train.objective in TALKS and config.chat.template == "tokenizer" and config.tokenizer.kind not in LOADED:
+    if (
+        config.train.objective in ("sft", *PREFERENCES, *ON_POLICY)
+        and config.chat.template == "tokenizer"
+        and config.tokenizer.kind not in LOADED
+    ):
         raise ValueError(
             f"chat.template = 'tokenizer' with tokenizer.kind = '{config.tokenizer.kind}', which is made here and has no chat template.\n"
             "  Accepted: alpaca, chatml, llama3 or plain; tokenizer for a tokenizer.path that has one.\n  Set chat.template=chatml."
@@ -209,6 +244,35 @@ def _check_answers(config: ConfigDict) -> None:
                 f"parallel.{axis} = {config.parallel[axis]} with train.objective = '{objective}', which draws answers on whole models"
                 f" and rows.\n  Accepted: 1.\n  Set parallel.{axis}=1, and use data, fsdp or tensor."
             )
+
+
+def _check_preferences(config: ConfigDict) -> None:
+    """What rows with several answers to a prompt cannot be combined with."""
+    objective = config.train.objective
+    if objective not in PREFERENCES:
+        return
+    if config.chat.train_on == "all":
+        raise ValueError(
+            f"chat.train_on = 'all' with train.objective = '{objective}', which compares answers.\n"
+            "  Accepted: assistant or last, which are the same here: the answers that are compared.\n  Set chat.train_on=assistant."
+        )
+    if config.data.replay_source:
+        raise ValueError(
+            f"data.replay_source = '{config.data.replay_source}' with train.objective = '{objective}', whose loss is one of answers.\n"
+            "  Accepted: none; a reference model or an added loss of the chosen answers keeps the model from forgetting.\n"
+            "  Leave out data.replay_source and data.replay_frac."
+        )
+    if config.model.window_tokens:
+        raise ValueError(
+            f"model.window_tokens = {config.model.window_tokens} with train.objective = '{objective}': a window counts places of a row, and"
+            " answers to one prompt stand there one after the other.\n"
+            "  Accepted: 0, which is the same for rows that are no longer than the window.\n  Set model.window_tokens=0."
+        )
+    if config.parallel.seq != 1:
+        raise ValueError(
+            f"parallel.seq = {config.parallel.seq} with train.objective = '{objective}', whose rows are not cut.\n  Accepted: 1.\n"
+            "  Set parallel.seq=1, and parallel.fsdp or parallel.tensor for more devices."
+        )
 
 
 def _check_replay(config: ConfigDict) -> None:

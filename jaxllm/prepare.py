@@ -115,7 +115,7 @@ def table(prepared: Prepared) -> Table:
         [] if any(split.cut for split in splits) else ["cut to a row"]
     )
     absent += [] if any(split.dropped for split in splits) else ["dropped"]
-    absent += [] if prepared.record["recipe"].get("rows") == "sft" else ["trained tokens"]
+    absent += [] if prepared.record["recipe"].get("rows") in ("sft", "pairs") else ["trained tokens"]
     for name, cells in lines.items():
         if name not in absent:
             shown.add_row(name, *cells)

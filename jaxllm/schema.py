@@ -217,6 +217,14 @@ SCHEMA: dict[str, Field] = {
     ),
     "data.replay_frac": Field(0.0, between(0, 0.9), "share of the rows of a batch that come from replay_source"),
     "data.dir": Field("", TEXT, "where prepared shards are kept; empty means WORKDIR/data"),
+    "preference.loss": Field(
+        "sigmoid", one_of(("sigmoid", "cdpo", "robust", "hinge", "ipo")), "of dpo; see jaxllm/objectives/preference_losses.py"
+    ),
+    "preference.beta": Field(0.0, at_least(0), "how much the difference of two answers counts; 0 means 2 (simpo), else 0.1"),
+    "preference.label_smoothing": Field(0.0, between(0, 0.49), "cdpo and robust: share of the pairs that are thought mixed up"),
+    "preference.margin": Field(0.5, at_least(0), "simpo: by how much beta times the difference is to exceed 0"),
+    "preference.desirable_weight": Field(1.0, at_least(0), "kto: of the loss of good answers"),
+    "preference.undesirable_weight": Field(1.0, at_least(0), "kto: of the loss of bad answers"),
     # How it is trained.
     "train.objective": Field("causal_lm", one_of(registry.names("objective")), "what is minimized"),
     "train.steps": Field(1000, at_least(1), "optimizer updates"),
@@ -278,7 +286,7 @@ SCHEMA: dict[str, Field] = {
     "rl.clip": Field(0.2, above(0), "a token's probability counts down to 1 - this of what it was when it was drawn"),
     "rl.clip_high": Field(0.0, at_least(0), "and up to 1 + this (dapo: 0.28); 0 means as clip"),
     "rl.kl": Field(0.0, at_least(0), "coefficient of the divergence from the model before step 0"),
-    "rl.answer_bytes": Field(2048, at_least(1), "longest answer in the data, in UTF-8"),
+    "rl.field_bytes": Field(2048, at_least(2), "most that is kept of what the data knows of a prompt, as JSON"),
     "optimizer.name": Field("adamw", one_of(registry.names("optimizer")), "from optax"),
     "optimizer.learning_rate": Field(1e-3, above(0), "peak"),
     "optimizer.b1": Field(0.9, between(0, 0.9999), "decay of the first moment (momentum in muon)"),

@@ -21,20 +21,22 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from jaxllm import beginning as beginnings
 from jaxllm import command, dry_run
 from jaxllm.beginning import Beginning
 from jaxllm.config import flatten, with_classes, with_vocabulary
-from jaxllm.consistency import TALKS
+from jaxllm.consistency import ANSWERING
 from jaxllm.data import mixture
 from jaxllm.data.prepare import Prepared, place, prepare
 from jaxllm.decode import samples
-from jaxllm.engine import compilation, hang, hooks, trackers
+from jaxllm.engine import compilation, hang, hooks, references, trackers
 from jaxllm.engine import feed as feeds
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.environment import Record
 from jaxllm.engine.loop import Hook, Monitor, train
 from jaxllm.engine.progress import Progress
 from jaxllm.engine.record import DamagedError
+from jaxllm.engine.references import References
 from jaxllm.engine.session import Session, build_session, bytes_of, check
 from jaxllm.engine.signals import Interrupts
 from jaxllm.engine.state import TrainState, eval_params
@@ -137,7 +139,12 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
         checkpoints.remove_incomplete()
         check_space(workdir.checkpoints, _bytes_to_come(session, checkpoints))
     watchdog.beside("restoring or creating the state", 0)
-    state = beginning.create(session, say) if newest is None else beginning.restore(session, checkpoints, newest, say)
+    if newest is None:
+        state = beginning.create(session, say)
+        referred = beginnings.refer(session, prepared, state, watchdog, say)
+    else:
+        referred = beginnings.refer_again(session, prepared, checkpoints, newest, watchdog, say)
+        state = beginning.restore(session, checkpoints, newest, say)
     sampler = samples.make(config, prepared.tokenizer, say)
     say(f"{'starting' if newest is None else f'resuming at step {begin}'}: {session.describe()}")
     if prepared.replay is not None:
@@ -153,7 +160,7 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
     with Interrupts() as interrupts:
         first = partial(beginning.create, session, lambda line: None)
         step, state, reason = _train(
-            session, compiled, state, prepared, sampler, checkpoints, workdir, console, interrupts, watchdog, first
+            session, compiled, state, prepared, referred, sampler, checkpoints, workdir, console, interrupts, watchdog, first
         )
     watchdog.beside("writing the report", step)
     record.end(step, reason)
@@ -221,7 +228,7 @@ def _next_command(config: ConfigDict, workdir: Workdir) -> str:
         return f"python -m jaxllm.evaluate {run}, or\n  python -m jaxllm.classify {run} --text TEXT{pair}"
     if config.train.objective == "masked_lm":
         return f'python -m jaxllm.fill_mask {run} --text "The [MASK]."'
-    if config.train.objective in TALKS:
+    if config.train.objective in ANSWERING:
         return f"python -m jaxllm.generate --chat {run}"
     prompt = config.sample.prompts[0] if config.sample.prompts else ""
     return f"python -m jaxllm.generate {run} --prompt {shlex.quote(prompt)}"
@@ -260,6 +267,7 @@ def _train(
     compiled: Compiled,
     state: TrainState,
     prepared: Prepared,
+    referred: References | None,
     sampler: samples.Sampler | None,
     checkpoints: Checkpoints,
     workdir: Workdir,
@@ -283,7 +291,17 @@ def _train(
                 progress.message(news)
 
         setting = feeds.Setting(
-            session, prepared, workdir.path, watchdog, start, first, checkpoints.steps, write, tracker.text, progress.message
+            session,
+            prepared,
+            referred,
+            workdir.path,
+            watchdog,
+            start,
+            first,
+            checkpoints.steps,
+            write,
+            tracker.text,
+            progress.message,
         )
         feed = feeds.make(setting, state)
         stack.callback(feed.close)
@@ -300,13 +318,14 @@ def _train(
         )
         before = jsonl.find(workdir.path, "eval", 0) if start else None
         validation = hooks.Validation(feed.evaluate, write, progress.message, before)
-        if start == 0 and (config.train.start or prepared.replay is not None):
+        if start == 0 and (config.train.start or prepared.replay is not None or referred is not None):
             # What is known before is what can be forgotten.
             watchdog.around("validation", validation.run)(0, state)
 
         def save(step: int, state: TrainState) -> None:
             watchdog.beside("saving a checkpoint", step)
-            checkpoints.save(step, state, loss=validation.loss(step), meta={"rows": prepared.fingerprint})
+            meta = {"rows": prepared.fingerprint} | ({} if referred is None else {references.NAME: referred.key})
+            checkpoints.save(step, state, loss=validation.loss(step), meta=meta)
 
         beside = [Hook(watchdog.around("validation", validation.run), config.eval.every_steps)]
         if sampler is not None:

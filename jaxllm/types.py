@@ -28,6 +28,10 @@ Params = dict[str, Any]
 #              segment see the inputs of the same segment.
 #   token_types: int32 [B, T], first (0) or second (1) text of a pair (bert).
 #   prefix: bool [B, T], tokens that all tokens of their segment see, also those before them (prefix_lm).
+#   branches: int32 [B, T], 0 for the trunk of a segment (a prompt without its last token), 1, 2, ... for what goes on from it: answers,
+#              each beginning with the last token of the prompt. A token sees its trunk and its own branch. Positions of a branch go on
+#              from the trunk's, so those of a segment do not ascend.
+#   reference: float32 [B, T], log-probabilities of the targets by the model that training began with (engine/references.py).
 # None of these is ever derived from another one inside a model or an objective.
 Batch = Mapping[str, jax.Array]
 

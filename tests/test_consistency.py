@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from jaxllm import config as schema
-from jaxllm import registry
+from jaxllm import consistency, registry
 
 
 def config_of(**changes: Any) -> Any:
@@ -46,7 +46,7 @@ def test_each_objective_takes_its_models_and_head(objective: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"train__objective": "masked_lm"}, "Accepted: bert for masked_lm; causal_lm, prefix_lm, .* for llama"),
+        ({"train__objective": "masked_lm"}, "Accepted: bert for masked_lm; causal_lm, .*prefix_lm, .* for llama"),
         (
             {"train__objective": "sequence_classification"},
             "model.head = 'lm' does not fit .*Accepted: classify.\n",
@@ -76,3 +76,29 @@ def test_each_objective_takes_its_models_and_head(objective: str) -> None:
 def test_contradictions(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=f"(?s){words}"):
         schema.check(config_of(**changes))
+
+
+@pytest.mark.parametrize("objective", consistency.PREFERENCES)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, ""),
+        ({"chat__train_on": "last"}, ""),
+        ({"model__name": "t5"}, "does not fit model.name = 't5'.\n  Accepted: gpt or llama for"),
+        ({"chat__train_on": "all"}, "chat.train_on = 'all' .*Set chat.train_on=assistant"),
+        ({"data__replay_source": "x.txt"}, "data.replay_source = 'x.txt' .*Leave out data.replay_source"),
+        ({"model__window_tokens": 8}, "model.window_tokens = 8 .*Set model.window_tokens=0"),
+        ({"parallel__seq": 2}, "parallel.seq = 2 .*Set parallel.seq=1"),
+        ({"chat__template": "tokenizer"}, "chat.template = 'tokenizer' with tokenizer.kind = 'bpe', .*Set chat.template=chatml"),
+        ({"data__split_by": "characters"}, "data.split_by = 'characters' cuts a text, .*Set data.split_by=documents"),
+    ],
+)
+def test_what_forked_rows_cannot_be_combined_with(objective: str, changes: dict[str, Any], words: str) -> None:
+    head = "classify" if objective == "reward" else "lm"
+    config = config_of(**{"train__objective": objective, "model__head": head, "chat__template": "chatml"} | changes)
+    if not words:
+        consistency.check(config)
+        return
+    with pytest.raises(ValueError, match=f"(?s){words}") as caught:
+        consistency.check(config)
+    assert len(str(caught.value).splitlines()) == 3

@@ -36,7 +36,7 @@ BASE: dict[str, Any] = {
     "rl.epochs": 2,
     "rl.kl": 0.05,
     "rl.rewards": (("learning_rewards:failing", 1.0), ("exact_match", 0.5)),
-    "rl.answer_bytes": 8,
+    "rl.field_bytes": 20,
     "optimizer.learning_rate": 3e-2,
     "schedule.name": "constant",
     "schedule.warmup_steps": 0,

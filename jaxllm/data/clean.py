@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jaxllm import registry
 from jaxllm.data.documents import Document
-from jaxllm.data.sources import conversations
+from jaxllm.data.sources import preferences
 
 # Text to text, or None: the document is dropped.
 Clean = Callable[[str], str | None]
@@ -51,16 +51,25 @@ def make(config: ConfigDict) -> Callable[[Document], Document | Dropped]:
         return text, ""
 
     def converse(document: Document) -> Document | Dropped:
-        """Its messages cleaned; a system message may be blank, which is to say that there is none of a template's own."""
-        done = [apply(message["content"]) for message in document.messages]
-        reasons = (reason for message, (_, reason) in zip(document.messages, done, strict=True) if message["role"] != "system")
-        if reason := conversations.flaw(document.messages) or next(filter(None, reasons), ""):
+        """Its messages cleaned, and its answers.
+
+        A system message may be blank, which is to say that there is none of a template's own. What is made of a blank answer to choose
+        between is said where it is left out.
+        """
+        turns = [*document.messages, *(message for answer in document.answers for message in answer)]
+        done = [apply(message["content"]) for message in turns]
+        may_be_blank = [message["role"] == "system" for message in document.messages]
+        may_be_blank += [not text.strip() for text, _ in done[len(may_be_blank) :]]
+        reasons = (reason for (_, reason), blank in zip(done, may_be_blank, strict=True) if not blank)
+        if reason := preferences.flaw(document) or next(filter(None, reasons), ""):
             return Dropped(document, reason)
-        cleaned = [{**message, "content": text} for message, (text, _) in zip(document.messages, done, strict=True)]
-        return conversations.document(cleaned, document.origin)
+        cleaned = [{**message, "content": text} for message, (text, _) in zip(turns, done, strict=True)]
+        messages, answers = cleaned[: len(document.messages)], cleaned[len(document.messages) :]
+        text = "\n".join(message["content"] for message in messages)
+        return document._replace(text=text, messages=tuple(messages), answers=tuple((answer,) for answer in answers))
 
     def clean(document: Document) -> Document | Dropped:
-        if document.messages:
+        if document.messages or document.answers:
             return converse(document)
         # Labels stay as they are.
         texts = {"text": document.text, "pair": document.pair, "target": document.target if target_is_text else None}

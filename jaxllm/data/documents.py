@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -27,8 +27,8 @@ ACCEPTED = (
 )
 # Readers of whole texts, which have nothing beside them.
 WHOLE = ("python_docs", "text")
-# Readers of conversations alone.
-TALKS = ("python_questions", "sums")
+# Readers of conversations alone, and what is read of them.
+TALKS = {"python_questions": ("messages",), "sums": ("messages", "prompts")}
 # Readers of what is installed with Python, which is another one in another version.
 OF_PYTHON = ("python_docs", "python_questions")
 
@@ -38,6 +38,10 @@ TEXTS = frozenset(
     + (".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh", ".sql")
 )
 
+
+# What is read of conversations: the whole (messages), or a prompt and two answers to it (pairs), one and whether it is good (labelled), or
+# none (prompts).
+CONVERSED = ("messages", "pairs", "labelled", "prompts")
 
 # {"role": "system", "user" or "assistant", "content": text}
 Message = Mapping[str, str]
@@ -49,6 +53,9 @@ class Document(NamedTuple):
     target: what the objective predicts from it: a text, a class, a class for each of its words (which single spaces divide), or None.
     pair: a second text to classify with it, or None.
     messages: of a conversation, which is all that is learnt from; its `text` joins their contents. Else empty.
+    answers: of a prompt, which the messages are then: what may follow them, the better one first. Else empty.
+    fields: of a prompt without answers, what else is known of it, as values of JSON; else None.
+    score: by how much the first answer is better than the second one, if that is known; of a single one whether it is good (1) or bad (0).
     """
 
     text: str
@@ -56,6 +63,9 @@ class Document(NamedTuple):
     target: str | tuple[str, ...] | None = None
     pair: str | None = None
     messages: tuple[Message, ...] = ()
+    answers: tuple[tuple[Message, ...], ...] = ()
+    score: float | None = None
+    fields: Mapping[str, Any] | None = None
 
 
 def open(source: str, config: ConfigDict, *, setting: str = "the source") -> Iterator[Document]:
@@ -72,19 +82,28 @@ def open(source: str, config: ConfigDict, *, setting: str = "the source") -> Ite
     return _at_least_one(itertools.islice(documents, config.data.max_documents or None), source, setting)
 
 
+_CONVERSED_FIELDS = {
+    "messages": "messages, conversations, instruction and output, or prompt and completion; python_questions; sums",
+    "pairs": "prompt, chosen and rejected, or whole conversations in chosen and rejected",
+    "labelled": "messages and label, or prompt, completion and label",
+    "prompts": "prompt, messages, conversations or instruction; sums",
+}
+
+
 def _check_targets(places: list[tuple[str, str]], config: ConfigDict, setting: str) -> None:
     reads = registry.resolve("examples", config.train.objective)(config).reads
     whole = [location or kind for kind, location in places if kind in WHOLE]
-    if reads == "messages" and (alone := [*whole, *(f"{kind}:{location}" for kind, location in places if kind == "sequences")]):
+    if reads in CONVERSED and (alone := [*whole, *(f"{kind}:{location}" for kind, location in places if kind == "sequences")]):
         raise ValueError(
             f"{setting}: '{alone[0]}' holds no conversations, which train.objective = '{config.train.objective}' learns from.\n"
-            "  Accepted: JSON Lines, a JSON array, CSV, Parquet or hf:OWNER/NAME with messages, conversations, instruction and output, or"
-            f" prompt and completion; python_questions; sums.\n  Change {setting}, or train.objective."
+            f"  Accepted: JSON Lines, a JSON array, CSV, Parquet or hf:OWNER/NAME with {_CONVERSED_FIELDS[reads]}.\n"
+            f"  Change {setting}, or train.objective."
         )
-    if reads != "messages" and (talks := [kind for kind, _ in places if kind in TALKS]):
+    if talks := [kind for kind, _ in places if kind in TALKS and reads not in TALKS[kind]]:
         raise ValueError(
             f"{setting}: '{talks[0]}' holds conversations, which train.objective = '{config.train.objective}' does not learn from.\n"
-            f"  Accepted: train.objective = 'sft'; python_docs, the same documentation as text.\n  Change {setting}, or train.objective."
+            f"  Accepted: train.objective = 'sft'; {_CONVERSED_FIELDS.get(reads, 'python_docs, the same documentation as text')}.\n"
+            f"  Change {setting}, or train.objective."
         )
     if whole and reads != "text":
         raise ValueError(

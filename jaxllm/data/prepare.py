@@ -278,12 +278,12 @@ def _clean(config: ConfigDict, field: str, counts: dict[str, Any], log: Log) -> 
             dropped[result.reason] += 1
             continue
         counts["kept"] += 1
-        counts["chars"] += len(result.text)
+        counts["chars"] += len(result.text) + sum(len(message["content"]) for answer in result.answers for message in answer)
         yield result
     if not counts["kept"]:
         reasons = ", ".join(f"{count} by {reason}" for reason, count in dropped.items())
         accepted, change = "at least one document with text", "Change data.cleaners or data.min_chars"
-        if examples.make(config).reads == "messages":
+        if examples.make(config).converses:
             accepted = "conversations in which an answer follows each question, no message is empty and none is of a tool"
             change = "Correct the data"
         raise ValueError(
@@ -312,12 +312,14 @@ def _pack(
     written = examples.write(config, directory, watched(), tokenizer, classes, totals)
     rows = f"{len(written):,} rows of {written.row_tokens:,} tokens"
     log(f"{name}: {rows} from {totals.documents:,} documents, {totals.tokens:,} tokens")
-    if config.train.objective == "sft":
+    if made.reads == "messages":
         share = f"{totals.weighted_tokens / max(totals.tokens, 1):.1%} of the tokens are trained"
         log(f"{name}: {share} (chat.train_on = {config.chat.train_on})")
+    elif made.converses:
+        log(f"{name}: {totals.documents:,} {made.unit}, {written.filled_frac:.1%} of the positions are filled")
     if totals.dropped:
         reasons = ", ".join(f"{count:,} by {reason}" for reason, count in totals.dropped.items())
-        log(f"{name}: {sum(totals.dropped.values()):,} conversations dropped: {reasons}")
+        log(f"{name}: {sum(totals.dropped.values()):,} {made.unit} dropped: {reasons}")
     if totals.cut:
         setting = "data.row_tokens, data.input_tokens" if made.reads == "target" else "data.row_tokens"
         log(f"{name}: {totals.cut:,} of {totals.documents:,} documents were longer than a row and are cut ({setting})")

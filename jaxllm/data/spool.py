@@ -42,9 +42,9 @@ class Spool:
             while header := file.read(HEADER.size):
                 key, size, beside = HEADER.unpack(header)
                 text = file.read(size).decode()
-                origin, target, pair, messages = json.loads(file.read(beside))
+                origin, target, pair, messages, answers, score, fields = json.loads(file.read(beside))
                 target = tuple(target) if isinstance(target, list) else target
-                yield key, Document(text, origin, target, pair, tuple(messages))
+                yield key, Document(text, origin, target, pair, tuple(messages), tuple(map(tuple, answers)), score, fields)
 
     def documents(self) -> Iterator[Document]:
         return (document for _, document in self.entries())

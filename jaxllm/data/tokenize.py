@@ -34,7 +34,7 @@ def make(config: ConfigDict, texts: Callable[[], Iterable[str]]) -> "Tokenizer":
     wanted = needed(config)
     made = registry.resolve("tokenizer", config.tokenizer.kind)(config, texts, wanted._replace(tokens=()))
     check(made, wanted, config)
-    if registry.resolve("examples", config.train.objective)(config).reads == "messages":
+    if registry.resolve("examples", config.train.objective)(config).converses:
         tokenizer = extend(made, wanted.tokens, templates.choose(config, made), templates.end(config))
     else:
         tokenizer = extend(made, wanted.tokens, made.template)

@@ -1,8 +1,9 @@
 """What an answer is worth: functions by name, or of one's own, and their weighted sum.
 
-A reward is `(prompts, answers, fields) -> a number an answer`. prompts, answers: texts. fields: lists as long by their names: "answer", the
-one in the data; "tokens", how many the answer has; "ended", whether it came to its end. Config: `rl.rewards`, pairs of a name and a weight.
-A name with a colon, "package.module:function", is a function of one's own, which must give the same numbers for the same texts each time.
+A reward is `(prompts, answers, fields) -> a number an answer`. prompts, answers: texts. fields: lists as long by their names, what the
+data knows of the prompt (None where it does not), such as "answer"; and of the answer "tokens", how many it has, and "ended", whether it
+came to its end. Config: `rl.rewards`, pairs of a name and a weight. A name with a colon, "package.module:function", is a function of one's
+own, which must give the same numbers for the same texts each time.
 """
 
 import importlib
@@ -15,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxllm import registry
+from jaxllm.data.sources.prompts import ANSWER
 
 Fields = Mapping[str, Sequence[Any]]
 Reward = Callable[[Sequence[str], Sequence[str], Fields], Sequence[float] | np.ndarray]
@@ -70,25 +72,43 @@ def _checked(name: str, values: Sequence[float] | np.ndarray, answers: int) -> n
 
 def exact_match(config: ConfigDict) -> Reward:
     """1 where the answer is that of the data, white space around it aside."""
-    del config
+    name = config.data.target_field
 
     def reward(prompts: Sequence[str], answers: Sequence[str], fields: Fields) -> list[float]:
         del prompts
-        return [float(answer.strip() == wanted.strip()) for answer, wanted in zip(answers, fields["answer"], strict=True)]
+        return [float(answer.strip() == wanted.strip()) for answer, wanted in zip(answers, _wanted(fields, name), strict=True)]
 
     return reward
 
 
 def number(config: ConfigDict) -> Reward:
     """1 where the answer's last number equals that of the data; in both what stands behind the last "####", if there is one."""
-    del config
+    name = config.data.target_field
 
     def reward(prompts: Sequence[str], answers: Sequence[str], fields: Fields) -> list[float]:
         del prompts
-        pairs = zip(answers, fields["answer"], strict=True)
+        pairs = zip(answers, _wanted(fields, name), strict=True)
         return [float((found := last_number(answer)) is not None and found == last_number(wanted)) for answer, wanted in pairs]
 
     return reward
+
+
+def join(beside: Sequence[Mapping[str, Any]], drawn: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+    """The fields of rewards: `beside` of the prompts of all answers, and those of `drawn`, which may not have the same names."""
+    names = dict.fromkeys(name for each in beside for name in each)
+    return {name: [each.get(name) for each in beside] for name in names} | dict(drawn)
+
+
+def _wanted(fields: Fields, name: str) -> list[str]:
+    """The answers of the data: in the field of this name, or "answer" where there is none. ValueError if one is missing."""
+    found = fields.get(name, fields.get(ANSWER, [None]))
+    if any(answer is None for answer in found):
+        raise ValueError(
+            f"a reward compares with the answer in the data, and a prompt has none: its fields are {', '.join(fields)}.\n"
+            f"  Accepted: the field '{name}' (data.target_field) or '{ANSWER}' beside each prompt, or messages that end with an answer.\n"
+            "  Set data.target_field, or take the reward out of rl.rewards."
+        )
+    return [str(answer) for answer in found]
 
 
 def last_number(text: str) -> Decimal | None:

@@ -106,8 +106,9 @@ class Maker:
         each = [prompt for prompt in prompts for _ in range(self._rl.answers)]
         written = [ids[:length].tolist() for ids, length in zip(drawn.tokens_RN, drawn.lengths_R, strict=True)]
         texts = evals.spell(tokenizer, [ids.tolist() for ids in each], [generate.strip(ids, self._stop_ids) for ids in written])
-        wanted = [answer for answer in stored_prompts.answers(stored) for _ in range(self._rl.answers)]
-        rewards_R, parts = self._rewards(*texts, {"answer": wanted, "tokens": drawn.lengths_R, "ended": drawn.ended_R})
+        beside = [each for each in stored_prompts.fields(stored) for _ in range(self._rl.answers)]
+        fields = rewards.join(beside, {"tokens": drawn.lengths_R.tolist(), "ended": drawn.ended_R.tolist()})
+        rewards_R, parts = self._rewards(*texts, fields)
         layout, arrays = experience.lay(each, drawn.tokens_RN, drawn.lengths_R, self._shape, tokenizer.pad_id)
         old_RN = reference_RN = layout.gather(self._score(params, arrays), drawn.tokens_RN)
         if self._reference is not None:
@@ -177,11 +178,11 @@ def make_writer(session: Session) -> Model:
 
 def make_score(session: Session) -> Callable[[Params, Mapping[str, np.ndarray]], np.ndarray]:
     """score(params, arrays [B, T]) -> log-probabilities of the targets [B, T], by the forward pass that is trained, on its mesh."""
-    temperature = session.config.rl.temperature
+    temperature, chunk_tokens = session.config.rl.temperature, session.config.train.loss_chunk_tokens
 
     def log_probs(params: Params, batch: Batch) -> jax.Array:
         hidden_BTD = session.model.hidden(params, batch["tokens"], **{name: batch[name] for name in policy.READ}, rng=None)
-        return policy.log_probs(hidden_BTD, session.model.head(params), batch["targets"], temperature)
+        return policy.log_probs(hidden_BTD, session.model.head(params), batch["targets"], temperature, chunk_tokens)
 
     sharding = session.plan.batch_sharding()
     compiled = jax.jit(measure.tokens(log_probs, session.region), out_shardings=sharding)

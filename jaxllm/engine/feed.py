@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from jaxllm import registry
 from jaxllm.data import loader
 from jaxllm.data.prepare import Prepared
-from jaxllm.engine import evaluation
+from jaxllm.engine import evaluation, references
 from jaxllm.engine.hooks import Row
 from jaxllm.engine.loop import Hook
+from jaxllm.engine.references import References
 from jaxllm.engine.session import Session
 from jaxllm.engine.state import TrainState
 from jaxllm.engine.watchdog import Watchdog
@@ -21,7 +22,7 @@ from jaxllm.types import Source
 
 
 class Setting(NamedTuple):
-    """The run that is to be fed. start: updates done.
+    """The run that is to be fed. referred: what the first state says of the data, where the objective asks for it. start: updates done.
 
     first: makes the state before step 0 anew. kept: the steps of the checkpoints. write: takes rows of metrics; text: (step, name, text);
     message: a line for the user.
@@ -29,6 +30,7 @@ class Setting(NamedTuple):
 
     session: Session
     prepared: Prepared
+    referred: References | None
     directory: Path
     watchdog: Watchdog
     start: int
@@ -62,6 +64,8 @@ def make(setting: Setting, state: TrainState) -> Feed:
 def from_shards(setting: Setting, state: TrainState) -> Feed:
     """Rows of the prepared data, read ahead."""
     del state
-    session, prepared = setting.session, setting.prepared
-    source = loader.make(prepared.batches(session.config, session.plan.arrange), session.plan.batch_sharding())
-    return Feed(source, (), evaluation.make(session, prepared, setting.watchdog), session.first_moves, source.close)
+    session, prepared, referred = setting.session, setting.prepared, setting.referred
+    batches = prepared.batches(session.config, session.plan.arrange)
+    batches = batches._replace(make_batch=references.joined(referred, "train", batches.make_batch))
+    source = loader.make(batches, session.plan.batch_sharding())
+    return Feed(source, (), evaluation.make(session, prepared, setting.watchdog, referred), session.first_moves, source.close)

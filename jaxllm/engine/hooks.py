@@ -1,6 +1,6 @@
 """What happens beside training: validation, samples, checkpoints. Each is a closure for `loop.Hook.run`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -39,15 +39,27 @@ class Validation:
         if "loss" not in row:
             worth = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in row.items() if name.startswith("reward"))
             return f"validation {worth}"
-        replayed, step = row.get("replay_loss"), row["step"]
-        bits = f", {row['bits_per_byte']:.3f} bits per byte" if row.get("bits_per_byte") is not None else ""
-        forgotten = f" (forgetting {row['forgetting']:+.4f})" if step > 0 and "forgetting" in row else ""
+        replayed = row.get("replay_loss")
+        forgotten = f" (forgetting {row['forgetting']:+.4f})" if row["step"] > 0 and "forgetting" in row else ""
         replay = "" if replayed is None else f"; on replay_source {replayed:.4f}{forgotten}"
-        return f"validation loss {row['loss']:.4f} (perplexity {row['perplexity']:.2f}{bits}){replay}"
+        return f"validation loss {row['loss']:.4f} ({', '.join(_facts(row))}){replay}"
 
     def loss(self, step: int) -> float | None:
         """Validation loss measured at exactly this step, if it was; where answers have rewards instead, minus their mean."""
         return self._losses.get(step)
+
+
+def _facts(row: Row) -> Iterator[str]:
+    """What stands beside the loss, where it was measured."""
+    forms = {
+        "perplexity": "perplexity {:.2f}",
+        "bits_per_byte": "{:.3f} bits per byte",
+        "margin": "margin {:+.4f}",
+        "kl": "KL {:.4f}",
+    }
+    yield from (form.format(row[name]) for name, form in forms.items() if row.get(name) is not None)
+    if "margin" in row and "accuracy" in row:
+        yield f"accuracy {row['accuracy']:.1%}"
 
 
 def samples(

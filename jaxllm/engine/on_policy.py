@@ -160,7 +160,7 @@ def _evaluation(setting: Setting) -> Any:
         answers.make_writer(session),
         tokenizer=prepared.tokenizer,
         prompts=stored_prompts.prompts(stored),
-        wanted=stored_prompts.answers(stored),
+        beside=stored_prompts.fields(stored),
         rewards=rewards.make(config),
         most_tokens=config.rl.max_new_tokens,
     )

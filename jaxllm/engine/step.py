@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxllm.data import examples
+from jaxllm.engine import references
 from jaxllm.engine.gradients import Gradients
 from jaxllm.engine.state import LossScale, TrainState, random_key
 from jaxllm.parallel.region import Region
@@ -160,7 +161,5 @@ def lower(step: Step, state: TrainState, batch: Any) -> jax.stages.Lowered:
 def abstract_batch(config: Any, plan: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """The training batch of a config as ShapeDtypeStructs with the plan's sharding."""
     rows, sharding = config.train.batch_seqs, plan.batch_sharding()
-    return {
-        name: jax.ShapeDtypeStruct((rows, array.width), array.dtype, sharding=sharding)
-        for name, array in examples.make(config).arrays.items()
-    }
+    arrays = {**examples.make(config).arrays, **references.arrays(config)}
+    return {name: jax.ShapeDtypeStruct((rows, array.width), array.dtype, sharding=sharding) for name, array in arrays.items()}

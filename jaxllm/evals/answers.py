@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxllm.data.chat import encoding
 from jaxllm.decode import generate, text
-from jaxllm.decode.rewards import Rewards
+from jaxllm.decode.rewards import Rewards, join
 from jaxllm.ops import sampling
 from jaxllm.types import Model, Params, Tokenizer
 
@@ -17,13 +17,13 @@ def measure(
     params: Params,
     tokenizer: Tokenizer,
     prompts: Sequence[np.ndarray],
-    wanted: Sequence[str],
+    beside: Sequence[dict[str, Any]],
     rewards: Rewards,
     most_tokens: int,
 ) -> dict[str, Any]:
     """{"reward", "reward_NAME" of each that it sums up, "answer_tokens"} of greedy answers, means over the prompts, and "answers".
 
-    wanted: the answers in the data. An answer counts as ended if it is shorter than most_tokens.
+    beside: what the data knows of the prompts. An answer counts as ended if it is shorter than most_tokens.
     """
     ids = [prompt.tolist() for prompt in prompts]
     written = generate.generate(
@@ -37,7 +37,7 @@ def measure(
         seed=0,
     )
     lengths = np.array([len(answer) for answer in written])
-    fields: dict[str, Any] = {"answer": wanted, "tokens": lengths, "ended": lengths < most_tokens}
+    fields = join(beside, {"tokens": lengths.tolist(), "ended": (lengths < most_tokens).tolist()})
     total, parts = rewards(*spell(tokenizer, ids, written), fields)
     means = {"reward": total} | named(parts) | {"answer_tokens": lengths}
     return {name: float(np.mean(values)) for name, values in means.items()} | {"answers": len(written)}

@@ -102,9 +102,10 @@ class _Functions:
         segments: jax.Array | None = None,
         positions: jax.Array | None = None,
         prefix: jax.Array | None = None,
+        branches: jax.Array | None = None,
         rng: jax.Array | None = None,
     ) -> jax.Array:
-        beside = {"segments": segments, "positions": positions, "prefix": prefix}
+        beside = {"segments": segments, "positions": positions, "prefix": prefix, "branches": branches}
         assembly.check_tokens("tokens", tokens_BT, self._arch.context_tokens, **beside)
         return self._hidden(params, assembly.present(tokens=tokens_BT, **beside), rng)
 
@@ -114,7 +115,8 @@ class _Functions:
 
     def _block(self, params: Params, parts: types.Batch, batch: types.Batch, rng: jax.Array | None) -> stack.Block:
         del params, parts
-        mask = Mask(True, self._arch.window_tokens, segments_BT=batch.get("segments"), prefix_BS=batch.get("prefix"))
+        arrays = {"segments_BT": batch.get("segments"), "prefix_BS": batch.get("prefix"), "branches_BT": batch.get("branches")}
+        mask = Mask(True, self._arch.window_tokens, **arrays)
         return self._layers(Sight(assembly.places(self._constrain, batch["tokens"], batch.get("positions")), mask), rng)
 
     def _leave(self, params: Params, x_BTD: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.objectives import policy_losses
+from jaxllm.ops import losses
 from jaxllm.transforms import leaf
 from jaxllm.types import Batch, Head, Mean, Metrics, Model, Params
 
@@ -30,6 +31,7 @@ class Grpo:
     model: Model
     rl: Any
     batch_tokens: int
+    chunk_tokens: int
 
     def __call__(self, params: Params, batch: Batch, rng: jax.Array | None, /) -> tuple[Mean, Metrics]:
         hidden_BTD = self.model.hidden(params, batch["tokens"], **{name: batch[name] for name in READ}, rng=rng)
@@ -37,7 +39,7 @@ class Grpo:
 
     def of_hidden(self, hidden_BTD: jax.Array, head: Head, batch: Batch, /) -> tuple[Mean, Metrics]:
         rl, weights_BT = self.rl, batch["weights"]
-        log_p_BT = log_probs(hidden_BTD, head, batch["targets"], rl.temperature)
+        log_p_BT = log_probs(hidden_BTD, head, batch["targets"], rl.temperature, self.chunk_tokens)
         found = policy_losses.clipped(log_p_BT, batch["old"], batch["advantages"], rl.clip, rl.clip_high or rl.clip)
         losses_BT, beside = found.loss, {"clipped_low": found.low, "clipped_high": found.high}
         beside["drift"] = policy_losses.kl(log_p_BT, batch["old"])
@@ -59,17 +61,19 @@ def token_means(values: dict[str, jax.Array], weights_BT: jax.Array) -> Metrics:
     return {name: Mean(weighted_sum(values_BT, counts_BT), jnp.sum(counts_BT)) for name, values_BT in values.items()}
 
 
-def log_probs(hidden_BTD: jax.Array, head: Head, targets_BT: jax.Array, temperature: float) -> jax.Array:
-    """float32 [B, T]: log-probabilities of the targets, the logits divided by the temperature."""
-    kernel_VD = leaf.dense(head.kernel).astype(hidden_BTD.dtype)
-    logits_BTV = jnp.einsum("btd,vd->btv", hidden_BTD, kernel_VD, preferred_element_type=jnp.float32)
-    if head.bias is not None:
-        logits_BTV += head.bias.astype(jnp.float32)
-    all_BTV = jax.nn.log_softmax(logits_BTV / temperature, axis=-1)
-    return jnp.take_along_axis(all_BTV, targets_BT[..., None], axis=-1)[..., 0]
+def log_probs(hidden_BTD: jax.Array, head: Head, targets_BT: jax.Array, temperature: float, chunk_tokens: int) -> jax.Array:
+    """float32 [B, T]: log-probabilities of the targets, the logits divided by the temperature; chunk_tokens as of losses.log_probs."""
+    log_p_N = losses.log_probs(
+        hidden_BTD.reshape(-1, hidden_BTD.shape[-1]) / temperature,
+        leaf.dense(head.kernel),
+        targets_BT.reshape(-1),
+        bias_V=None if head.bias is None else head.bias / temperature,
+        chunk_tokens=chunk_tokens,
+    )
+    return log_p_N.reshape(targets_BT.shape)
 
 
 def make(model: Model, config: Any) -> Grpo:
     """The objective of the whole config."""
     width = config.data.row_tokens or config.model.context_tokens
-    return Grpo(model, config.rl, config.train.batch_seqs * width)
+    return Grpo(model, config.rl, config.train.batch_seqs * width, config.train.loss_chunk_tokens)

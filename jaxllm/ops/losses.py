@@ -1,4 +1,4 @@
-"""Cross-entropy of a vocabulary projection, without all of its logits at once.
+"""Cross-entropy and log-probabilities of a vocabulary projection, without all of its logits at once.
 
 Letters: N tokens, C tokens of one chunk, D width, V vocabulary.
 
@@ -11,7 +11,8 @@ nll + penalty is (1 - e) nll + e (cross-entropy to the uniform distribution), so
 al. 2016, arXiv:1512.00567, section 7). nll alone stays what perplexity is made of.
 
 The logits of N tokens are by far the largest array of a small model's step. Here a chunk of tokens makes its logits, uses them
-up at once for the loss and for the gradients, and drops them; the backward pass only scales what is there already.
+up at once for the loss and for the gradients, and drops them; the backward pass only scales what is there already. Of `log_probs` the
+forward pass cannot know with what each token's gradient will be multiplied, so that its backward pass makes the logits again.
 """
 
 from functools import partial
@@ -136,17 +137,7 @@ _chunked.defvjp(_forward, _backward)
 def _scan(inputs: _Inputs, how: _How, cotangents: tuple | None) -> _Pass:
     """One pass over the chunks. `cotangents` (of nll and penalty) asks for the gradients."""
     hidden_ND, kernel_VD, bias_V, targets_N, weights_N = inputs
-    tokens = hidden_ND.shape[0]
-    chunks = max(1, -(-tokens // how.chunk_tokens))
-    rows = -(-tokens // chunks)
-
-    def cut(x_N: jax.Array) -> jax.Array:
-        # A chunk is every chunks-th token and not a run of tokens: where the compiler has spread them over devices each keeps its share.
-        padded = jnp.pad(x_N, [(0, rows * chunks - tokens)] + [(0, 0)] * (x_N.ndim - 1))
-        return padded.reshape(rows, chunks, *x_N.shape[1:]).swapaxes(0, 1)
-
-    def join(x_chunks: jax.Array) -> jax.Array:
-        return x_chunks.swapaxes(0, 1).reshape(rows * chunks, *x_chunks.shape[2:])[:tokens]
+    cut, join = partial(_cut, how.chunk_tokens), partial(_join, hidden_ND.shape[0])
 
     def body(carry: tuple, chunk: tuple) -> tuple[tuple, tuple]:
         totals, sums = carry
@@ -158,10 +149,8 @@ def _scan(inputs: _Inputs, how: _How, cotangents: tuple | None) -> _Pass:
         dkernel_VD, dbias_V = sums
         if bias_V is not None:
             dbias_V += dlogits_CV.sum(0)
-        dlogits_CV = dlogits_CV.astype(hidden_CD.dtype)
-        dhidden_CD = jnp.einsum("cv,vd->cd", dlogits_CV, kernel_VD.astype(dlogits_CV.dtype), preferred_element_type=jnp.float32)
-        dkernel_VD += jnp.einsum("cv,cd->vd", dlogits_CV, hidden_CD, preferred_element_type=jnp.float32)
-        return (totals, (dkernel_VD, dbias_V)), (*losses[:2], dhidden_CD)
+        dhidden_CD, more_VD = _through(dlogits_CV, hidden_CD, kernel_VD)
+        return (totals, (dkernel_VD + more_VD, dbias_V)), (*losses[:2], dhidden_CD)
 
     zero = jnp.zeros((), jnp.float32)
     sums = None if cotangents is None else jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (kernel_VD, bias_V))
@@ -169,6 +158,28 @@ def _scan(inputs: _Inputs, how: _How, cotangents: tuple | None) -> _Pass:
     (totals, sums), (nll, penalty, dhidden) = jax.lax.scan(body, (Totals(zero, zero, zero), sums), chunked)
     gradients = None if sums is None else (join(dhidden), *sums)
     return _Pass(totals, join(nll), join(penalty), gradients)
+
+
+def _through(dlogits_CV: jax.Array, hidden_CD: jax.Array, kernel_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(dhidden_CD, what the chunk adds to dkernel_VD), float32, by products in the dtype of hidden_CD."""
+    dlogits_CV = dlogits_CV.astype(hidden_CD.dtype)
+    dhidden_CD = jnp.einsum("cv,vd->cd", dlogits_CV, kernel_VD.astype(dlogits_CV.dtype), preferred_element_type=jnp.float32)
+    return dhidden_CD, jnp.einsum("cv,cd->vd", dlogits_CV, hidden_CD, preferred_element_type=jnp.float32)
+
+
+def _cut(chunk_tokens: int, x_N: jax.Array) -> jax.Array:
+    """[chunks, C, ...] of [N, ...], the last tokens padded with 0."""
+    tokens = x_N.shape[0]
+    chunks = max(1, -(-tokens // chunk_tokens))
+    rows = -(-tokens // chunks)
+    # A chunk is every chunks-th token and not a run of tokens: where the compiler has spread them over devices each keeps its share.
+    padded = jnp.pad(x_N, [(0, rows * chunks - tokens)] + [(0, 0)] * (x_N.ndim - 1))
+    return padded.reshape(rows, chunks, *x_N.shape[1:]).swapaxes(0, 1)
+
+
+def _join(tokens: int, x_chunks: jax.Array) -> jax.Array:
+    """The inverse of `_cut`."""
+    return x_chunks.swapaxes(0, 1).reshape(-1, *x_chunks.shape[2:])[:tokens]
 
 
 def _chunk(inputs: _Inputs, how: _How, cotangents: tuple | None) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
@@ -199,3 +210,78 @@ def _chunk(inputs: _Inputs, how: _How, cotangents: tuple | None) -> tuple[jax.Ar
     if how.label_smoothing:
         dlogits_CV -= smooth / ids_V.size
     return *losses, weights_C[:, None] * dlogits_CV
+
+
+class _Scored(NamedTuple):
+    """The arrays of `log_probs`, or their gradients. Targets have none."""
+
+    hidden_ND: jax.Array
+    kernel_VD: jax.Array
+    bias_V: jax.Array | None
+    targets_N: Any
+
+
+def log_probs(
+    hidden_ND: jax.Array, kernel_VD: jax.Array, targets_N: jax.Array, *, bias_V: jax.Array | None = None, chunk_tokens: int
+) -> jax.Array:
+    """float32 [N], in nats: log p of each target. Logits are float32, and [C, V] of them exist at once, C = chunk_tokens.
+
+    chunk_tokens = 0 makes all [N, V] and leaves the gradient to autodiff. A target outside the vocabulary gives NaN, and what it adds to
+    a gradient is finite: who has no use for it takes it out by `jnp.where`. The backward pass makes every chunk of logits again. Has no
+    gradient of the gradient and no forward mode.
+    """
+    inputs = _Scored(hidden_ND, kernel_VD, bias_V, targets_N)
+    if chunk_tokens:
+        return _score_chunks(inputs, chunk_tokens)
+    return _score(_logits(hidden_ND, kernel_VD, bias_V), targets_N)[0]
+
+
+def _score(logits_CV: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(log p of the targets, log Z), [C] each. Only reductions over V, no gather: V may be spread over devices."""
+    ids_V = jnp.arange(logits_CV.shape[-1])
+    log_z_C = jax.nn.logsumexp(logits_CV, axis=-1)
+    target_C = jnp.sum(jnp.where(ids_V == targets_C[:, None], logits_CV, 0), axis=-1)
+    known_C = (targets_C >= 0) & (targets_C < ids_V.size)
+    return jnp.where(known_C, target_C - log_z_C, jnp.nan), log_z_C
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _score_chunks(inputs: _Scored, chunk_tokens: int) -> jax.Array:
+    return _score_forward(inputs, chunk_tokens)[0]
+
+
+def _score_forward(inputs: _Scored, chunk_tokens: int) -> tuple[jax.Array, tuple[_Scored, jax.Array]]:
+    hidden_ND, kernel_VD, bias_V, targets_N = inputs
+
+    def body(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        hidden_CD, targets_C = chunk
+        return None, _score(_logits(hidden_CD, kernel_VD, bias_V), targets_C)
+
+    _, found = jax.lax.scan(body, None, (_cut(chunk_tokens, hidden_ND), _cut(chunk_tokens, targets_N)))
+    log_p_N, log_z_N = (_join(hidden_ND.shape[0], x) for x in found)
+    return log_p_N, (inputs, log_z_N)
+
+
+def _score_backward(chunk_tokens: int, residuals: tuple[_Scored, jax.Array], dlog_p_N: jax.Array) -> tuple[_Scored]:
+    (hidden_ND, kernel_VD, bias_V, targets_N), log_z_N = residuals
+
+    def body(sums: tuple, chunk: tuple) -> tuple[tuple, jax.Array]:
+        dkernel_VD, dbias_V = sums
+        hidden_CD, targets_C, log_z_C, dlog_p_C = chunk
+        p_CV = jnp.exp(_logits(hidden_CD, kernel_VD, bias_V) - log_z_C[:, None])
+        # d log p[target] = 1[target] - p.
+        is_target_CV = jnp.arange(kernel_VD.shape[0]) == targets_C[:, None]
+        dlogits_CV = dlog_p_C[:, None] * (is_target_CV - p_CV)
+        dbias_V = None if dbias_V is None else dbias_V + dlogits_CV.sum(0)
+        dhidden_CD, more_VD = _through(dlogits_CV, hidden_CD, kernel_VD)
+        return (dkernel_VD + more_VD, dbias_V), dhidden_CD
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (kernel_VD, bias_V))
+    chunked = [_cut(chunk_tokens, x) for x in (hidden_ND, targets_N, log_z_N, dlog_p_N)]
+    (dkernel_VD, dbias_V), dhidden = jax.lax.scan(body, zeros, tuple(chunked))
+    gradients = _join(hidden_ND.shape[0], dhidden), dkernel_VD, dbias_V
+    dhidden_ND, dkernel_VD, dbias_V = jax.tree.map(lambda x, like: x.astype(like.dtype), gradients, residuals[0][:3])
+    return (_Scored(dhidden_ND, dkernel_VD, dbias_V, None),)
+
+
+_score_chunks.defvjp(_score_forward, _score_backward)

@@ -19,6 +19,9 @@ from jaxllm.parallel import gather, rules
 from jaxllm.transforms.quantized import Quantized
 from jaxllm.types import Context, PartAxes
 
+# Each of their devices has rows, or parts of rows, of its own.
+SPREAD = ("data", "fsdp", "seq")
+
 
 def _is_axes(node: Any) -> bool:
     return isinstance(node, tuple)
@@ -28,6 +31,14 @@ def by_hand() -> frozenset[str]:
     """The mesh axes over which the code that is traced here runs on each device by itself."""
     mesh = jax.sharding.get_abstract_mesh()
     return frozenset() if mesh.empty else frozenset(mesh.manual_axes)
+
+
+def total(numbers: Any) -> Any:
+    """The sum of arrays over the devices that have other rows, or parts of them, where each runs the code that is traced here by itself;
+    elsewhere the arrays themselves, as they are of all rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    names = tuple(axis for axis in SPREAD if axis in by_hand() and mesh.shape[axis] > 1)
+    return jax.lax.psum(numbers, names) if names else numbers
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,13 +13,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxllm.parallel import gather, rules
+from jaxllm.parallel.constrain import SPREAD
 from jaxllm.parallel.plan import Plan
 from jaxllm.transforms import tree
 from jaxllm.types import Axes, Batch, Params
 
 BY_HAND = tuple(axis for axis in rules.MESH_AXES if axis != gather.AUTO)
-# Each of their devices has rows, or parts of rows, of its own.
-SPREAD = ("data", "fsdp", "seq")
 
 
 @dataclass(frozen=True)

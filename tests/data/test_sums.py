@@ -1,5 +1,7 @@
 """Sums: right, no pair twice, the same each time, and what cannot be is named."""
 
+from typing import Any
+
 import pytest
 
 from jaxllm import config as schema
@@ -13,13 +15,22 @@ def read(source: str, objective: str = "sft") -> list[documents.Document]:
     return list(documents.open(source, config))
 
 
+def _exchange(document: documents.Document) -> tuple[Any, Any]:
+    """Question and answer, which is beside the question where the model is to answer itself."""
+    if document.fields is None:
+        question, answer = document.messages
+        return question, answer
+    (question,) = document.messages
+    return question, {"role": "assistant", "content": document.fields["answer"]}
+
+
 @pytest.mark.parametrize("objective", ["sft", "grpo"])
 def test_sums_are_right_and_new(objective: str) -> None:
     found = read("sums:count=9000&digits=2", objective)
     assert found == read("sums:count=9000&digits=2", objective)
     pairs = set()
     for document in found:
-        question, answer = document.messages
+        question, answer = _exchange(document)
         left, right = question["content"].removesuffix("=").split("+")
         assert question["role"] == "user" and answer == {"role": "assistant", "content": str(int(left) + int(right))}
         pairs.add((int(left), int(right)))
@@ -54,13 +65,14 @@ def test_prompts_are_stored_with_their_answers(tmp_path) -> None:
 
     config = schema.base()
     config.train.objective, config.tokenizer.kind, config.chat.template = "grpo", "byte", "plain"
-    config.data.source, config.data.row_tokens = "sums:count=90&digits=2", 12
-    config.rl.update({"max_new_tokens": 6, "answer_bytes": 8})
+    config.data.source, config.data.row_tokens, config.data.validation_frac = "sums:count=90&digits=2", 12, 0.4
+    config.rl.update({"max_new_tokens": 6, "field_bytes": 40})
     prepared = prepare(config, tmp_path / "data", log=lambda line: None)
     seen = []
     for split in prepared.splits.values():
         rows = split.rows(range(len(split)))
-        for ids, answer in zip(prompts.prompts(rows), prompts.answers(rows), strict=True):
+        for ids, beside in zip(prompts.prompts(rows), prompts.fields(rows), strict=True):
+            answer = beside["answer"]
             text = prepared.tokenizer.decode(ids.tolist())
             left, right = text.removesuffix("=\n").split("+")
             assert int(left) + int(right) == int(answer)
@@ -73,14 +85,14 @@ def test_prompts_are_stored_with_their_answers(tmp_path) -> None:
     assert set(dropped) == {prompts.TOO_LONG}
 
 
-def test_an_answer_that_is_too_long_is_left_out(tmp_path) -> None:
+def test_a_prompt_with_too_much_beside_it_is_left_out(tmp_path) -> None:
     from jaxllm.data.examples import prompts
 
     config = schema.base()
     config.train.objective, config.tokenizer.kind, config.chat.template = "grpo", "byte", "plain"
     config.data.source = "sums:count=90&digits=2"
-    config.rl.update({"answer_bytes": 2})
+    config.rl.update({"field_bytes": 16})
     prepared = prepare(config, tmp_path / "data", log=lambda line: None)
-    stored = [answer for split in prepared.splits.values() for answer in prompts.answers(split.rows(range(len(split))))]
+    stored = [beside["answer"] for split in prepared.splits.values() for beside in prompts.fields(split.rows(range(len(split))))]
     assert max(map(len, stored)) == 2
-    assert len(stored) + sum(split.dropped.get(prompts.LONG_ANSWER, 0) for split in prepared.splits.values()) == 90
+    assert len(stored) + sum(split.dropped.get(prompts.LONG_FIELDS, 0) for split in prepared.splits.values()) == 90

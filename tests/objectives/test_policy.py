@@ -88,7 +88,7 @@ def test_log_probabilities_of_a_padded_row_equal_those_of_the_row_alone(parts):
     prompts, tokens, lengths, values, batch = experience_of("grpo")
     layout, _ = experience.lay(prompts, tokens, lengths, (ROWS, WIDTH), 0)
     hidden = training.model.hidden(params, batch["tokens"], segments=batch["segments"], positions=batch["positions"])
-    found = layout.gather(np.asarray(policy.log_probs(hidden, training.model.head(params), batch["targets"], 0.8)), tokens)
+    found = layout.gather(np.asarray(policy.log_probs(hidden, training.model.head(params), batch["targets"], 0.8, 16)), tokens)
     for row in range(ANSWERS):
         expected = log_p_alone(training, params, prompts[row], tokens[row, : lengths[row]])
         np.testing.assert_allclose(found[row, : lengths[row]], expected, rtol=0, atol=2e-6)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 
 from jaxllm.data.chat import encoding, render
 from jaxllm.data.documents import Message
@@ -44,7 +45,10 @@ class Encoded(NamedTuple):
     resplit: bool
 
 
-def make(tokenizer: Tokenizer, train_on: str) -> Callable[[Sequence[Message]], Encoded]:
+Encode = Callable[[Sequence[Message]], Encoded]
+
+
+def make(tokenizer: Tokenizer, train_on: str) -> Encode:
     """messages -> their ids and which of them are trained: those of each answer (assistant), of the last one (last), or all.
 
     ValueError for a tokenizer without a chat template, and for a template that marks other things than answers. Refused, by the
@@ -74,6 +78,18 @@ def make(tokenizer: Tokenizer, train_on: str) -> Callable[[Sequence[Message]], E
         return Encoded(np.array(located.ids, np.int32), np.ones_like(answer) if train_on == "all" else answer, resplit)
 
     return encode
+
+
+def warn_resplit(resplit: int, count: int, many: str) -> None:
+    """Tells of how many of the conversations, or of `many` others, what stands before an answer has other ids by itself."""
+    if resplit:
+        logging.warning(
+            "in %d of %d %s what stands before an answer is split into other tokens by itself, as chat sends it: the model meets other ids"
+            " there than in training. Another chat.template may not have that.",
+            resplit,
+            count,
+            many,
+        )
 
 
 def find(template: ChatTemplate, messages: Sequence[Message], ends: Mapping[str, int]) -> tuple[str, list[Span]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxllm.data.documents import Document
+from jaxllm.data.documents import CONVERSED, Document
 from jaxllm.data.shards import Block, Column, Totals
 from jaxllm.data.tokenizers.added import NONE, Added
 
@@ -54,7 +54,8 @@ class Examples:
     """The data side of one objective for one config.
 
     reads: what a document has besides its text: "text" (nothing), "target" (a second text), "label" or "labels" (one a word); or
-        "messages", those of a conversation.
+        one of CONVERSED: "messages", those of a conversation, "pairs" or "labelled", its answers, too, or "prompts", its other fields.
+    unit: what documents are called, where some are left out of the rows.
     added: special tokens that the tokenizer must have.
     recipe: the config values that the stored rows depend on, besides those of the text and the tokenizer.
     columns(vocab_size): the stored arrays by name.
@@ -71,6 +72,7 @@ class Examples:
     batch: Callable[["Tokenizer"], MakeBatch]
     show: Show
     reads: str = "text"
+    unit: str = "conversations"
     added: Added = NONE
     recipe: Mapping[str, Any] = field(default_factory=dict)
     spell: Callable[[Document], list[str]] | None = None
@@ -81,6 +83,11 @@ class Examples:
             return self.spell(document)
         target = document.target if self.reads == "target" else None
         return [text for text in (document.text, document.pair, target) if isinstance(text, str)]
+
+    @property
+    def converses(self) -> bool:
+        """Whether documents are conversations, which a chat template writes."""
+        return self.reads in CONVERSED
 
     @property
     def tokens_a_row(self) -> int:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from jaxllm.types import Tokenizer
 
 Row = Mapping[str, np.ndarray]
+# The branches of a pair.
+PAIR = ("chosen", "rejected")
 
 
 def weighted(row: Row, tokenizer: "Tokenizer", labels: tuple[str, ...]) -> Iterator[Shown]:
@@ -94,6 +96,54 @@ def tagged(row: Row, tokenizer: "Tokenizer", labels: tuple[str, ...]) -> Iterato
         marks = (f"{word} {name}" for word, name in zip(words, classes, strict=True))
         yield Shown(f"text {number}, {len(classes)} classes to predict", [Piece(", ".join(marks))])
     yield from _padding(row)
+
+
+def pairs(row: Row, tokenizer: "Tokenizer", labels: tuple[str, ...]) -> Iterator[Shown]:
+    """Each prompt, its chosen and its rejected answer, and which of their tokens are predicted."""
+    del labels
+    for number, place in spans(row["segments"]):
+        yield _prompt(row, place, f"pair {number}", tokenizer)
+        yield from (_answer(row, place, f"pair {number}", tokenizer, branch) for branch in (1, 2))
+    yield from _padding(row)
+
+
+def labelled(row: Row, tokenizer: "Tokenizer", labels: tuple[str, ...]) -> Iterator[Shown]:
+    """Each prompt, its answer, and the one of another example."""
+    del labels
+    for number, place in spans(row["segments"]):
+        yield _prompt(row, place, f"example {number}", tokenizer)
+        yield _answer(row, place, f"example {number}", tokenizer, 1, "good answer" if row["desirable"][place][0] else "bad answer")
+        other = row["targets"][place][row["branches"][place] == 2].tolist()
+        title = f"example {number}, answer of another example for the estimate of KL, {len(other)} tokens"
+        yield Shown(title, _pieces(other, tokenizer, [False] * len(other)))
+    yield from _padding(row)
+
+
+def scored(row: Row, tokenizer: "Tokenizer", labels: tuple[str, ...]) -> Iterator[Shown]:
+    """Each prompt, its chosen and its rejected answer, and the tokens at which they are scored."""
+    del labels
+    for number, place in spans(row["segments"]):
+        tokens, counts, branches = (row[name][place] for name in ("tokens", "weights", "branches"))
+        margin = row["margins"][place][0]
+        for branch, name in enumerate(("prompt", *PAIR)):
+            ids, flags = tokens[branches == branch].tolist(), (counts[branches == branch] > 0).tolist()
+            better = f", better by {margin:g}" if margin and name == PAIR[0] else ""
+            yield Shown(f"pair {number}, {name}, {len(ids)} tokens{better}", _pieces(ids, tokenizer, flags))
+    yield from _padding(row)
+
+
+def _prompt(row: Row, place: slice, title: str, tokenizer: "Tokenizer") -> Shown:
+    tokens, branches = row["tokens"][place], row["branches"][place]
+    # The prompt's last token stands at the beginning of each branch.
+    ids = [*tokens[branches == 0].tolist(), int(tokens[branches == 1][0])]
+    return Shown(f"{title}, prompt, {len(ids)} tokens", _pieces(ids, tokenizer, [False] * len(ids)))
+
+
+def _answer(row: Row, place: slice, title: str, tokenizer: "Tokenizer", branch: int, name: str = "") -> Shown:
+    here = row["branches"][place] == branch
+    ids, flags = row["targets"][place][here].tolist(), (row["weights"][place][here] > 0).tolist()
+    name = name or PAIR[branch - 1]
+    return Shown(f"{title}, {name}, {len(ids)} tokens, {sum(flags)} trained", _pieces(ids, tokenizer, flags))
 
 
 def _padding(row: Row) -> Iterator[Shown]:

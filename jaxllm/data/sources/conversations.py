@@ -25,6 +25,17 @@ NAMED = "named"
 FORMATS = "messages, conversations (ShareGPT), instruction and output (Alpaca), prompt and completion"
 
 
+class Unreadable(ValueError):
+    """A row that holds something else than what is read. origin: where it is. what: a few words that follow it."""
+
+    def __init__(self, origin: str, what: str):
+        self.origin, self.what = origin, what
+        super().__init__(
+            f"{origin} {what}.\n  Accepted: an object with {FORMATS}; or with the fields that data.text_field and data.target_field name."
+            "\n  Set chat.format, or data.text_field and data.target_field to the question and its answer."
+        )
+
+
 def document(messages: Sequence[Message], origin: str) -> Document:
     """The conversation as a document, whose text is that of all messages."""
     return Document("\n".join(message["content"] for message in messages), origin, messages=tuple(messages))
@@ -37,14 +48,18 @@ def read(row: Any, format_name: str, fields: tuple[str, str], origin: str) -> Do
     ValueError that says what the row holds if it is none.
     """
     if not isinstance(row, dict):
-        raise _refuse(origin, f"is {kind(row)}, not an object")
+        raise Unreadable(origin, f"is {kind(row)}, not an object")
     if format_name == "auto":
         format_name = _recognize(row, fields, origin)
-    messages = _READERS[format_name](row, fields, origin)
+    return document(with_system(_READERS[format_name](row, fields, origin), row, origin), origin)
+
+
+def with_system(messages: list[Message], row: Mapping[str, Any], origin: str) -> list[Message]:
+    """The messages behind the one in the row's field "system", if that says something and they have none."""
     system = row.get("system")
     if isinstance(system, str) and system.strip() and messages[:1] and messages[0]["role"] != "system":
-        messages = [_message("system", system, origin), *messages]
-    return document(messages, origin)
+        return [message("system", system, origin), *messages]
+    return messages
 
 
 def flaw(messages: Sequence[Message]) -> str:
@@ -73,39 +88,44 @@ def _recognize(row: Mapping[str, Any], fields: tuple[str, str], origin: str) -> 
         return "prompt"
     if len(found) != 1:
         what = f"could be {' or '.join(found)}" if found else "is no conversation"
-        raise _refuse(origin, f"{what}: its fields are {', '.join(row) or 'none'}")
+        raise Unreadable(origin, f"{what}: its fields are {', '.join(row) or 'none'}")
     return found[0]
 
 
 def _messages(row: Mapping[str, Any], fields: tuple[str, str], origin: str) -> list[Message]:
     del fields
-    return _turns(_field(row, "messages", origin), "role", "content", ROLES, origin)
+    return turns(field(row, "messages", origin), "role", "content", ROLES, origin)
 
 
 def _sharegpt(row: Mapping[str, Any], fields: tuple[str, str], origin: str) -> list[Message]:
     del fields
-    return _turns(_field(row, "conversations", origin), "from", "value", SHAREGPT_ROLES, origin)
+    return turns(field(row, "conversations", origin), "from", "value", SHAREGPT_ROLES, origin)
 
 
 def _alpaca(row: Mapping[str, Any], fields: tuple[str, str], origin: str) -> list[Message]:
     del fields
+    question, answer = instruction(row, origin), field(row, "output", origin)
+    return [message("user", question, origin), message("assistant", answer, origin)]
+
+
+def instruction(row: Mapping[str, Any], origin: str) -> str:
+    """What is asked in a row of the format alpaca."""
     if row.get("history"):
-        raise _refuse(origin, "has a history, which is not read")
-    asked = [_text(_field(row, "instruction", origin), origin), _text(row.get("input"), origin)]
-    question, answer = "\n\n".join(filter(None, asked)), _field(row, "output", origin)
-    return [_message("user", question, origin), _message("assistant", answer, origin)]
+        raise Unreadable(origin, "has a history, which is not read")
+    asked = [text(field(row, "instruction", origin), origin), text(row.get("input"), origin)]
+    return "\n\n".join(filter(None, asked))
 
 
 def _prompt(row: Mapping[str, Any], fields: tuple[str, str], origin: str) -> list[Message]:
     names = ("prompt", "completion") if {"prompt", "completion"} <= row.keys() else fields
-    prompt, completion = (_field(row, name, origin) for name in names)
+    prompt, completion = (field(row, name, origin) for name in names)
     return _exchange(prompt, completion, origin)
 
 
 def _exchange(prompt: Any, completion: Any, origin: str) -> list[Message]:
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _turns([*prompt, *completion], "role", "content", ROLES, origin)
-    return [_message("user", prompt, origin), _message("assistant", completion, origin)]
+        return turns([*prompt, *completion], "role", "content", ROLES, origin)
+    return [message("user", prompt, origin), message("assistant", completion, origin)]
 
 
 def _named(row: Mapping[str, Any], fields: tuple[str, str], origin: str) -> list[Message]:
@@ -121,14 +141,14 @@ def _named(row: Mapping[str, Any], fields: tuple[str, str], origin: str) -> list
 _READERS = {"messages": _messages, "sharegpt": _sharegpt, "alpaca": _alpaca, "prompt": _prompt, NAMED: _named}
 
 
-def _turns(given: Any, role_field: str, text_field: str, roles: Mapping[str, str], origin: str) -> list[Message]:
+def turns(given: Any, role_field: str, text_field: str, roles: Mapping[str, str], origin: str) -> list[Message]:
     if isinstance(given, dict) and all(isinstance(column, list) for column in given.values()):
         # How the package datasets gives a list of objects, if its features say `Sequence`.
         if len({len(column) for column in given.values()}) > 1:
-            raise _refuse(origin, "holds columns of different lengths where its messages should be")
+            raise Unreadable(origin, "holds columns of different lengths where its messages should be")
         given = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
     if not isinstance(given, list) or not given:
-        raise _refuse(origin, f"holds {kind(given)} where its messages should be")
+        raise Unreadable(origin, f"holds {kind(given)} where its messages should be")
     if role_field == "from" and isinstance(given[0], dict) and "role" in given[0]:
         role_field, text_field = "role", "content"
     return [_turn(turn, role_field, text_field, roles, f"{origin}, message {number}") for number, turn in enumerate(given, 1)]
@@ -136,7 +156,7 @@ def _turns(given: Any, role_field: str, text_field: str, roles: Mapping[str, str
 
 def _turn(turn: Any, role_field: str, text_field: str, roles: Mapping[str, str], origin: str) -> Message:
     if not isinstance(turn, dict):
-        raise _refuse(origin, f"is {kind(turn)}, not an object")
+        raise Unreadable(origin, f"is {kind(turn)}, not an object")
     role = turn.get(role_field)
     if role in TOOLS or any(turn.get(field) for field in TOOL_FIELDS):
         return {"role": TOOLS[0], "content": ""}
@@ -147,31 +167,24 @@ def _turn(turn: Any, role_field: str, text_field: str, roles: Mapping[str, str],
         )
     # A table has null where a message says nothing of it.
     if turn.get("weight") not in (None, 1):
-        raise _refuse(origin, f"has the weight {turn['weight']!r}, and weights of messages are not read; see chat.train_on")
-    return _message(roles[role], _field(turn, text_field, origin), origin)
+        raise Unreadable(origin, f"has the weight {turn['weight']!r}, and weights of messages are not read; see chat.train_on")
+    return message(roles[role], field(turn, text_field, origin), origin)
 
 
-def _message(role: str, content: Any, origin: str) -> Message:
-    return {"role": role, "content": _text(content, origin)}
+def message(role: str, content: Any, origin: str) -> Message:
+    return {"role": role, "content": text(content, origin)}
 
 
-def _field(row: Mapping[str, Any], name: str, origin: str) -> Any:
+def field(row: Mapping[str, Any], name: str, origin: str) -> Any:
     if name not in row:
-        raise _refuse(origin, f"has no field '{name}': its fields are {', '.join(row) or 'none'}")
+        raise Unreadable(origin, f"has no field '{name}': its fields are {', '.join(row) or 'none'}")
     return row[name]
 
 
-def _text(value: Any, origin: str) -> str:
+def text(value: Any, origin: str) -> str:
     """A text; null is empty."""
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise _refuse(origin, f"holds {kind(value)} where a text should be")
+        raise Unreadable(origin, f"holds {kind(value)} where a text should be")
     return valid(value)
-
-
-def _refuse(origin: str, what: str) -> ValueError:
-    return ValueError(
-        f"{origin} {what}.\n  Accepted: an object with {FORMATS}; or with the fields that data.text_field and data.target_field name."
-        "\n  Set chat.format, or data.text_field and data.target_field to the question and its answer."
-    )

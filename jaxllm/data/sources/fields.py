@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from jaxllm import registry
-from jaxllm.data.documents import Document
-from jaxllm.data.sources import conversations
+from jaxllm.data.documents import CONVERSED, Document
+from jaxllm.data.sources import conversations, preferences, prompts
 from jaxllm.data.sources.values import kind, valid
 from jaxllm.schema import SCHEMA
 
@@ -18,7 +18,7 @@ CONVERSATIONS = ("messages", "conversations")
 class Fields(NamedTuple):
     """The names of the fields; target is empty if none is read, and so is pair. `reads` is that of `examples.contract.Examples`.
 
-    format: how a conversation is written (chat.format, or conversations.NAMED).
+    format: how a conversation is written (chat.format, or conversations.NAMED where text and target name what is read).
     """
 
     text: str
@@ -30,7 +30,7 @@ class Fields(NamedTuple):
     @property
     def settings(self) -> dict[str, str]:
         """Field that is read -> the setting with its name; empty for conversations, whose fields each row shows by itself."""
-        if self.reads == "messages":
+        if self.reads in CONVERSED:
             return {}
         named = {self.text: "data.text_field", self.target: "data.target_field", self.pair: "data.pair_field"}
         return {name: setting for name, setting in named.items() if name}
@@ -41,20 +41,30 @@ def of(config: ConfigDict) -> Fields:
     reads = registry.resolve("examples", config.train.objective)(config).reads
     target = "" if reads == "text" else config.data.target_field
     pair = config.data.pair_field if reads == "label" else ""
-    chat_format = conversations.NAMED if config.chat.format in ("auto", "prompt") and _names_both(config) else config.chat.format
+    named = _is_set(config, "text_field") if reads in ("pairs", "prompts") else _names_both(config)
+    chat_format = conversations.NAMED if config.chat.format in ("auto", "prompt") and named else config.chat.format
     return Fields(config.data.text_field, target, pair, reads, chat_format)
 
 
 def _names_both(config: ConfigDict) -> bool:
     """Whether the config says where a question and its answer are. Beside replayed text, data.text_field alone says where that is."""
-    text, target = (config.data[name] != SCHEMA[f"data.{name}"].default for name in ("text_field", "target_field"))
-    return target or (text and not config.data.replay_source)
+    return _is_set(config, "target_field") or (_is_set(config, "text_field") and not config.data.replay_source)
+
+
+def _is_set(config: ConfigDict, name: str) -> bool:
+    return bool(config.data[name] != SCHEMA[f"data.{name}"].default)
 
 
 def document(row: Any, fields: Fields, origin: str) -> Document:
     """The document in a row; ValueError that lists the row's fields if it lacks one of them or holds something else there."""
     if fields.reads == "messages":
         return conversations.read(row, fields.format, (fields.text, fields.target), origin)
+    if fields.reads == "pairs":
+        return preferences.read_pair(row, fields.format, fields.text, origin)
+    if fields.reads == "prompts":
+        return prompts.read(row, fields.format, fields.text, origin)
+    if fields.reads == "labelled":
+        return preferences.read_labelled(row, fields.format, (fields.text, fields.target), origin)
     if fields.reads == "labels":
         return _words(row, fields, origin)
     text = field_text(row, fields.text, origin)

@@ -11,24 +11,30 @@ from collections.abc import Iterator
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxllm import registry
 from jaxllm.data import order
 from jaxllm.data.documents import Document
-from jaxllm.data.sources import conversations
+from jaxllm.data.sources import conversations, prompts
 
 DEFAULTS = {"count": 4000, "digits": 2, "seed": 0}
 MOST_DIGITS = 9
 
 
 def read(location: str, config: ConfigDict) -> Iterator[Document]:
-    """`count` sums of two numbers from 0 to 10^digits - 1, the same ones each time; another seed gives others."""
-    del config
+    """`count` sums of two numbers from 0 to 10^digits - 1, the same ones each time; another seed gives others.
+
+    Where the model is to answer itself, a prompt with the field "answer".
+    """
+    asks = registry.resolve("examples", config.train.objective)(config).reads == "prompts"
     options = parse(location)
     numbers = 10 ** options["digits"]
     for place in range(options["count"]):
         pair = order.permute(numbers**2, options["seed"], np.zeros(1, np.uint64), np.array([place], np.uint64))
         left, right = divmod(int(pair[0]), numbers)
-        messages = [{"role": "user", "content": f"{left}+{right}="}, {"role": "assistant", "content": str(left + right)}]
-        yield conversations.document(messages, f"sums:{left}+{right}")
+        question, answer = {"role": "user", "content": f"{left}+{right}="}, str(left + right)
+        messages = [question] if asks else [question, {"role": "assistant", "content": answer}]
+        found = conversations.document(messages, f"sums:{left}+{right}")
+        yield found._replace(fields={prompts.ANSWER: answer}) if asks else found
 
 
 def parse(location: str) -> dict[str, int]:

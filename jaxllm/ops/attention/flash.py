@@ -47,7 +47,7 @@ def attend(
         0.0 if rng is None else dropout_frac,
         padded=key_tokens % columns != 0,
     )
-    keys_BS = mask.segments_BT if mask.key_segments_BS is None else mask.key_segments_BS
+    keys_BS, key_branches_BS = mask.segments_of_keys, mask.branches_of_keys
     blocks = Blocks(
         cut(fold(q_BTHK, group), 3, rows),
         cut(k_BSGK.swapaxes(1, 2), 2, columns),
@@ -56,6 +56,8 @@ def attend(
         None if mask.segments_BT is None else cut(mask.segments_BT, 1, rows),
         None if keys_BS is None else cut(keys_BS, 1, columns),
         None if mask.prefix_BS is None else cut(mask.prefix_BS, 1, columns),
+        None if mask.branches_BT is None else cut(mask.branches_BT, 1, rows),
+        None if key_branches_BS is None else cut(key_branches_BS, 1, columns),
         online.cut_slots(jnp.arange(query_tokens) + key_tokens - query_tokens, rows),
         cut(jnp.arange(key_tokens), 0, columns, online.NOWHERE),
         rng if how.dropout_frac else None,
@@ -92,7 +94,7 @@ def _backward(how: How, residuals: tuple, dout_NBGRTK: jax.Array) -> tuple[Block
     gradients = online.differentiate(blocks, how, saved, zero, blocks.k_MBGSK.dtype)
     arrays = blocks.q_NBGRTK, blocks.k_MBGSK, blocks.v_MBGSK, blocks.bias_XHTS
     cast = [None if d is None else d.astype(x.dtype) for d, x in zip(gradients, arrays, strict=True)]
-    return (Blocks._make((*cast, *[None] * 6)),)
+    return (Blocks._make((*cast, *[None] * 8)),)
 
 
 _flash.defvjp(_forward, _backward)

@@ -16,18 +16,22 @@ HIDDEN = -1e30
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["segments_BT", "key_segments_BS", "prefix_BS"],
+    data_fields=["segments_BT", "key_segments_BS", "prefix_BS", "branches_BT", "key_branches_BS"],
     meta_fields=["causal", "window_tokens"],
 )
 @dataclass(frozen=True)
 class Mask:
-    """The query at slot t sees the key at slot s iff both are of one segment, and s is in the prefix or all of this holds:
+    """The query at slot t sees the key at slot s iff both are of one segment, s is of the trunk or of t's branch, and s is in the
+    prefix or all of this holds:
 
     not `causal`, or s <= t; no `window_tokens` (0), or t - s < window_tokens (Beltagy et al. 2020, arXiv:2004.05150, looking
     back only).
 
     segments_BT: int, None for a single segment. key_segments_BS: those of the keys, None where the keys are the queries' own
     tokens. prefix_BS: bool, keys that all of their segment see (Raffel et al. 2020, arXiv:1910.10683, section 3.2.1).
+    branches_BT: int, 0 for the trunk of a segment, 1, 2, ... for what goes on from it without seeing each other; None where nothing
+    forks. key_branches_BS: those of the keys, None where the keys are the queries' own tokens. A window counts slots, not what lies
+    before a token in its branch, so the two are refused together.
     A row that sees nothing gives exactly 0 and has no gradient. A pytree in which `causal` and `window_tokens` are static.
     """
 
@@ -36,6 +40,8 @@ class Mask:
     segments_BT: jax.Array | None = None
     key_segments_BS: jax.Array | None = None
     prefix_BS: jax.Array | None = None
+    branches_BT: jax.Array | None = None
+    key_branches_BS: jax.Array | None = None
 
     @property
     def may_be_blind(self) -> bool:
@@ -44,15 +50,29 @@ class Mask:
 
     def cut(self, queries: slice, keys: slice) -> "Mask":
         """The mask of a block of queries and keys."""
-        segments_BT, prefix_BS = self.segments_BT, self.prefix_BS
-        keys_BS = segments_BT if self.key_segments_BS is None else self.key_segments_BS
+
+        def part(array: jax.Array | None, places: slice) -> jax.Array | None:
+            return None if array is None else array[:, places]
+
         return Mask(
             self.causal,
             self.window_tokens,
-            None if segments_BT is None else segments_BT[:, queries],
-            None if keys_BS is None else keys_BS[:, keys],
-            None if prefix_BS is None else prefix_BS[:, keys],
+            part(self.segments_BT, queries),
+            part(self.segments_of_keys, keys),
+            part(self.prefix_BS, keys),
+            part(self.branches_BT, queries),
+            part(self.branches_of_keys, keys),
         )
+
+    @property
+    def segments_of_keys(self) -> jax.Array | None:
+        """Those of the keys, wherever they stand."""
+        return self.segments_BT if self.key_segments_BS is None else self.key_segments_BS
+
+    @property
+    def branches_of_keys(self) -> jax.Array | None:
+        """Those of the keys, wherever they stand."""
+        return self.branches_BT if self.key_branches_BS is None else self.key_branches_BS
 
     def visible(self, slots_T: jax.Array, slots_S: jax.Array) -> jax.Array | None:
         """bool [B, T, S] or [1, T, S]; None if everything is visible. The slots are those of the queries and of the keys."""
@@ -64,10 +84,13 @@ class Mask:
             seen_BTS = near_BTS if seen_BTS is None else seen_BTS & near_BTS
         if self.prefix_BS is not None and seen_BTS is not None:
             seen_BTS = seen_BTS | self.prefix_BS[:, None, :]
-        if self.segments_BT is not None:
-            keys_BS = self.segments_BT if self.key_segments_BS is None else self.key_segments_BS
-            same_BTS = self.segments_BT[:, :, None] == keys_BS[:, None, :]
+        if self.segments_BT is not None and self.segments_of_keys is not None:
+            same_BTS = self.segments_BT[:, :, None] == self.segments_of_keys[:, None, :]
             seen_BTS = same_BTS if seen_BTS is None else seen_BTS & same_BTS
+        if self.branches_BT is not None and self.branches_of_keys is not None:
+            keys_B1S = self.branches_of_keys[:, None, :]
+            reached_BTS = (keys_B1S == 0) | (self.branches_BT[:, :, None] == keys_B1S)
+            seen_BTS = reached_BTS if seen_BTS is None else seen_BTS & reached_BTS
         return seen_BTS
 
     def visible_whole(self, query_tokens: int, key_tokens: int) -> jax.Array | None:
@@ -103,14 +126,16 @@ def check(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: Mask, b
             "key_segments_BS without segments_BT.\n  Accepted: both, or segments_BT alone.\n"
             "  Pass segments_BT = ones if all queries are of segment 1."
         )
+    _check_branches(mask)
     keys_shape = (batch, key_tokens)
-    keys_BS = mask.segments_BT if mask.key_segments_BS is None else mask.key_segments_BS
     expected = (
         ("k", k_BSGK, [(batch, key_tokens, kv_heads, width)]),
         ("v", v_BSGK, [k_BSGK.shape]),
         ("segments_BT", mask.segments_BT, [(batch, query_tokens)]),
-        ("key_segments_BS", keys_BS, [keys_shape]),
+        ("key_segments_BS", mask.segments_of_keys, [keys_shape]),
         ("prefix_BS", mask.prefix_BS, [keys_shape]),
+        ("branches_BT", mask.branches_BT, [(batch, query_tokens)]),
+        ("key_branches_BS", mask.branches_of_keys, [keys_shape]),
         ("bias_XHTS", bias_XHTS, [(1, heads, query_tokens, key_tokens), (batch, heads, query_tokens, key_tokens)]),
     )
     for name, array, shapes in expected:
@@ -121,3 +146,22 @@ def check(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: Mask, b
                 f"  Accepted: {accepted}.\n  Letters: B batch, T queries, S keys, H heads, X 1 or B."
             )
     return heads // kv_heads
+
+
+def _check_branches(mask: Mask) -> None:
+    """ValueError for branches of which it could not be said what they see."""
+    if mask.branches_BT is None and mask.key_branches_BS is None:
+        return
+    given = "branches_BT" if mask.key_branches_BS is None else "key_branches_BS"
+    if mask.branches_BT is None or (mask.key_segments_BS is not None) > (mask.key_branches_BS is not None):
+        raise ValueError(
+            f"{given} without {'branches_BT' if mask.branches_BT is None else 'key_branches_BS, but with key_segments_BS'}.\n"
+            "  Accepted: branches of queries and keys, or branches_BT alone where the keys are the queries' own tokens.\n"
+            "  Pass zeros for keys of the trunk."
+        )
+    if not mask.causal or mask.window_tokens:
+        what = f"window_tokens = {mask.window_tokens}" if mask.window_tokens else "attention that is not causal"
+        raise ValueError(
+            f"{given} with {what}.\n  Accepted: causal attention without a window, which would count what stands between a branch and its"
+            " trunk.\n  Set model.window_tokens=0, or train without branches."
+        )

@@ -33,6 +33,8 @@ class Blocks(NamedTuple):
     segments_NBT: jax.Array | None
     key_segments_MBS: jax.Array | None
     prefix_MBS: jax.Array | None
+    branches_NBT: jax.Array | None
+    key_branches_MBS: jax.Array | None
     slots_NT: jax.Array
     slots_MS: jax.Array
     rng: jax.Array | None
@@ -127,7 +129,8 @@ def _score(blocks: Blocks, how: How, n: Any, m: Any) -> tuple[jax.Array, jax.Arr
         part = jax.lax.dynamic_slice(blocks.bias_XHTS, (0, 0, n * rows, m * columns), sizes)
         scores += part.reshape(-1, kv_heads, group, rows, columns)
     slots_T, slots_S = blocks.slots_NT[n], blocks.slots_MS[m]
-    arrays = (blocks.segments_NBT, n), (blocks.key_segments_MBS, m), (blocks.prefix_MBS, m)
+    segments = (blocks.segments_NBT, n), (blocks.key_segments_MBS, m)
+    arrays = *segments, (blocks.prefix_MBS, m), (blocks.branches_NBT, n), (blocks.key_branches_MBS, m)
     mask = Mask(how.causal, how.window_tokens, *[None if array is None else array[i] for array, i in arrays])
     visible = mask.visible(slots_T, slots_S)
     if how.padded and not how.causal:  # a causal query sees nothing that is nowhere

@@ -40,6 +40,8 @@ class _Rows(NamedTuple):
     segments_BT: jax.Array | None
     key_segments_BS: jax.Array | None
     prefix_BS: jax.Array | None
+    branches_BT: jax.Array | None
+    key_branches_BS: jax.Array | None
     places_T: jax.Array
     key_places_S: jax.Array
     rng: jax.Array | None
@@ -54,6 +56,7 @@ class _Keys(NamedTuple):
     v_MBGSK: jax.Array
     key_segments_MBS: jax.Array | None
     prefix_MBS: jax.Array | None
+    key_branches_MBS: jax.Array | None
     slots_MS: jax.Array
 
 
@@ -108,8 +111,10 @@ def attend(
         v_BSGK,
         bias_XHTS,
         mask.segments_BT,
-        mask.segments_BT if mask.key_segments_BS is None else mask.key_segments_BS,
+        mask.segments_of_keys,
         mask.prefix_BS,
+        mask.branches_BT,
+        mask.branches_of_keys,
         places_T,
         places_T if key_places_S is None else key_places_S,
         rng if drops else None,
@@ -125,7 +130,7 @@ LOG_TOTAL: PartAxes = ("batch", "heads", "length")
 def _parts(rows: _Rows) -> tuple[tuple[Any, PartAxes], ...]:
     """The arrays and how they lie."""
     bias, places = bias_axes(rows.bias_XHTS, len(rows.q_BTHK)), ("length",)
-    axes = QUERIES, KEYS, KEYS, bias, TOKENS, TOKENS, TOKENS, places, places, (), ROWS, HEADS
+    axes = QUERIES, KEYS, KEYS, bias, *[TOKENS] * 5, places, places, (), ROWS, HEADS
     return tuple(zip(rows, axes, strict=True))
 
 
@@ -149,7 +154,7 @@ def _backward(how: _Ring, residuals: tuple, dout_BTHK: jax.Array) -> tuple[_Rows
         # Of a bias that all rows share this is one array for each device that holds other rows.
         dbias_XHTS = dbias_XHTS if len(dbias_XHTS) == len(rows.bias_XHTS) else dbias_XHTS.sum(0, keepdims=True)
         dbias_XHTS = dbias_XHTS.astype(rows.bias_XHTS.dtype)
-    return (_Rows._make((dq_BTHK, dk_BSGK, dv_BSGK, dbias_XHTS, *[None] * 8)),)
+    return (_Rows._make((dq_BTHK, dk_BSGK, dv_BSGK, dbias_XHTS, *[None] * 10)),)
 
 
 _attend.defvjp(_forward, _backward)
@@ -223,7 +228,8 @@ def _differentiate_all(how: _Ring, out_BTHK: jax.Array, log_total_BHT: jax.Array
 
 def _check(rows: _Rows, how: _Ring) -> None:
     """ValueError for arrays of a device that do not fit each other."""
-    mask = Mask(how.causal, how.window_tokens, rows.segments_BT, rows.key_segments_BS, rows.prefix_BS)
+    arrays = rows.segments_BT, rows.key_segments_BS, rows.prefix_BS, rows.branches_BT, rows.key_branches_BS
+    mask = Mask(how.causal, how.window_tokens, *arrays)
     check(rows.q_BTHK, rows.k_BSGK, rows.v_BSGK, mask, None)
     (batch, query_tokens, heads, _), key_tokens = rows.q_BTHK.shape, rows.k_BSGK.shape[1]
     all_keys = key_tokens * jax.lax.axis_size(how.axis)
@@ -258,6 +264,8 @@ def _cut(rows: _Rows, how: _Ring) -> tuple[Blocks, How]:
         None if rows.segments_BT is None else cut(rows.segments_BT, 1, height),
         None if rows.key_segments_BS is None else cut(rows.key_segments_BS, 1, width),
         None if rows.prefix_BS is None else cut(rows.prefix_BS, 1, width),
+        None if rows.branches_BT is None else cut(rows.branches_BT, 1, height),
+        None if rows.key_branches_BS is None else cut(rows.key_branches_BS, 1, width),
         online.cut_slots(rows.places_T, height),
         cut(rows.key_places_S, 0, width, online.NOWHERE),
         rng,
@@ -272,7 +280,7 @@ def _block_tokens(tokens: int, most: int) -> int:
 
 
 def _own_keys(blocks: Blocks) -> _Keys:
-    return _Keys(blocks.k_MBGSK, blocks.v_MBGSK, blocks.key_segments_MBS, blocks.prefix_MBS, blocks.slots_MS)
+    return _Keys(*(getattr(blocks, name) for name in _Keys._fields))
 
 
 def _send_on(tree: Any, how: _Ring) -> Any:

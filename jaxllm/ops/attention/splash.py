@@ -1,6 +1,6 @@
 """Attention by the Pallas kernel "splash" on a TPU: blockwise as `flash`, and blocks that nothing sees are not computed.
 
-The kernel knows causality, a window and documents, and has no bias, prefix or dropout. Lengths and head widths are padded to
+The kernel knows causality, a window and documents, and has no bias, prefix, branches or dropout. Lengths and head widths are padded to
 what it takes. The compiler cannot share it out: on a mesh each device runs it on its own rows and heads.
 """
 
@@ -63,6 +63,8 @@ def refuse(q_BTHK: jax.Array, k_BSGK: jax.Array, mask: Mask, bias_XHTS: jax.Arra
         return "it has no bias"
     if mask.prefix_BS is not None:
         return "it has no prefix"
+    if mask.branches_BT is not None:
+        return "it has no branches"
     if mask.window_tokens and query_tokens != key_tokens:
         return f"it has no window over {query_tokens} queries and {key_tokens} keys"
     return None

@@ -28,6 +28,16 @@ PACKED = np.stack([pack(33, 40), pack(1, 50, 29), pack(80), pack(7, 7, 7, 30)])
 # In the second row, queries of segments 2 and 3 find no key of their own.
 SOURCE = np.stack([pack(*sizes, tokens=SHORT) for sizes in ((20, 15), (40,), (31,), (5, 5, 5, 20))])
 PREFIX = np.stack([np.isin(np.arange(LONG), (0, 1, 2, 33, 60)), np.arange(LONG) < 30, np.arange(LONG) < 45, np.zeros(LONG, bool)])
+# Of each document a third is the trunk, and two answers follow.
+FORKED = np.stack(
+    [
+        np.concatenate(
+            [np.arange(size) * 3 // size for _, size in zip(*np.unique(row[row > 0], return_counts=True), strict=True)]
+            + [row[row == 0]]
+        )
+        for row in PACKED
+    ]
+).astype(np.int32)
 
 
 class Case(NamedTuple):
@@ -44,6 +54,7 @@ CASES = {
     "packed": Case(Mask(causal=True, segments_BT=PACKED), zigzag=True),
     "packed_window": Case(Mask(causal=True, window_tokens=9, segments_BT=PACKED), zigzag=True, kv_heads=1),
     "packed_prefix": Case(Mask(causal=True, segments_BT=PACKED, prefix_BS=PREFIX), zigzag=True),
+    "packed_branches": Case(Mask(causal=True, segments_BT=PACKED, branches_BT=FORKED), zigzag=True),
     "window": Case(Mask(window_tokens=20), zigzag=False),
     "relative_bias": Case(Mask(segments_BT=PACKED), zigzag=False, bias_rows=1, scale=1.0),
     "cross": Case(Mask(segments_BT=PACKED, key_segments_BS=SOURCE), zigzag=False, keys=SHORT, scale=1.0),
@@ -115,6 +126,7 @@ def lay_out(mask, arrays, order):
         None if mask.segments_BT is None else mask.segments_BT[:, order],
         mask.key_segments_BS,
         None if mask.prefix_BS is None else mask.prefix_BS[:, keys],
+        None if mask.branches_BT is None else mask.branches_BT[:, order],
     )
     return laid, [q[:, order], k[:, keys], v[:, keys], dout[:, order], None if bias is None else bias[:, :, order]]
 

@@ -20,6 +20,11 @@ PADDED = np.array([[1] * 21, [1] * 15 + [0] * 6], np.int32)
 SOURCE = np.array([[1] * 6 + [2] * 5 + [0] * 2, [1] * 10 + [4] * 3], np.int32)
 # In the second row longer than a block of queries, and none in its third document.
 PREFIX = np.array([np.isin(np.arange(LONG), (0, 1, 2, 9, 10, 12)), np.arange(LONG) < 10])
+# Two answers each; three and a branch without a trunk.
+FORKED = np.array(
+    [[0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 1, 1, 1, 1, 2, 2, 0, 0, 0, 0], [0] * 4 + [1, 1, 1, 2, 2, 3, 3, 1, 0, 1, 1] + [2] * 6],
+    np.int32,
+)
 
 # name: (mask, queries, keys, key/value heads, bias rows, scale)
 CASES = {
@@ -27,6 +32,8 @@ CASES = {
     "causal_window_last_queries": (Mask(causal=True, window_tokens=4), SHORT, LONG, 1, 0, None),
     "packed_window": (Mask(causal=True, window_tokens=5, segments_BT=PACKED), LONG, LONG, 2, 0, None),
     "packed_prefix": (Mask(causal=True, segments_BT=PACKED, prefix_BS=PREFIX), LONG, LONG, 2, 0, None),
+    "packed_branches": (Mask(causal=True, segments_BT=PACKED, branches_BT=FORKED), LONG, LONG, 2, 0, None),
+    "branches_last_queries_bias": (Mask(causal=True, branches_BT=FORKED[:, 8:], key_branches_BS=FORKED), SHORT, LONG, 4, 2, None),
     "bidirectional_bias": (Mask(), LONG, LONG, 4, 2, None),
     "window_padding": (Mask(window_tokens=6, segments_BT=PADDED), LONG, LONG, 2, 0, None),
     "cross": (Mask(segments_BT=PACKED, key_segments_BS=SOURCE), LONG, SHORT, 2, 0, 1.0),  # T5's
@@ -58,12 +65,17 @@ def visibility(case):
     others = mask.key_segments_BS
     if others is None:
         others = own if mask.segments_BT is not None else np.ones((BATCH, keys))
+    branch = mask.branches_BT if mask.branches_BT is not None else np.zeros((BATCH, queries))
+    key_branch = mask.key_branches_BS if mask.key_branches_BS is not None else branch
+    if mask.branches_BT is None:
+        key_branch = np.zeros((BATCH, keys))
     for b, t, s in np.ndindex(seen.shape):
         slot = t + keys - queries
         early = not mask.causal or s <= slot
         near = not mask.window_tokens or slot - s < mask.window_tokens
         prefix = mask.prefix_BS is not None and mask.prefix_BS[b, s]
-        seen[b, t, s] = own[b, t] == others[b, s] and (prefix or (early and near))
+        reached = key_branch[b, s] in (0, branch[b, t])
+        seen[b, t, s] = own[b, t] == others[b, s] and reached and (prefix or (early and near))
     return seen
 
 
@@ -279,6 +291,7 @@ def test_what_a_backend_cannot_do_is_done_by_blocked_and_logged_once(lines, monk
     both("splash", Mask(), bias_XHTS=bias)
     both("splash", Mask(), **dropout)
     both("splash", Mask(causal=True, prefix_BS=PREFIX))
+    both("splash", Mask(causal=True, branches_BT=FORKED))
     q = q[:, 8:]
     both("splash", Mask(causal=True, window_tokens=3))
     assert lines == [
@@ -287,6 +300,7 @@ def test_what_a_backend_cannot_do_is_done_by_blocked_and_logged_once(lines, monk
         "attention: blocked runs instead of splash: it has no bias.",
         "attention: blocked runs instead of splash: it has no dropout.",
         "attention: blocked runs instead of splash: it has no prefix.",
+        "attention: blocked runs instead of splash: it has no branches.",
         "attention: blocked runs instead of splash: it has no window over 13 queries and 21 keys.",
     ]
 
@@ -313,6 +327,19 @@ def test_shapes_and_names_that_do_not_fit_are_named():
         (Mask(), {"implementation": "flesh"}, "unknown attention 'flesh'. Did you mean 'flash'\\?\n  Accepted: blocked, "),
         (Mask(key_segments_BS=PACKED), {}, "key_segments_BS without segments_BT.\n  Accepted: both"),
         (Mask(segments_BT=PACKED[:, 1:]), {}, r"segments_BT has shape \[2, 20\]; .*\n  Accepted: \[2, 21\]."),
+        (Mask(key_branches_BS=FORKED), {}, "key_branches_BS without branches_BT.\n  Accepted: branches of queries and keys"),
+        (
+            Mask(True, 0, PACKED, PACKED, branches_BT=FORKED),
+            {},
+            "branches_BT without key_branches_BS, but with key_segments_BS.\n  Accepted: ",
+        ),
+        (Mask(branches_BT=FORKED), {}, "branches_BT with attention that is not causal.\n  Accepted: causal attention without"),
+        (
+            Mask(True, 4, branches_BT=FORKED),
+            {},
+            "branches_BT with window_tokens = 4.\n  Accepted: causal attention without a window",
+        ),
+        (Mask(True, branches_BT=FORKED[:, 1:]), {}, r"branches_BT has shape \[2, 20\]; .*\n  Accepted: \[2, 21\]."),
         (Mask(window_tokens=-1), {}, "window_tokens = -1.\n  Accepted: 1 or more"),
         (Mask(), {"bias_XHTS": jnp.zeros((1, 1, LONG, LONG))}, r"\n  Accepted: \[1, 4, 21, 21\] or \[2, 4, 21, 21\]."),
     ]

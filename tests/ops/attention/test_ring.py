@@ -210,7 +210,7 @@ def visits(order, devices, window_tokens=0):
 
     def cut(part_T):
         x = jnp.zeros((1, len(part_T), 1, 1))
-        return ring._cut(ring._Rows(x, x, x, *[None] * 4, part_T, part_T, *[None] * 3), how)[0]
+        return ring._cut(ring._Rows(x, x, x, *[None] * 6, part_T, part_T, *[None] * 3), how)[0]
 
     def count(own, other):
         start, stop = online.reach(ring._meet(own, ring._own_keys(other)), online.How(True, window_tokens, 1.0, 0.0, False))
