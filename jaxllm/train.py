@@ -36,7 +36,6 @@ from jaxllm.engine.environment import Record
 from jaxllm.engine.loop import Hook, Monitor, train
 from jaxllm.engine.progress import Progress
 from jaxllm.engine.record import DamagedError
-from jaxllm.engine.references import References
 from jaxllm.engine.session import Session, build_session, bytes_of, check
 from jaxllm.engine.signals import Interrupts
 from jaxllm.engine.state import TrainState, eval_params
@@ -159,9 +158,8 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
     watchdog.at_hang(lambda done: _end_at_hang(checkpoints, record, done))
     with Interrupts() as interrupts:
         first = partial(beginning.create, session, lambda line: None)
-        step, state, reason = _train(
-            session, compiled, state, prepared, referred, sampler, checkpoints, workdir, console, interrupts, watchdog, first
-        )
+        setting = feeds.Setting(session, prepared, referred, workdir.path, watchdog, begin, first, checkpoints.steps)
+        step, state, reason = _train(setting, compiled, state, sampler, checkpoints, console, interrupts)
     watchdog.beside("writing the report", step)
     record.end(step, reason)
     _report(workdir, say)
@@ -263,25 +261,21 @@ def _rows(checkpoints: Checkpoints, newest: int | None, workdir: Workdir) -> str
 
 
 def _train(
-    session: Session,
+    setting: feeds.Setting,
     compiled: Compiled,
     state: TrainState,
-    prepared: Prepared,
-    referred: References | None,
     sampler: samples.Sampler | None,
     checkpoints: Checkpoints,
-    workdir: Workdir,
     console: Console,
     interrupts: Interrupts,
-    watchdog: Watchdog,
-    first: Callable[[], TrainState],
 ) -> tuple[int, TrainState, str]:
-    """(updates done, state, why it ended). Everything that needs closing is closed, whatever happens. first: makes the first state anew."""
-    config, start, total = session.config, int(state.step), session.config.train.steps
+    """(updates done, state, why it ended). Everything that needs closing is closed, whatever happens."""
+    session, prepared, referred, directory, watchdog, start = setting[:6]
+    config, total = session.config, session.config.train.steps
     with ExitStack() as stack:
         stack.callback(checkpoints.close)
         progress = stack.enter_context(Progress(total, start, console))
-        tracker = trackers.open_all(config, workdir.path, start, progress.message) if processes.is_first() else trackers.Trackers()
+        tracker = trackers.open_all(config, directory, start, progress.message) if processes.is_first() else trackers.Trackers()
         stack.callback(tracker.close)
 
         def write(row: Mapping[str, Any]) -> None:
@@ -290,20 +284,7 @@ def _train(
             if news := watchdog.news():
                 progress.message(news)
 
-        setting = feeds.Setting(
-            session,
-            prepared,
-            referred,
-            workdir.path,
-            watchdog,
-            start,
-            first,
-            checkpoints.steps,
-            write,
-            tracker.text,
-            progress.message,
-        )
-        feed = feeds.make(setting, state)
+        feed = feeds.make(setting, state, feeds.Tell(write, tracker.text, progress.message))
         stack.callback(feed.close)
         monitor = Monitor(
             source=feed.source,
@@ -316,7 +297,7 @@ def _train(
             first_moves=feed.first_moves,
             tell=watchdog.step,
         )
-        before = jsonl.find(workdir.path, "eval", 0) if start else None
+        before = jsonl.find(directory, "eval", 0) if start else None
         validation = hooks.Validation(feed.evaluate, write, progress.message, before)
         if start == 0 and (config.train.start or prepared.replay is not None or referred is not None):
             # What is known before is what can be forgotten.

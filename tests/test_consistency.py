@@ -25,6 +25,8 @@ FITTING = {
     "seq2seq": ("t5 transformer", "lm"),
     "sequence_classification": ("bert gpt llama", "classify"),
     "sft": ("gpt llama", "lm"),
+    "grpo": ("gpt llama", "lm"),
+    "ppo": ("gpt llama", "lm"),
     "token_classification": ("bert gpt llama", "tag"),
 }
 

@@ -117,7 +117,8 @@ class Maker:
 
     def _counted(self, drawn: rollouts.Drawn) -> np.ndarray:
         """int32 [R]: tokens of each answer that count."""
-        return np.where(drawn.ended_R | (not self._rl.mask_truncated), drawn.lengths_R, 0)
+        rl = self._rl
+        return np.where(drawn.ended_R | (not rl.mask_truncated), drawn.lengths_R, 0)
 
     def _arrays(self, answers: Answers, lengths_R: np.ndarray, mean_tokens: float) -> dict[str, np.ndarray]:
         """The arrays [B, T] of a batch."""

@@ -22,10 +22,10 @@ from jaxllm.types import Source
 
 
 class Setting(NamedTuple):
-    """The run that is to be fed. referred: what the first state says of the data, where the objective asks for it. start: updates done.
+    """The run that is to be fed.
 
-    first: makes the state before step 0 anew. kept: the steps of the checkpoints. write: takes rows of metrics; text: (step, name, text);
-    message: a line for the user.
+    referred: what the first state says of the data, where the objective asks for it. start: updates done. first: makes the state before
+    step 0 anew. kept: the steps of the checkpoints.
     """
 
     session: Session
@@ -36,6 +36,11 @@ class Setting(NamedTuple):
     start: int
     first: Callable[[], TrainState]
     kept: Callable[[], Sequence[int]]
+
+
+class Tell(NamedTuple):
+    """Where news go. write: takes rows of metrics; text: (step, name, text) for samples.txt; message: a line for the user."""
+
     write: Callable[[Mapping[str, Any]], None]
     text: Callable[[int, str, str], None]
     message: Callable[[str], None]
@@ -54,16 +59,16 @@ class Feed(NamedTuple):
     close: Callable[[], None]
 
 
-def make(setting: Setting, state: TrainState) -> Feed:
+def make(setting: Setting, state: TrainState, tell: Tell) -> Feed:
     """The feed of the objective, for a run that goes on from `state`."""
     objective = setting.session.config.train.objective
-    feed: Feed = registry.resolve("feed", objective if objective in registry.names("feed") else "shards")(setting, state)
+    feed: Feed = registry.resolve("feed", objective if objective in registry.names("feed") else "shards")(setting, state, tell)
     return feed
 
 
-def from_shards(setting: Setting, state: TrainState) -> Feed:
+def from_shards(setting: Setting, state: TrainState, tell: Tell) -> Feed:
     """Rows of the prepared data, read ahead."""
-    del state
+    del state, tell
     session, prepared, referred = setting.session, setting.prepared, setting.referred
     batches = prepared.batches(session.config, session.plan.arrange)
     batches = batches._replace(make_batch=references.joined(referred, "train", batches.make_batch))

@@ -19,7 +19,7 @@ from jaxllm.data.examples import prompts as stored_prompts
 from jaxllm.decode import rewards
 from jaxllm.engine import answers
 from jaxllm.engine.answers import Block, Maker
-from jaxllm.engine.feed import Feed, Setting
+from jaxllm.engine.feed import Feed, Setting, Tell
 from jaxllm.engine.hooks import Row
 from jaxllm.engine.loop import Hook
 from jaxllm.engine.state import TrainState, eval_params
@@ -36,9 +36,9 @@ KIND = "rollouts"
 class OnPolicy:
     """A `types.Source` of the blocks of one run."""
 
-    def __init__(self, setting: Setting, state: TrainState, maker: Maker):
+    def __init__(self, setting: Setting, state: TrainState, tell: Tell, maker: Maker):
         rl = setting.session.config.rl
-        self._setting, self._maker, self._steps = setting, maker, rl.refresh_steps
+        self._setting, self._news, self._maker, self._steps = setting, tell, maker, rl.refresh_steps
         self._store = Store(setting.directory / KIND)
         self._total = setting.session.config.train.steps
         self._sharding = setting.session.plan.batch_sharding()
@@ -84,9 +84,9 @@ class OnPolicy:
         """Writes the metrics of a block and some of its answers, once."""
         if jsonl.find(self._setting.directory, KIND, step) is not None:
             return
-        self._setting.write({"kind": KIND, "step": step, **block.row})
-        self._setting.text(step, "answers", block.shown)
-        self._setting.message(f"step {step}: {answers.describe(block.row)}")
+        self._news.write({"kind": KIND, "step": step, **block.row})
+        self._news.text(step, "answers", block.shown)
+        self._news.message(f"step {step}: {answers.describe(block.row)}")
 
 
 class Store:
@@ -130,13 +130,13 @@ class Store:
             path.unlink()
 
 
-def make(setting: Setting, state: TrainState) -> Feed:
+def make(setting: Setting, state: TrainState, tell: Tell) -> Feed:
     """Answers to the prompts of the training data, and greedy answers to the held-out ones as validation."""
     session = setting.session
     reference = _reference(setting, state) if session.config.rl.kl else None
     maker = Maker(session, setting.prepared, reference)
     setting.watchdog.beside("drawing answers", setting.start)
-    source = OnPolicy(setting, state, maker)
+    source = OnPolicy(setting, state, tell, maker)
     hook = Hook(setting.watchdog.around("drawing answers", source.refresh), session.config.rl.refresh_steps)
     # Where all answers to a prompt are worth the same, there is nothing to learn from them: no update must change anything.
     first_moves = dict.fromkeys(tree.names(session.abstract.params), 0)
