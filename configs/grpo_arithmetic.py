@@ -9,6 +9,7 @@ def get_config() -> ConfigDict:
     config = base()
     config.model.attention_block_tokens = 64
     config.data.source = "sums:count=4000&digits=2"
+    config.data.validation_source = "sums:first=4000&count=500&digits=2"
     config.train.start = "runs/sums_sft"
     config.train.objective = "grpo"
     config.train.steps = 400

@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     config.model.tied_head = "on"
     config.tokenizer.kind = "char"
     config.data.source = "sums:count=4000&digits=2"
+    config.data.validation_source = "sums:first=4000&count=500&digits=2"
     config.chat.template = "plain"
     config.train.objective = "sft"
     config.train.steps = 250

@@ -26,7 +26,6 @@ FITTING = {
     "sequence_classification": ("bert gpt llama", "classify"),
     "sft": ("gpt llama", "lm"),
     "grpo": ("gpt llama", "lm"),
-    "ppo": ("gpt llama", "lm"),
     "token_classification": ("bert gpt llama", "tag"),
 }
 

@@ -20,10 +20,14 @@ from jaxllm.types import Model, Params
 
 
 class Program(NamedTuple):
-    """What is fixed when it is compiled. Hashable, so static under jit."""
+    """What is fixed when it is compiled. Hashable, so static under jit.
+
+    vocab_size: only ids below it are drawn; the probabilities are those over all rows that the model has, as it is trained.
+    """
 
     network: network.Network
     settings: sampling.Settings
+    vocab_size: int
     answers: int
     most_tokens: int
     stop_ids: tuple[int, ...]
@@ -75,9 +79,9 @@ class Sampler:
             )
         assert model.init_cache is not None and model.decode is not None  # check_decodes
         cache_tokens = batching.bucket(longest + most_tokens, batching.SMALLEST_TOKENS, context_tokens)
-        found = network.Network(model.init_cache, None, model.decode, cache_tokens, vocab_size, None)
+        found = network.Network(model.init_cache, None, model.decode, cache_tokens, model.config.vocab_size, None)
         settings = sampling.Settings(temperature=temperature)
-        self._program = Program(found, settings, answers, most_tokens, tuple(stop_ids))
+        self._program = Program(found, settings, vocab_size, answers, most_tokens, tuple(stop_ids))
         self._longest = longest
 
     def draw(self, params: Params, prompts: Sequence[np.ndarray], rng: jax.Array) -> Drawn:
@@ -110,7 +114,7 @@ def _draw(program: Program, params: Params, tokens_BT: np.ndarray, lengths_B: np
         # A row that is done appends nothing more to its cache.
         lengths_R = (~drawn.ended_R).astype(jnp.int32)
         logits_RV, cache = program.network.decode(params, tokens_R[:, None], lengths_R, state.cache)
-        return _State(drawn, cache, logits_RV[:, : program.network.vocab_size], state.step + 1)
+        return _State(drawn, cache, logits_RV, state.step + 1)
 
     return jax.lax.while_loop(unfinished, body, state).drawn
 
@@ -119,7 +123,8 @@ def _append(program: Program, state: _State, keys_R: jax.Array) -> tuple[jax.Arr
     """One more token of each row that is not done."""
     drawn, step = state.drawn, state.step
     log_p_RV = jax.nn.log_softmax(sampling.filtered(state.logits_RV, program.settings), axis=-1)
-    tokens_R = jax.vmap(lambda key, log_p_V: jax.random.categorical(jax.random.fold_in(key, step), log_p_V))(keys_R, log_p_RV)
+    known_RV = log_p_RV[:, : program.vocab_size]
+    tokens_R = jax.vmap(lambda key, log_p_V: jax.random.categorical(jax.random.fold_in(key, step), log_p_V))(keys_R, known_RV)
     tokens_R = jnp.where(drawn.ended_R, 0, tokens_R).astype(jnp.int32)
     log_p_R = jnp.take_along_axis(log_p_RV, tokens_R[:, None], axis=-1)[:, 0]
     return tokens_R, Drawn(

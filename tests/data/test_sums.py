@@ -38,12 +38,13 @@ def test_sums_are_right_and_new(objective: str) -> None:
     assert max(max(pair) for pair in pairs) == 99 and min(min(pair) for pair in pairs) == 0
     assert found[:50] == read("sums:count=50", objective), "more of them leave the first ones as they are"
     assert found[:50] != read("sums:count=50&seed=1", objective)
+    assert found[50:90] == read("sums:first=50&count=40", objective)
 
 
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("sums:count=101&digits=1", "count = 101, of 100 pairs"),
+        ("sums:count=101&digits=1", "first = 0 and count = 101, of 100 pairs"),
         ("sums:digits=10", "digits = 10 is not from 1 to 9"),
         ("sums:terms=3", "unknown option 'terms'"),
         ("sums:count=-1", "count = '-1' is no whole number"),

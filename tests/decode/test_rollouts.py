@@ -93,6 +93,15 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     assert p.max() / p.min() > 5
 
 
+def test_rows_without_a_token_are_not_drawn():
+    """Their probability is nobody else's: log-probabilities are those of the whole softmax."""
+    model, params = made()
+    drawn = draw(model, params, vocab_size=20, answers=20, stop_ids=())
+    assert drawn.tokens_RN.max() == 19
+    expected = log_p_alone(model, params, PROMPTS[2], drawn.tokens_RN[-1], 0.7)
+    np.testing.assert_allclose(drawn.log_p_RN[-1], expected, rtol=0, atol=2e-5)
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(
         ValueError, match=r"(?s)answers of 30 tokens behind prompts of up to 8, with model.context_tokens = 32.*Lower"

@@ -1,8 +1,9 @@
-"""Sums to be added up, as conversations: `sums`, or `sums:count=4000&digits=2`.
+"""Sums to be added up, as conversations: `sums`, or `sums:count=4000&digits=2&first=0&seed=0`.
 
     12+7=        19
 
-No pair of numbers comes twice (7+12= is another one than 12+7=), so that held-out ones are new to the model.
+No pair of numbers comes twice (7+12= is another one than 12+7=), so that held-out ones are new to the model. `first` goes on behind others:
+what is held out of a model that learns by turns from examples and from its own answers should be the same (data.validation_source).
 """
 
 import urllib.parse
@@ -16,7 +17,7 @@ from jaxllm.data import order
 from jaxllm.data.documents import Document
 from jaxllm.data.sources import conversations, prompts
 
-DEFAULTS = {"count": 4000, "digits": 2, "seed": 0}
+DEFAULTS = {"count": 4000, "digits": 2, "first": 0, "seed": 0}
 MOST_DIGITS = 9
 
 
@@ -28,7 +29,7 @@ def read(location: str, config: ConfigDict) -> Iterator[Document]:
     asks = registry.resolve("examples", config.train.objective)(config).reads == "prompts"
     options = parse(location)
     numbers = 10 ** options["digits"]
-    for place in range(options["count"]):
+    for place in range(options["first"], options["first"] + options["count"]):
         pair = order.permute(numbers**2, options["seed"], np.zeros(1, np.uint64), np.array([place], np.uint64))
         left, right = divmod(int(pair[0]), numbers)
         question, answer = {"role": "user", "content": f"{left}+{right}="}, str(left + right)
@@ -48,10 +49,11 @@ def parse(location: str) -> dict[str, int]:
         what = f"unknown option '{unknown[0]}'" if unknown else f"{wrong[0]} = '{given[wrong[0]]}' is no whole number"
     elif not 1 <= options["digits"] <= MOST_DIGITS:
         what = f"digits = {options['digits']} is not from 1 to {MOST_DIGITS}"
-    elif not 1 <= options["count"] <= 100 ** options["digits"]:
-        what = f"count = {options['count']}, of {100 ** options['digits']} pairs of such numbers"
+    elif options["count"] < 1 or options["first"] + options["count"] > 100 ** options["digits"]:
+        what = f"first = {options['first']} and count = {options['count']}, of {100 ** options['digits']} pairs of such numbers"
     if what:
         raise ValueError(
-            f"'sums:{location}': {what}.\n  Accepted: sums, or sums:count=4000&digits=2&seed=0 or some of these.\n  Correct the name."
+            f"'sums:{location}': {what}.\n  Accepted: sums, or sums:count=4000&digits=2&first=0&seed=0 or some of these.\n"
+            "  Correct the name."
         )
     return options
