@@ -3,12 +3,12 @@
   python -m jaxllm.evaluate --run DIR [--step N] [--data SOURCE | --split NAME] [--max_seqs N] [--json]
                             [--text_field NAME] [--target_field NAME] [--pair_field NAME]
 
-Without --data: the run's own validation rows, or those of another split: train, and with data.replay_source replay and
-replay_validation, which are evaluated as the run did it: beside conversations as plain text. SOURCE is anything that data.source may be; it
-is cleaned and encoded as the run's own data was. Beside loss and accuracy stands the unigram baseline: every target guessed by its
-frequency in the run's training data. There are also bits per byte (causal_lm), the share of exact sequences (seq2seq) and the recall of
-each class (classification). Every result is added to DIR/evaluations.jsonl. DIR may also be a directory of transformers, or a GGUF file:
-then --data is needed, and nothing is written.
+Without --data: the run's own validation rows, or those of another split: train, and with data.replay_source replay and replay_validation,
+which are evaluated as the run did it: beside conversations as plain text. SOURCE is anything that data.source may be; it is cleaned and
+encoded as the run's own data was. Beside loss and accuracy stands the unigram baseline: every target guessed by its frequency in the run's
+training data. There are also bits per byte (causal_lm), the share of exact sequences (seq2seq) and the recall of each class
+(classification). A run that prefers answers is measured by its objective: loss, rewards, their margin and accuracy. Every result is added
+to DIR/evaluations.jsonl. DIR may also be a directory of transformers, or a GGUF file: then --data is needed, and nothing is written.
 """
 
 import dataclasses
@@ -18,23 +18,30 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags, logging
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from jaxllm import command, runs
+from jaxllm import command, registry, runs
 from jaxllm import config as schema
+from jaxllm.consistency import ON_POLICY, PREFERENCES, REFERRED
 from jaxllm.data import examples, folder, foreign, loader, prepare, shards
+from jaxllm.data.examples import prompts
 from jaxllm.data.examples.contract import MakeBatch
-from jaxllm.engine import compilation
-from jaxllm.evals import baseline, exact, perplexity, recall
+from jaxllm.decode import rewards
+from jaxllm.engine import compilation, references
+from jaxllm.engine.checkpoint import Checkpoints
+from jaxllm.evals import answers, baseline, exact, metrics, perplexity, recall
 from jaxllm.interop import peft
 from jaxllm.report import units
+from jaxllm.report.healthy import HEALTHY
 from jaxllm.runs import Run
 from jaxllm.types import Batch
 
@@ -119,14 +126,31 @@ def evaluate_split(run: Run, split: str, max_seqs: int = MOST_SEQS) -> dict[str,
     if replayed:
         run = dataclasses.replace(run, config=examples.replayed(run.config))
     source = data.replay_source if replayed else (split == VALIDATION and data.validation_source) or data.source
-    train = prepared.replay if replayed else prepared.train
-    return _measure(run, rows, train, f"{source} ({split.replace('_', ' ')} rows)", max_seqs)
+    train, what = prepared.replay if replayed else prepared.train, f"{source} ({split.replace('_', ' ')} rows)"
+    if run.config.train.objective in PREFERENCES:
+        return _compare(run, rows, what, _reference(run, prepared, split))
+    if run.config.train.objective in ON_POLICY:
+        return _answer(run, rows, what, max_seqs)
+    return _measure(run, rows, train, what, max_seqs)
 
 
 def evaluate_source(run: Run, source: str, max_seqs: int = MOST_SEQS) -> dict[str, Any]:
-    """The result on all text of `source`, packed into rows of the length that the run was trained with."""
+    """The result on all text of `source`, packed into rows of the length that the run was trained with.
+
+    ValueError for an objective that compares the model with a reference, which only the run's own rows have.
+    """
+    if run.config.train.objective in REFERRED:
+        raise ValueError(
+            f"--data {source} for a run of train.objective = '{run.config.train.objective}', whose loss compares the model with the one"
+            " that training began with: what that says is known of the run's own rows alone.\n  Accepted: --split train or validation.\n"
+            "  Leave out --data. For other text, make it the data.validation_source of a run."
+        )
     with tempfile.TemporaryDirectory() as directory:
         rows = foreign.pack(run.config, run.tokenizer, run.classes, source, Path(directory, "rows"), setting="--data")
+        if run.config.train.objective in PREFERENCES:
+            return _compare(run, rows, source, examples.make(run.config).batch(run.tokenizer))
+        if run.config.train.objective in ON_POLICY:
+            return _answer(run, rows, source, max_seqs)
         return _measure(run, rows, _train_rows(run), source, max_seqs)
 
 
@@ -150,29 +174,65 @@ def _train_rows(run: Run) -> shards.Shards | None:
 
 
 def _measure(run: Run, rows: shards.Shards, train: shards.Shards | None, data: str, max_seqs: int) -> dict[str, Any]:
+    """The result of an objective that predicts tokens or classes."""
     began = time.perf_counter()
-    made = examples.make(run.config)
-    make_batch = made.batch(run.tokenizer)
-    batch_seqs = min(run.config.train.batch_seqs // run.config.train.microbatches, max(1, MOST_TOKENS // made.tokens_a_row))
-
-    def sweep() -> Iterator[dict[str, jax.Array]]:
-        return loader.sweep(rows, make_batch, batch_seqs, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-
+    make_batch = examples.make(run.config).batch(run.tokenizer)
+    sweep = partial(_sweep, run, rows, make_batch)
     row = perplexity.make_eval(run.model, run.config)(run.params, sweep(), rows.bytes_per_token)
+    beside = {**_baseline(run, train, rows, make_batch), **_beside(run, sweep, max_seqs)}
+    return _told(run, rows, data, perplexity.metric_name(run.config, run.tokenizer, rows.row_tokens), {**row, **beside}, began)
+
+
+def _compare(run: Run, rows: shards.Shards, data: str, make_batch: MakeBatch) -> dict[str, Any]:
+    """The result of an objective that compares answers: what it measures."""
+    began, config = time.perf_counter(), run.config
+    unit = examples.make(config).unit
+    objective = registry.resolve("objective", config.train.objective)(run.model, config)
+    row = metrics.make_eval(objective, run.model, config, unit)(run.params, _sweep(run, rows, make_batch))
+    name = f"{config.train.objective} of {unit} (up to {rows.row_tokens}, chat template {config.chat.template})"
+    return _told(run, rows, data, name, row, began)
+
+
+def _answer(run: Run, rows: shards.Shards, data: str, max_seqs: int) -> dict[str, Any]:
+    """The result of an objective with rewards: what they say of the likeliest answers to at most so many prompts (0: all)."""
+    began, config = time.perf_counter(), run.config
+    stored, most_tokens = rows.rows(np.arange(min(max_seqs or len(rows), len(rows)))), config.rl.max_new_tokens
+    asked, known = prompts.prompts(stored), prompts.fields(stored)
+    found = answers.measure(run.model, run.params, run.tokenizer, asked, known, rewards.make(config), most_tokens)
+    name = f"reward of likeliest answers (up to {most_tokens} tokens, chat template {config.chat.template})"
+    return _told(run, rows, data, name, found, began)
+
+
+def _sweep(run: Run, rows: shards.Shards, make_batch: MakeBatch) -> Iterator[dict[str, jax.Array]]:
+    """All rows, on one device."""
+    train, tokens_a_row = run.config.train, examples.make(run.config).tokens_a_row
+    batch_seqs = min(train.batch_seqs // train.microbatches, max(1, MOST_TOKENS // tokens_a_row))
+    return loader.sweep(rows, make_batch, batch_seqs, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+
+
+def _told(run: Run, rows: shards.Shards, data: str, metric: str, found: Mapping[str, Any], began: float) -> dict[str, Any]:
+    """The row of a result: what was measured, `found`, and of what."""
     return {
         "run": str(run.workdir.path),
         "step": run.step,
         "data": data,
         "documents": rows.documents,
         "objective": run.config.train.objective,
-        "metric": perplexity.metric_name(run.config, run.tokenizer, rows.row_tokens),
-        **row,
-        **_baseline(run, train, rows, make_batch),
-        **_beside(run, sweep, max_seqs),
+        "metric": metric,
+        **found,
         "parameter_bytes": sum(array.nbytes for array in jax.tree.leaves(run.params)),
         "secs": round(time.perf_counter() - began, 2),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _reference(run: Run, prepared: prepare.Prepared, split: str) -> MakeBatch:
+    """What makes batches of the rows of a split, with the reference where the objective needs it."""
+    make_batch = prepared.make_batch(run.config)
+    if not references.needed(run.config):
+        return make_batch
+    key = Checkpoints(run.workdir.checkpoints).record(run.step).meta[references.NAME]
+    return references.read(prepared, key).join(split, make_batch)
 
 
 def _baseline(run: Run, train: shards.Shards | None, rows: shards.Shards, make_batch: MakeBatch) -> dict[str, float]:
@@ -227,6 +287,16 @@ def show(row: dict[str, Any], console: Console) -> None:
 
 def _lines(row: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """Name, value, and the baseline's if there is one."""
+    if "perplexity" in row:
+        yield from _token_lines(row)
+    else:
+        told = [name for name in row if name in HEALTHY or name == "answer_tokens" or name.startswith("reward")]
+        yield from ((name.replace("_", " "), f"{row[name]:.4f}") for name in told)
+        yield from ((unit, f"{row[unit]:,}") for unit in ("pairs", "answers") if unit in row)
+    yield "parameters on the device", units.size(row["parameter_bytes"])
+
+
+def _token_lines(row: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     what, base = "class" if "classes" in row else "token", "baseline_loss" in row
     score = (f"{math.exp(row['baseline_loss']):.3f}",) if base else ()
     yield row["metric"].partition(" (")[0], f"{row['perplexity']:.3f}", *score
@@ -240,7 +310,6 @@ def _lines(row: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     if row["bytes"] is not None:
         yield "bytes of text", f"{row['bytes']:,}"
     yield "documents", f"{row['documents']:,}"
-    yield "parameters on the device", units.size(row["parameter_bytes"])
 
 
 def _class_table(found: Mapping[str, Mapping[str, int]]) -> Table:

@@ -26,6 +26,11 @@ FITTING = {
     "sequence_classification": ("bert gpt llama", "classify"),
     "sft": ("gpt llama", "lm"),
     "grpo": ("gpt llama", "lm"),
+    "dpo": ("gpt llama", "lm"),
+    "kto": ("gpt llama", "lm"),
+    "orpo": ("gpt llama", "lm"),
+    "reward": ("gpt llama", "classify"),
+    "simpo": ("gpt llama", "lm"),
     "token_classification": ("bert gpt llama", "tag"),
 }
 

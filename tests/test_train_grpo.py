@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from jaxllm import config as schema
-from jaxllm import runs, train
+from jaxllm import evaluate, runs, train
 from jaxllm.engine.workdir import open_workdir
 
 BASE: dict[str, Any] = {
@@ -125,6 +125,15 @@ def test_the_arrays_of_a_block_say_what_was_drawn(finished: Path) -> None:
         assert np.isclose(arrays["advantages"][number][first].sum(), 0, atol=1e-4)
     assert (arrays["old"][counts] < 0).all() and not arrays["old"][~counts].any()
     assert (arrays["segments"][counts] > 0).all()
+
+
+def test_the_command_evaluates_what_the_run_did(finished: Path, capsys: pytest.CaptureFixture) -> None:
+    row = evaluate.evaluate_split(runs.load(finished), "validation")
+    last = rows(finished, "eval")[-1]
+    for name in ("reward", "reward_exact_match", "answer_tokens", "answers"):
+        assert row[name] == pytest.approx(last[name], abs=1e-9)
+    evaluate.show(row, Console(width=200))
+    assert "reward exact match" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stops", [(5,), (8,)])

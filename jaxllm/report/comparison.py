@@ -12,11 +12,16 @@ from jaxllm.report.summary import Summary, inner, summarize
 from jaxllm.report.units import count, duration, plain, size
 
 PAGE, PICTURE = "compare.html", "compare.png"
-# Fields that decide which tokens are predicted from what, by objective.
+COMPARED = ("data.target_field", "chat.format", "chat.template", "preference.beta")
+# Fields that decide which tokens are predicted from what, or which answers are compared how, by objective.
 TASKS = {
     "masked_lm": ("data.noise_frac", "data.whole_words"),
     "span_corruption": ("data.noise_frac", "data.mean_span_tokens"),
     "seq2seq": ("data.target_field", "data.input_tokens"),
+    "dpo": (*COMPARED, "preference.loss", "preference.label_smoothing"),
+    "kto": (*COMPARED, "preference.desirable_weight", "preference.undesirable_weight"),
+    "orpo": COMPARED,
+    "simpo": (*COMPARED, "preference.margin"),
     "sft": ("data.target_field", "chat.format", "chat.template", "chat.train_on"),
     "sequence_classification": ("data.target_field", "data.pair_field"),
     "token_classification": ("data.target_field",),
@@ -136,7 +141,15 @@ def _lines(summaries: Sequence[Summary], same_tokens: bool, same_task: bool) -> 
         line("validation loss, best", lambda s: number(s.best.get("loss")), "{:.4f}".format, lowest),
         line("validation loss, final", lambda s: number(s.final.get("loss")), "{:.4f}".format, lowest),
         line("token perplexity, final", lambda s: number(s.final.get("perplexity")), "{:.2f}".format, lowest),
-        line("likeliest token is right, final", _final("accuracy"), "{:.1%}".format, highest),
+        line("likeliest token is right, final", _final("accuracy", of_pairs=False), "{:.1%}".format, highest),
+        *(
+            line(f"{name}, final", _final(key, of_pairs=True), form, highest)
+            for name, key, form in (
+                ("accuracy of pairs", "accuracy", "{:.1%}".format),
+                ("reward margin", "margin", "{:+.4f}".format),
+            )
+            if any("margin" in summary.final for summary in summaries)
+        ),
         *(
             line(f"unigram baseline: {name}", _final(key), form)
             for name, key, form in (("loss", "baseline_loss", "{:.4f}".format), ("right", "baseline_accuracy", "{:.1%}".format))
@@ -151,9 +164,13 @@ def _lines(summaries: Sequence[Summary], same_tokens: bool, same_task: bool) -> 
     ]
 
 
-def _final(key: str) -> Callable[[Summary], float | None]:
-    """The number under this name in a run's last validation."""
-    return lambda summary: number(summary.final.get(key))
+def _final(key: str, of_pairs: bool | None = None) -> Callable[[Summary], float | None]:
+    """The number under this name in a run's last validation. of_pairs: where that is of preferences (True), or where it is not (False)."""
+
+    def get(summary: Summary) -> float | None:
+        return number(summary.final.get(key)) if of_pairs in (None, "margin" in summary.final) else None
+
+    return get
 
 
 def _warnings(found: Sequence[Run], names: Sequence[str], summaries: Sequence[Summary]) -> list[str]:

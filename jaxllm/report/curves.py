@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from jaxllm.report import canvas
 from jaxllm.report.canvas import Theme
-from jaxllm.report.runs import Row, Run, column
+from jaxllm.report.runs import Row, Run, column, loss_unit, prefers
 from jaxllm.report.summary import smoothed
 
 Draw = Callable[[Run, Theme], Figure | None]
@@ -28,7 +28,7 @@ def loss(run: Run, theme: Theme) -> Figure | None:
         return None
     drawn = canvas.figure(theme, *WIDE)
     axes = drawn.add_subplot()
-    canvas.dress(axes, theme, "Loss", "step", "nats per token")
+    canvas.dress(axes, theme, "Loss", "step", loss_unit([run]))
     canvas.count_ticks(axes.xaxis)
     smooth, (blue, orange, third) = smoothed(raw), theme.lines[:3]
     axes.plot(steps, raw, color=blue, linewidth=0.8, alpha=0.35)
@@ -80,7 +80,7 @@ def answer_tokens(run: Run, theme: Theme) -> Figure | None:
     return _small(run.rollouts, theme, "answer_tokens", "Length of answers", "tokens", _plain)
 
 
-def divergence(run: Run, theme: Theme) -> Figure | None:
+def distance(run: Run, theme: Theme) -> Figure | None:
     return _small(run.rollouts, theme, "kl", "Distance from the beginning", "nats an answer", _plain)
 
 
@@ -119,17 +119,65 @@ def speed(run: Run, theme: Theme) -> Figure | None:
     return _small(run.train[1:], theme, "tokens_per_sec", "Speed", "tokens a second", ticks)
 
 
+def accuracy(run: Run, theme: Theme) -> Figure | None:
+    return _compared(run, theme, {"accuracy": "accuracy"}, "Accuracy", "share of the pairs")
+
+
+def margin(run: Run, theme: Theme) -> Figure | None:
+    return _compared(run, theme, {"margin": "margin"}, "Reward margin", "chosen less rejected")
+
+
+def rewards(run: Run, theme: Theme) -> Figure | None:
+    return _compared(run, theme, {"chosen_reward": "chosen", "rejected_reward": "rejected"}, "Rewards", "mean")
+
+
+def logps(run: Run, theme: Theme) -> Figure | None:
+    return _compared(run, theme, {"chosen_logp": "chosen", "rejected_logp": "rejected"}, "Log-probabilities", "nats")
+
+
+def divergence(run: Run, theme: Theme) -> Figure | None:
+    return _compared(run, theme, {"kl": "KL"}, "Divergence from the reference", "nats an answer")
+
+
 # Name of the file and what a screen reader says, in the order of the page.
 PICTURES: dict[str, tuple[Draw, str]] = {
     "loss": (loss, "Training and validation loss against the step"),
     "reward": (reward, "Reward of drawn and of held-out answers against the step"),
     "answer_tokens": (answer_tokens, "Tokens an answer against the step"),
-    "kl": (divergence, "Divergence from the model before step 0 against the step"),
+    "kl": (distance, "Divergence from the model before step 0 against the step"),
     "entropy": (entropy, "Entropy of the policy against the step"),
+    "accuracy": (accuracy, "Share of the pairs whose chosen answer has the higher reward against the step"),
+    "margin": (margin, "Difference of the rewards of chosen and rejected answers against the step"),
+    "rewards": (rewards, "Rewards of chosen and rejected answers against the step"),
+    "logps": (logps, "Log-probabilities of chosen and rejected answers against the step"),
+    "divergence": (divergence, "Divergence of the model from its reference against the step"),
     "learning_rate": (learning_rate, "Learning rate against the step"),
     "gradient_norm": (gradient_norm, "Gradient norm against the step"),
     "tokens_per_sec": (speed, "Tokens per second against the step"),
 }
+
+
+def _compared(run: Run, theme: Theme, names: dict[str, str], title: str, unit: str) -> Figure | None:
+    """Smoothed metrics of preferences in training, each under its name, and its evaluations as points."""
+    steps, eval_steps = column(run.train, "step"), column(run.evals, "step")
+    found = {shown: (smoothed(column(run.train, name)), column(run.evals, name)) for name, shown in names.items()}
+    found = {shown: both for shown, both in found.items() if any(np.isfinite(values).any() for values in both)}
+    if not prefers(run) or not found:
+        return None
+    drawn = canvas.figure(theme, *SMALL)
+    axes = drawn.add_subplot()
+    canvas.dress(axes, theme, title, "step", unit)
+    canvas.count_ticks(axes.xaxis)
+    ends = []
+    for (shown, (trained, evaluated)), color in zip(found.items(), theme.lines, strict=False):
+        canvas.line(axes, steps, trained, color)
+        axes.plot(eval_steps, evaluated, color=color, linewidth=0, marker="o", markersize=4)
+        where, values = (steps, trained) if np.isfinite(trained).any() else (eval_steps, evaluated)
+        ends.append((f"{shown} {_last(values):.3g}", float(where[np.isfinite(values)][-1]), _last(values), color))
+    axes.set_xlim(left=0)
+    if len(ends) > 1:
+        canvas.label_ends(axes, ends)
+    return drawn
 
 
 def _small(rows: list[Row], theme: Theme, name: str, title: str, unit: str, ticks: Callable[[Axes], None]) -> Figure | None:

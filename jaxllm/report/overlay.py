@@ -8,14 +8,14 @@ from matplotlib.figure import Figure
 
 from jaxllm.report import canvas
 from jaxllm.report.canvas import STYLES, Theme
-from jaxllm.report.runs import Run, column, elapsed
+from jaxllm.report.runs import Run, column, elapsed, loss_unit
 from jaxllm.report.summary import smoothed
 
-# What is drawn upwards: field of the rows -> (title, unit).
+# What is drawn upwards: field of the rows -> (title, unit); "" is that of the runs' loss.
 SCORES = {
-    "loss": ("Validation loss", "nats per token"),
+    "loss": ("Validation loss", ""),
     "bits_per_byte": ("Validation bits per byte", "bits per byte of text"),
-    "train_loss": ("Training loss (smoothed)", "nats per token"),
+    "train_loss": ("Training loss (smoothed)", ""),
 }
 # What is drawn to the right.
 AGAINST = {"tokens": "tokens seen", "time": "training time"}
@@ -51,7 +51,7 @@ def labels(names: Sequence[str]) -> list[str]:
 
 def _draw(axes: Axes, runs: Sequence[Run], names: Sequence[str], score: str, against: str, theme: Theme) -> None:
     title, unit = SCORES[score]
-    canvas.dress(axes, theme, title, AGAINST[against], unit)
+    canvas.dress(axes, theme, title, AGAINST[against], unit or loss_unit(runs))
     ends, drawn = [], []
     for index, (run, name) in enumerate(zip(runs, labels(names), strict=True)):
         x, y = _curve(run, score, against)

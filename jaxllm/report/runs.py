@@ -6,7 +6,7 @@ each holds). What is missing or cannot be read is said in `Run.notes`.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.config import flatten
+from jaxllm.consistency import PREFERENCES
 
 Row = Mapping[str, Any]
 
@@ -65,6 +66,17 @@ def read(directory: str | Path) -> Run:
         samples=_sections(text),
         notes=notes,
     )
+
+
+def prefers(run: Run) -> bool:
+    """Whether the run was trained on preferences, whose metrics are those of report/healthy.py."""
+    return run.config.get("train.objective") in PREFERENCES
+
+
+def loss_unit(shown: Sequence[Run]) -> str:
+    """What the loss of these runs is a number of."""
+    kinds = {prefers(run) for run in shown}
+    return "mean loss of a pair or answer" if kinds == {True} else "nats per token" if kinds == {False} else "loss"
 
 
 def number(value: Any) -> float | None:

@@ -12,6 +12,7 @@ from typing import Any
 from jaxllm import config as schema
 from jaxllm.consistency import ANSWERING
 from jaxllm.report import canvas, curves, html, runs
+from jaxllm.report.healthy import HEALTHY
 from jaxllm.report.html import Html
 from jaxllm.report.runs import Run, number
 from jaxllm.report.summary import Summary, describe_change, inner, sessions, summarize
@@ -38,6 +39,7 @@ def write_report(workdir: str | Path) -> Path:
 
 def _page(run: Run, summary: Summary, pictures: dict[str, Html]) -> str:
     small = [picture for name, picture in pictures.items() if name not in ("loss", "reward")]
+    reading = REWARDS_READING if run.rollouts else _healthy(run) if runs.prefers(run) else _reading(summary)
     return html.page(
         f"{run.name} - jaxllm",
         html.tag("h1", run.name),
@@ -46,7 +48,7 @@ def _page(run: Run, summary: Summary, pictures: dict[str, Html]) -> str:
         html.numbers(_rewards(run) + _numbers(summary)),
         pictures.get("loss", "") or pictures.get("reward", ""),
         html.tag("p", change) if (change := describe_change(run)) else "",
-        _reading(summary) if not run.rollouts else REWARDS_READING,
+        reading,
         html.tag("div", *small, css="row") if small else "",
         _samples(run),
         _commands(run),
@@ -95,6 +97,8 @@ def _numbers(summary: Summary) -> list[tuple[str, str, str]]:
         (shown(final.get("loss"), ".4f"), "validation loss", at_best),
         (shown(final.get("perplexity"), ".2f"), "perplexity", "a token, validation"),
         (shown(final.get("bits_per_byte"), ".3f"), "bits per byte", "any tokenizer"),
+        (shown(final.get("accuracy"), ".1%") if "margin" in final else None, "accuracy", "of pairs, validation"),
+        (shown(final.get("margin"), "+.3f"), "reward margin", "chosen less rejected, validation"),
         (shown(final.get("forgetting"), "+.4f"), "forgetting", "nats a token, replay_source"),
         (shown(summary.train_loss, ".4f"), "training loss", "mean of the last rows"),
         (summary.tokens and count(summary.tokens), "tokens seen", ""),
@@ -145,6 +149,27 @@ def _reading(summary: Summary) -> Html:
     )
 
 
+def _healthy(run: Run) -> Html:
+    """What is measured of preferences: at the beginning, at the end, and what it looks like when all is well."""
+    first, last = (run.evals[0], run.evals[-1]) if run.evals else ({}, {})
+
+    def cell(row: Mapping[str, Any], name: str) -> str:
+        value = number(row.get(name))
+        return "" if value is None else f"{value:.4f}"
+
+    present = [name for name in HEALTHY if any(number(row.get(name)) is not None for row in (*run.evals, *run.train[-1:]))]
+    rows = [
+        (name.replace("_", " "), cell(first, name), cell(last, name), html.tag("span", HEALTHY[name], css="faint"))
+        for name in present
+    ]
+    steps = [f"step {row['step']:,}" if row else "" for row in (first, last)]
+    return (
+        html.section("What is measured", html.table(("on validation pairs", *steps, "when all is well"), rows))
+        if rows
+        else Html("")
+    )
+
+
 def _samples(run: Run) -> Html:
     if not run.samples:
         return Html("")
@@ -165,9 +190,12 @@ def _commands(run: Run) -> Html:
     use = ("Write text", f"{python} -m jaxllm.{command} --run {place} --prompt {shlex.quote(prompt)}")
     if run.config.get("model.head") in ("classify", "tag"):
         use = ("Classify a text", f"{python} -m jaxllm.classify --run {place} --text TEXT")
+    score = ("Score a text", f"{python} -m jaxllm.evaluate --run {place} --data FILE")
+    if runs.prefers(run):
+        score = ("Measure it on the validation rows", f"{python} -m jaxllm.evaluate --run {place}")
     rows = [
         use,
-        ("Score a text", f"{python} -m jaxllm.evaluate --run {place} --data FILE"),
+        score,
         ("Resume, if it stopped early", f"{python} -m jaxllm.train --config {config} --workdir {place}"),
         ("Compare with other runs", f"{python} -m jaxllm.compare {place} OTHER_RUN"),
         ("Look closer", f"{interpreter('tensorboard')} --logdir {shlex.quote(str(run.directory / 'tensorboard'))}"),
