@@ -23,6 +23,7 @@ MODELS = {
     "sft": ("gpt", "llama"),
     "simpo": ("gpt", "llama"),
     "token_classification": ("bert", "gpt", "llama"),
+    "grpo": ("gpt", "llama"),
 }
 # The head that it needs, if not "lm".
 HEADS = {"reward": "classify", "sequence_classification": "classify", "token_classification": "tag"}
@@ -30,10 +31,12 @@ HEADS = {"reward": "classify", "sequence_classification": "classify", "token_cla
 PREFERENCES = ("dpo", "kto", "orpo", "reward", "simpo")
 # Those of them that compare the model with the one that training began with.
 REFERRED = ("dpo", "kto")
+# Objectives that learn from answers which the model writes itself.
+ON_POLICY = ("grpo",)
 # Objectives of models that answer.
-ANSWERING = ("sft", "dpo", "kto", "orpo", "simpo")
+ANSWERING = ("sft", "dpo", "kto", "orpo", "simpo", *ON_POLICY)
 # Objectives whose documents are more than a text.
-PAIRED = ("seq2seq", "sft", *PREFERENCES, "sequence_classification", "token_classification")
+PAIRED = ("seq2seq", "sft", *PREFERENCES, *ON_POLICY, "sequence_classification", "token_classification")
 
 
 def check(config: ConfigDict) -> None:
@@ -47,6 +50,8 @@ def check(config: ConfigDict) -> None:
     _check_adapters(config)
     _check_codes(config)
     _check_frozen(config)
+    if config.train.objective in ON_POLICY:
+        _check_answers(config)
     open_sizes = [f"parallel.{axis}" for axis in ("pipe", "data", "fsdp", "seq", "tensor") if config.parallel[axis] == -1]
     if len(open_sizes) > 1:
         raise ValueError(
@@ -182,7 +187,7 @@ def _check_data(config: ConfigDict) -> None:
             "\n  Set tokenizer.path."
         )
     if (
-        config.train.objective in ("sft", *PREFERENCES)
+        config.train.objective in ("sft", *PREFERENCES, *ON_POLICY)
         and config.chat.template == "tokenizer"
         and config.tokenizer.kind not in LOADED
     ):
@@ -210,6 +215,35 @@ def _check_data(config: ConfigDict) -> None:
             f"data.split_by = 'characters' cuts a text, which train.objective = '{config.train.objective}' cannot do with its documents.\n"
             "  Accepted: documents.\n  Set data.split_by=documents, or data.validation_source."
         )
+
+
+def _check_answers(config: ConfigDict) -> None:
+    """Answers fit into rows, are enough to be compared, and are drawn where the mesh allows it."""
+    rl, objective = config.rl, config.train.objective
+    width = config.data.row_tokens or config.model.context_tokens
+    if rl.max_new_tokens > width:
+        raise ValueError(
+            f"rl.max_new_tokens = {rl.max_new_tokens} in rows of {width} tokens (data.row_tokens, else model.context_tokens).\n"
+            f"  Accepted: up to {width}, less the tokens of the prompts.\n  Change one of them."
+        )
+    if objective == "grpo" and rl.answers < 2:
+        raise ValueError(
+            "rl.answers = 1 with train.objective = 'grpo', which compares the answers to a prompt with each other.\n"
+            "  Accepted: 2 or more.\n  Set rl.answers."
+        )
+    if rl.refresh_steps % rl.epochs:
+        raise ValueError(_divides("rl.epochs", rl.epochs, "rl.refresh_steps", rl.refresh_steps, ""))
+    if config.data.replay_source:
+        raise ValueError(
+            f"data.replay_source = '{config.data.replay_source}' with train.objective = '{objective}', whose rows are answers of the"
+            " model.\n  Accepted: none.\n  Leave it out; rl.kl holds the model near where it began."
+        )
+    for axis in ("pipe", "seq"):
+        if config.parallel[axis] != 1:
+            raise ValueError(
+                f"parallel.{axis} = {config.parallel[axis]} with train.objective = '{objective}', which draws answers on whole models"
+                f" and rows.\n  Accepted: 1.\n  Set parallel.{axis}=1, and use data, fsdp or tensor."
+            )
 
 
 def _check_preferences(config: ConfigDict) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags, logging
 from rich.console import Console
 from rich.table import Column, Table
@@ -30,12 +31,14 @@ from rich.text import Text
 
 from jaxllm import command, registry, runs
 from jaxllm import config as schema
-from jaxllm.consistency import PREFERENCES, REFERRED
+from jaxllm.consistency import ON_POLICY, PREFERENCES, REFERRED
 from jaxllm.data import examples, folder, foreign, loader, prepare, shards
+from jaxllm.data.examples import prompts
 from jaxllm.data.examples.contract import MakeBatch
+from jaxllm.decode import rewards
 from jaxllm.engine import compilation, references
 from jaxllm.engine.checkpoint import Checkpoints
-from jaxllm.evals import baseline, exact, metrics, perplexity, recall
+from jaxllm.evals import answers, baseline, exact, metrics, perplexity, recall
 from jaxllm.interop import peft
 from jaxllm.report import units
 from jaxllm.report.healthy import HEALTHY
@@ -126,6 +129,8 @@ def evaluate_split(run: Run, split: str, max_seqs: int = MOST_SEQS) -> dict[str,
     train, what = prepared.replay if replayed else prepared.train, f"{source} ({split.replace('_', ' ')} rows)"
     if run.config.train.objective in PREFERENCES:
         return _compare(run, rows, what, _reference(run, prepared, split))
+    if run.config.train.objective in ON_POLICY:
+        return _answer(run, rows, what, max_seqs)
     return _measure(run, rows, train, what, max_seqs)
 
 
@@ -144,6 +149,8 @@ def evaluate_source(run: Run, source: str, max_seqs: int = MOST_SEQS) -> dict[st
         rows = foreign.pack(run.config, run.tokenizer, run.classes, source, Path(directory, "rows"), setting="--data")
         if run.config.train.objective in PREFERENCES:
             return _compare(run, rows, source, examples.make(run.config).batch(run.tokenizer))
+        if run.config.train.objective in ON_POLICY:
+            return _answer(run, rows, source, max_seqs)
         return _measure(run, rows, _train_rows(run), source, max_seqs)
 
 
@@ -184,6 +191,16 @@ def _compare(run: Run, rows: shards.Shards, data: str, make_batch: MakeBatch) ->
     row = metrics.make_eval(objective, run.model, config, unit)(run.params, _sweep(run, rows, make_batch))
     name = f"{config.train.objective} of {unit} (up to {rows.row_tokens}, chat template {config.chat.template})"
     return _told(run, rows, data, name, row, began)
+
+
+def _answer(run: Run, rows: shards.Shards, data: str, max_seqs: int) -> dict[str, Any]:
+    """The result of an objective with rewards: what they say of the likeliest answers to at most so many prompts (0: all)."""
+    began, config = time.perf_counter(), run.config
+    stored, most_tokens = rows.rows(np.arange(min(max_seqs or len(rows), len(rows)))), config.rl.max_new_tokens
+    asked, known = prompts.prompts(stored), prompts.fields(stored)
+    found = answers.measure(run.model, run.params, run.tokenizer, asked, known, rewards.make(config), most_tokens)
+    name = f"reward of likeliest answers (up to {most_tokens} tokens, chat template {config.chat.template})"
+    return _told(run, rows, data, name, found, began)
 
 
 def _sweep(run: Run, rows: shards.Shards, make_batch: MakeBatch) -> Iterator[dict[str, jax.Array]]:
@@ -273,7 +290,8 @@ def _lines(row: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     if "perplexity" in row:
         yield from _token_lines(row)
     else:
-        yield from ((name.replace("_", " "), f"{row[name]:.4f}") for name in HEALTHY if name in row)
+        told = [name for name in row if name in HEALTHY or name == "answer_tokens" or name.startswith("reward")]
+        yield from ((name.replace("_", " "), f"{row[name]:.4f}") for name in told)
         yield from ((unit, f"{row[unit]:,}") for unit in ("pairs", "answers") if unit in row)
     yield "parameters on the device", units.size(row["parameter_bytes"])
 

@@ -30,6 +30,7 @@ TABLE: dict[str, dict[str, str]] = {
         "simpo": "jaxllm.objectives.preferences:make_pairs",
         "span_corruption": "jaxllm.objectives.tokens:make",
         "token_classification": "jaxllm.objectives.tokens:make",
+        "grpo": "jaxllm.objectives.policy:make",
     },
     "examples": {
         "causal_lm": "jaxllm.data.examples.causal_lm:make",
@@ -45,6 +46,12 @@ TABLE: dict[str, dict[str, str]] = {
         "simpo": "jaxllm.data.examples.preferences:make_pairs",
         "span_corruption": "jaxllm.data.examples.span_corruption:make",
         "token_classification": "jaxllm.data.examples.token_classification:make",
+        "grpo": "jaxllm.data.examples.prompts:make",
+    },
+    # Where the batches of an objective come from, if not from rows that were prepared.
+    "feed": {
+        "shards": "jaxllm.engine.feed:from_shards",
+        "grpo": "jaxllm.engine.on_policy:make",
     },
     # What becomes of kernels.
     "transform": {
@@ -96,6 +103,7 @@ TABLE: dict[str, dict[str, str]] = {
         "parquet": "jaxllm.data.sources.tables:read_parquet",
         "hf": "jaxllm.data.sources.hf:read",
         "sequences": "jaxllm.data.sources.sequences:read",
+        "sums": "jaxllm.data.sources.sums:read",
     },
     "cleaner": {
         "unicode": "jaxllm.data.clean:unicode",
@@ -116,6 +124,12 @@ TABLE: dict[str, dict[str, str]] = {
         "chatml": "jaxllm.data.chat.templates:chatml",
         "llama3": "jaxllm.data.chat.templates:llama3",
         "plain": "jaxllm.data.chat.templates:plain",
+    },
+    "reward": {
+        "exact_match": "jaxllm.decode.rewards:exact_match",
+        "format": "jaxllm.decode.rewards:form",
+        "length": "jaxllm.decode.rewards:length",
+        "number": "jaxllm.decode.rewards:number",
     },
     "tracker": {
         "jsonl": "jaxllm.engine.trackers.jsonl:make",

@@ -61,6 +61,10 @@ def _is_group(value: Any) -> bool:
     return len(value) == 3 and _is_pattern(value[0]) and all(isinstance(part, int | float) for part in value[1:])
 
 
+def _is_reward(value: Any) -> bool:
+    return len(value) == 2 and (":" in value[0] or value[0] in registry.names("reward")) and isinstance(value[1], int | float)
+
+
 TEXT = Accept("text", lambda value: isinstance(value, str))
 PATTERN = Accept("a regular expression", _is_pattern)
 TEXTS = Accept("a tuple of texts", lambda values: all(isinstance(value, str) for value in values))
@@ -68,6 +72,11 @@ YES_NO = Accept("True or False", lambda value: isinstance(value, bool))
 SIZE = Accept("-1 (whatever is left) or 1 or more", lambda value: value == -1 or value >= 1)
 GROUPS = Accept(
     "a tuple of (pattern, learning-rate factor, weight-decay factor)", lambda values: all(_is_group(value) for value in values)
+)
+
+REWARDS = Accept(
+    f"a tuple of (name, weight); names: {', '.join(registry.names('reward'))} or package.module:function",
+    lambda values: len(values) > 0 and all(_is_reward(value) for value in values),
 )
 
 SCHEMA: dict[str, Field] = {
@@ -174,7 +183,7 @@ SCHEMA: dict[str, Field] = {
     "data.source": Field(
         "python_docs",
         TEXT,
-        "python_docs, python_questions (sft), a file, a folder, a glob, hf:OWNER/NAME?config=C&split=S, or sequences:copy",
+        "python_docs, python_questions or sums (sft, grpo), a file, a folder, a glob, hf:OWNER/NAME?config=C&split=S, or sequences:copy",
     ),
     "data.validation_source": Field("", TEXT, "as source; empty means that validation_frac of source is held out"),
     "data.validation_frac": Field(0.05, between(0, 0.5), "share of the source held out for validation"),
@@ -259,6 +268,25 @@ SCHEMA: dict[str, Field] = {
     ),
     "lora.lr_ratio": Field(1.0, above(0), "learning rate of B over that of A; LoRA+ takes 16"),
     "lora.init": Field("zero", one_of(("zero", "pissa")), "zero: B is 0; pissa: the largest singular values of the kernel"),
+    # What is learnt from answers that the model writes itself (grpo, ppo).
+    "rl.prompts": Field(8, at_least(1), "prompts whose answers make up a step"),
+    "rl.answers": Field(8, at_least(1), "answers a prompt; grpo compares those of a prompt with each other"),
+    "rl.max_new_tokens": Field(64, at_least(1), "longest answer; a longer one is cut off"),
+    "rl.temperature": Field(1.0, above(0), "logits are divided by it, both where answers are drawn and where they are learnt from"),
+    "rl.refresh_steps": Field(1, at_least(1), "steps that are made with the answers of one model, before the next ones are drawn"),
+    "rl.epochs": Field(1, at_least(1), "times that each answer is learnt from; divides refresh_steps"),
+    "rl.rewards": Field((("exact_match", 1.0),), REWARDS, "what an answer is worth: a weighted sum"),
+    "rl.format": Field(".*", PATTERN, "regular expression that the reward 'format' wants all of an answer to match"),
+    "rl.soft_tokens": Field(16, at_least(1), "the reward 'length' falls over so many tokens below max_new_tokens"),
+    "rl.mask_truncated": Field(False, YES_NO, "answers that were cut off count in no loss"),
+    "rl.loss": Field("dapo", one_of(("grpo", "bnpo", "dr_grpo", "dapo")), "grpo: how its mean is taken over tokens and answers"),
+    "rl.scale_rewards": Field(
+        "group", one_of(("group", "batch", "none")), "grpo: whose standard deviation the advantages are divided by"
+    ),
+    "rl.clip": Field(0.2, above(0), "a token's probability counts down to 1 - this of what it was when it was drawn"),
+    "rl.clip_high": Field(0.0, at_least(0), "and up to 1 + this (dapo: 0.28); 0 means as clip"),
+    "rl.kl": Field(0.0, at_least(0), "coefficient of the divergence from the model before step 0"),
+    "rl.field_bytes": Field(2048, at_least(2), "most that is kept of what the data knows of a prompt, as JSON"),
     "optimizer.name": Field("adamw", one_of(registry.names("optimizer")), "from optax"),
     "optimizer.learning_rate": Field(1e-3, above(0), "peak"),
     "optimizer.b1": Field(0.9, between(0, 0.9999), "decay of the first moment (momentum in muon)"),

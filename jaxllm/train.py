@@ -26,16 +26,16 @@ from jaxllm import command, dry_run
 from jaxllm.beginning import Beginning
 from jaxllm.config import flatten, with_classes, with_vocabulary
 from jaxllm.consistency import ANSWERING
-from jaxllm.data import loader, mixture
+from jaxllm.data import mixture
 from jaxllm.data.prepare import Prepared, place, prepare
 from jaxllm.decode import samples
-from jaxllm.engine import compilation, evaluation, hang, hooks, references, trackers
+from jaxllm.engine import compilation, hang, hooks, references, trackers
+from jaxllm.engine import feed as feeds
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.engine.environment import Record
 from jaxllm.engine.loop import Hook, Monitor, train
 from jaxllm.engine.progress import Progress
 from jaxllm.engine.record import DamagedError
-from jaxllm.engine.references import References
 from jaxllm.engine.session import Session, build_session, bytes_of, check
 from jaxllm.engine.signals import Interrupts
 from jaxllm.engine.state import TrainState, eval_params
@@ -157,9 +157,9 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
     record = Record(workdir.environment, session, compiled, begin)
     watchdog.at_hang(lambda done: _end_at_hang(checkpoints, record, done))
     with Interrupts() as interrupts:
-        step, state, reason = _train(
-            session, compiled, state, prepared, referred, sampler, checkpoints, workdir, console, interrupts, watchdog
-        )
+        first = partial(beginning.create, session, lambda line: None)
+        setting = feeds.Setting(session, prepared, referred, workdir.path, watchdog, begin, first, checkpoints.steps)
+        step, state, reason = _train(setting, compiled, state, sampler, checkpoints, console, interrupts)
     watchdog.beside("writing the report", step)
     record.end(step, reason)
     _report(workdir, say)
@@ -261,28 +261,22 @@ def _rows(checkpoints: Checkpoints, newest: int | None, workdir: Workdir) -> str
 
 
 def _train(
-    session: Session,
+    setting: feeds.Setting,
     compiled: Compiled,
     state: TrainState,
-    prepared: Prepared,
-    referred: References | None,
     sampler: samples.Sampler | None,
     checkpoints: Checkpoints,
-    workdir: Workdir,
     console: Console,
     interrupts: Interrupts,
-    watchdog: Watchdog,
 ) -> tuple[int, TrainState, str]:
     """(updates done, state, why it ended). Everything that needs closing is closed, whatever happens."""
-    config, start, total = session.config, int(state.step), session.config.train.steps
+    session, prepared, referred, directory, watchdog, start = setting[:6]
+    config, total = session.config, session.config.train.steps
     with ExitStack() as stack:
         stack.callback(checkpoints.close)
         progress = stack.enter_context(Progress(total, start, console))
-        tracker = trackers.open_all(config, workdir.path, start, progress.message) if processes.is_first() else trackers.Trackers()
+        tracker = trackers.open_all(config, directory, start, progress.message) if processes.is_first() else trackers.Trackers()
         stack.callback(tracker.close)
-        batches = prepared.batches(config, session.plan.arrange)
-        batches = batches._replace(make_batch=references.joined(referred, "train", batches.make_batch))
-        source = stack.enter_context(loader.make(batches, session.plan.batch_sharding()))
 
         def write(row: Mapping[str, Any]) -> None:
             tracker.write(row)
@@ -290,19 +284,21 @@ def _train(
             if news := watchdog.news():
                 progress.message(news)
 
+        feed = feeds.make(setting, state, feeds.Tell(write, tracker.text, progress.message))
+        stack.callback(feed.close)
         monitor = Monitor(
-            source=source,
+            source=feed.source,
             write=write,
             message=progress.message,
             log_every_steps=config.train.log_every_steps,
             max_nonfinite_steps=config.train.max_nonfinite_steps,
             positions_a_step=session.positions_a_step,
             parameter_names=[name for name, _ in tree.named_leaves(session.abstract.params)],
-            first_moves=session.first_moves,
+            first_moves=feed.first_moves,
             tell=watchdog.step,
         )
-        before = jsonl.find(workdir.path, "eval", 0) if start else None
-        validation = hooks.Validation(evaluation.make(session, prepared, watchdog, referred), write, progress.message, before)
+        before = jsonl.find(directory, "eval", 0) if start else None
+        validation = hooks.Validation(feed.evaluate, write, progress.message, before)
         if start == 0 and (config.train.start or prepared.replay is not None or referred is not None):
             # What is known before is what can be forgotten.
             watchdog.around("validation", validation.run)(0, state)
@@ -321,8 +317,9 @@ def _train(
                 progress.message,
             )
             beside.append(Hook(watchdog.around("samples", keep), config.sample.every_steps))
+        beside += feed.hooks
         beside.append(Hook(save, config.checkpoint.every_steps))
-        step, state = train(compiled, state, source, monitor, beside, start=start, total=total, stop=interrupts.agreed)
+        step, state = train(compiled, state, feed.source, monitor, beside, start=start, total=total, stop=interrupts.agreed)
         if step < total:
             save(step, state)
         watchdog.beside("finishing the checkpoint and the trackers", step)

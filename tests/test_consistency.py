@@ -25,6 +25,12 @@ FITTING = {
     "seq2seq": ("t5 transformer", "lm"),
     "sequence_classification": ("bert gpt llama", "classify"),
     "sft": ("gpt llama", "lm"),
+    "grpo": ("gpt llama", "lm"),
+    "dpo": ("gpt llama", "lm"),
+    "kto": ("gpt llama", "lm"),
+    "orpo": ("gpt llama", "lm"),
+    "reward": ("gpt llama", "classify"),
+    "simpo": ("gpt llama", "lm"),
     "token_classification": ("bert gpt llama", "tag"),
 }
 

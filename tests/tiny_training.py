@@ -45,6 +45,7 @@ class Training:
     model: Any
     optimizer: Any
     objective: Any
+    region: Any
     step: Any
 
     def abstract(self) -> state.TrainState:
@@ -77,7 +78,7 @@ def _make(overrides: tuple[tuple[str, Any], ...]) -> Training:
     region = regions.Region(plan, model.axes, tuple(each.path for each in model.stacks))
     found = gradients.make(objective, model, config, region)
     made = step.make(found, optimizer, schedules.make(config), config, region)
-    return Training(config, plan, model, optimizer, objective, made)
+    return Training(config, plan, model, optimizer, objective, region, made)
 
 
 @cache

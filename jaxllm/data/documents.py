@@ -20,15 +20,15 @@ from ml_collections import ConfigDict
 from jaxllm import registry
 
 # Sources that are no path. Each is the registry name of its reader; what follows the colon is its location.
-NAMED = ("python_docs", "python_questions", "hf", "sequences")
+NAMED = ("python_docs", "python_questions", "hf", "sequences", "sums")
 ACCEPTED = (
-    "python_docs, python_questions, a file, a folder, a glob pattern, hf:OWNER/NAME?config=C&split=S, sequences:copy or"
+    "python_docs, python_questions, sums, a file, a folder, a glob pattern, hf:OWNER/NAME?config=C&split=S, sequences:copy or"
     " sequences:reverse"
 )
 # Readers of whole texts, which have nothing beside them.
 WHOLE = ("python_docs", "text")
-# Readers of conversations alone.
-TALKS = ("python_questions",)
+# Readers of conversations alone, and what is read of them.
+TALKS = {"python_questions": ("messages",), "sums": ("messages", "prompts")}
 # Readers of what is installed with Python, which is another one in another version.
 OF_PYTHON = ("python_docs", "python_questions")
 
@@ -83,10 +83,10 @@ def open(source: str, config: ConfigDict, *, setting: str = "the source") -> Ite
 
 
 _CONVERSED_FIELDS = {
-    "messages": "messages, conversations, instruction and output, or prompt and completion; python_questions",
+    "messages": "messages, conversations, instruction and output, or prompt and completion; python_questions; sums",
     "pairs": "prompt, chosen and rejected, or whole conversations in chosen and rejected",
     "labelled": "messages and label, or prompt, completion and label",
-    "prompts": "prompt, messages, conversations or instruction",
+    "prompts": "prompt, messages, conversations or instruction; sums",
 }
 
 
@@ -99,7 +99,7 @@ def _check_targets(places: list[tuple[str, str]], config: ConfigDict, setting: s
             f"  Accepted: JSON Lines, a JSON array, CSV, Parquet or hf:OWNER/NAME with {_CONVERSED_FIELDS[reads]}.\n"
             f"  Change {setting}, or train.objective."
         )
-    if reads != "messages" and (talks := [kind for kind, _ in places if kind in TALKS]):
+    if talks := [kind for kind, _ in places if kind in TALKS and reads not in TALKS[kind]]:
         raise ValueError(
             f"{setting}: '{talks[0]}' holds conversations, which train.objective = '{config.train.objective}' does not learn from.\n"
             f"  Accepted: train.objective = 'sft'; {_CONVERSED_FIELDS.get(reads, 'python_docs, the same documentation as text')}.\n"

@@ -26,19 +26,26 @@ class Validation:
 
     def run(self, step: int, state: Any) -> None:
         row = {"kind": "eval", "step": step, **self._evaluate(state)}
-        self._losses[step] = row["loss"]
+        self._losses[step] = row["loss"] if "loss" in row else -row["reward"]
         if step == 0:
             self._first = row
         replayed = row.get("replay_loss")
         if replayed is not None and self._first.get("replay_loss") is not None:
             row["forgetting"] = replayed - self._first["replay_loss"]
         self._write(row)
-        forgotten = f" (forgetting {row['forgetting']:+.4f})" if step > 0 and "forgetting" in row else ""
+        self._message(f"step {step}: {self._describe(row)}")
+
+    def _describe(self, row: Row) -> str:
+        if "loss" not in row:
+            worth = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in row.items() if name.startswith("reward"))
+            return f"validation {worth}"
+        replayed = row.get("replay_loss")
+        forgotten = f" (forgetting {row['forgetting']:+.4f})" if row["step"] > 0 and "forgetting" in row else ""
         replay = "" if replayed is None else f"; on replay_source {replayed:.4f}{forgotten}"
-        self._message(f"step {step}: validation loss {row['loss']:.4f} ({', '.join(_facts(row))}){replay}")
+        return f"validation loss {row['loss']:.4f} ({', '.join(_facts(row))}){replay}"
 
     def loss(self, step: int) -> float | None:
-        """Validation loss measured at exactly this step, if it was."""
+        """Validation loss measured at exactly this step, if it was; where answers have rewards instead, minus their mean."""
         return self._losses.get(step)
 
 

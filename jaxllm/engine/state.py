@@ -88,8 +88,8 @@ def create(
 
 
 def random_key(seed: int, purpose: str) -> jax.Array:
-    """The key of the one seed for "init" or "dropout": streams that never meet."""
-    return jax.random.fold_in(jax.random.key(seed), ("init", "dropout").index(purpose))
+    """The key of the one seed for "init", "dropout" or "answers": streams that never meet."""
+    return jax.random.fold_in(jax.random.key(seed), ("init", "dropout", "answers").index(purpose))
 
 
 def _make_init(model: Model, optimizer: optax.GradientTransformation, config: Any) -> Callable[[jax.Array], TrainState]:

@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from jaxllm.report import canvas
 from jaxllm.report.canvas import Theme
-from jaxllm.report.runs import Run, column, loss_unit, prefers
+from jaxllm.report.runs import Row, Run, column, loss_unit, prefers
 from jaxllm.report.summary import smoothed
 
 Draw = Callable[[Run, Theme], Figure | None]
@@ -19,7 +19,9 @@ WIDE, SMALL = (7.0, 3.8), (3.7, 2.4)
 
 
 def loss(run: Run, theme: Theme) -> Figure | None:
-    """Training loss, raw and smoothed, and every evaluation, that of replay too; None if there is nothing to draw."""
+    """Training loss, raw and smoothed, and every evaluation, that of replay too; None if there is nothing worth drawing."""
+    if run.rollouts:
+        return None  # a policy gradient's, whose size says nothing
     steps, raw = column(run.train, "step"), column(run.train, "loss")
     eval_steps, scores, replayed = (column(run.evals, name) for name in ("step", "loss", "replay_loss"))
     if not np.isfinite(raw).any() and not np.isfinite(scores).any():
@@ -52,12 +54,50 @@ def loss(run: Run, theme: Theme) -> Figure | None:
     return drawn
 
 
+def reward(run: Run, theme: Theme) -> Figure | None:
+    """What drawn answers were worth, raw and smoothed, and every evaluation."""
+    steps, raw = column(run.rollouts, "step"), column(run.rollouts, "reward")
+    eval_steps, scores = column(run.evals, "step"), column(run.evals, "reward")
+    if not np.isfinite(raw).any():
+        return None
+    drawn = canvas.figure(theme, *WIDE)
+    axes = drawn.add_subplot()
+    canvas.dress(axes, theme, "Reward", "step", "mean of the answers")
+    canvas.count_ticks(axes.xaxis)
+    smooth, (blue, orange) = smoothed(raw), theme.lines[:2]
+    axes.plot(steps, raw, color=blue, linewidth=0.8, alpha=0.35)
+    canvas.line(axes, steps, smooth, blue)
+    axes.plot(eval_steps, scores, color=orange, linewidth=1.2, marker="o", markersize=5)
+    ends = [(f"drawn {_last(smooth):.3f}", _last(steps), _last(smooth), blue)]
+    if np.isfinite(scores).any():
+        ends.append((f"held out {_last(scores):.3f}", _last(eval_steps), _last(scores), orange))
+    axes.set_xlim(left=0)
+    canvas.label_ends(axes, ends)
+    return drawn
+
+
+def answer_tokens(run: Run, theme: Theme) -> Figure | None:
+    return _small(run.rollouts, theme, "answer_tokens", "Length of answers", "tokens", _plain)
+
+
+def distance(run: Run, theme: Theme) -> Figure | None:
+    return _small(run.rollouts, theme, "kl", "Distance from the beginning", "nats an answer", _plain)
+
+
+def entropy(run: Run, theme: Theme) -> Figure | None:
+    return _small(run.rollouts, theme, "entropy", "Entropy of the policy", "nats a token", _plain)
+
+
+def _plain(axes: Axes) -> None:
+    del axes
+
+
 def learning_rate(run: Run, theme: Theme) -> Figure | None:
     def ticks(axes: Axes) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1e}".replace("e-0", "e-") if value else "0"))
         axes.set_ylim(bottom=0)
 
-    return _small(run, theme, "lr", "Learning rate", "size of a step", ticks)
+    return _small(run.train, theme, "lr", "Learning rate", "size of a step", ticks)
 
 
 def gradient_norm(run: Run, theme: Theme) -> Figure | None:
@@ -67,7 +107,7 @@ def gradient_norm(run: Run, theme: Theme) -> Figure | None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
 
-    return _small(run, theme, "grad_norm", "Gradient norm before clipping", "global norm (log scale)", ticks)
+    return _small(run.train, theme, "grad_norm", "Gradient norm before clipping", "global norm (log scale)", ticks)
 
 
 def speed(run: Run, theme: Theme) -> Figure | None:
@@ -75,7 +115,8 @@ def speed(run: Run, theme: Theme) -> Figure | None:
         canvas.count_ticks(axes.yaxis)
         axes.set_ylim(bottom=0)
 
-    return _small(run, theme, "tokens_per_sec", "Speed", "tokens a second", ticks)
+    # Without its first row, which includes compilation.
+    return _small(run.train[1:], theme, "tokens_per_sec", "Speed", "tokens a second", ticks)
 
 
 def accuracy(run: Run, theme: Theme) -> Figure | None:
@@ -101,6 +142,10 @@ def divergence(run: Run, theme: Theme) -> Figure | None:
 # Name of the file and what a screen reader says, in the order of the page.
 PICTURES: dict[str, tuple[Draw, str]] = {
     "loss": (loss, "Training and validation loss against the step"),
+    "reward": (reward, "Reward of drawn and of held-out answers against the step"),
+    "answer_tokens": (answer_tokens, "Tokens an answer against the step"),
+    "kl": (distance, "Divergence from the model before step 0 against the step"),
+    "entropy": (entropy, "Entropy of the policy against the step"),
     "accuracy": (accuracy, "Share of the pairs whose chosen answer has the higher reward against the step"),
     "margin": (margin, "Difference of the rewards of chosen and rejected answers against the step"),
     "rewards": (rewards, "Rewards of chosen and rejected answers against the step"),
@@ -135,9 +180,7 @@ def _compared(run: Run, theme: Theme, names: dict[str, str], title: str, unit: s
     return drawn
 
 
-def _small(run: Run, theme: Theme, name: str, title: str, unit: str, ticks: Callable[[Axes], None]) -> Figure | None:
-    # Speed without its first row, which includes compilation.
-    rows = run.train[1:] if name == "tokens_per_sec" else run.train
+def _small(rows: list[Row], theme: Theme, name: str, title: str, unit: str, ticks: Callable[[Axes], None]) -> Figure | None:
     values = column(rows, name)
     if not np.isfinite(values).any():
         return None

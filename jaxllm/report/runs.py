@@ -18,6 +18,7 @@ from jaxllm.consistency import PREFERENCES
 
 Row = Mapping[str, Any]
 
+KINDS = ("train", "eval", "rollouts")
 CONFIG, ENVIRONMENT, DATA, METRICS, SAMPLES = "config.json", "run.json", "data.json", "metrics.jsonl", "samples.txt"
 
 
@@ -27,6 +28,7 @@ class Run:
 
     config: {"model.layers": 6, ...} from config.json.   environment: run.json (parameters, memory, versions, sessions).
     data: data.json, the provenance of the shards.       train, evals: rows of metrics.jsonl by step, one a step.
+    rollouts: those of the answers that were drawn for training.
     samples: (heading, text) of each section of samples.txt.
     notes: what is missing or damaged, in words.
     """
@@ -38,6 +40,7 @@ class Run:
     data: dict[str, Any]
     train: list[Row]
     evals: list[Row]
+    rollouts: list[Row]
     samples: list[tuple[str, str]]
     notes: list[str]
 
@@ -59,6 +62,7 @@ def read(directory: str | Path) -> Run:
         data=data,
         train=_by_step(row for row in rows if row["kind"] == "train"),
         evals=_by_step(row for row in rows if row["kind"] == "eval"),
+        rollouts=_by_step(row for row in rows if row["kind"] == "rollouts"),
         samples=_sections(text),
         notes=notes,
     )
@@ -142,7 +146,7 @@ def _rows(path: Path, notes: list[str]) -> list[Row]:
             row = json.loads(line)
         except ValueError:
             row = None
-        if isinstance(row, dict) and row.get("kind") in ("train", "eval") and isinstance(row.get("step"), int):
+        if isinstance(row, dict) and row.get("kind") in KINDS and isinstance(row.get("step"), int):
             rows.append(row)
         else:
             unreadable += 1

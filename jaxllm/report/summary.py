@@ -69,6 +69,8 @@ def summarize(run: Run) -> Summary:
 
 def describe_change(run: Run) -> str | None:
     """What changed from step 0 to the last evaluation, in one line; None unless both are there."""
+    if change := _reward_change(run):
+        return change
     scored = [row for row in run.evals if number(row.get("loss")) is not None]
     if len(scored) < 2 or scored[0]["step"] != 0:
         return None
@@ -78,6 +80,13 @@ def describe_change(run: Run) -> str | None:
     if before is None or forgetting is None:
         return line
     return f"{line}; on replay_source {before:.3f} -> {before + forgetting:.3f} (forgetting {forgetting:+.3f})"
+
+
+def _reward_change(run: Run) -> str | None:
+    rewarded = [row for row in run.evals if number(row.get("reward")) is not None]
+    if len(rewarded) < 2 or rewarded[0]["step"] != 0:
+        return None
+    return f"validation reward {rewarded[0]['reward']:.3f} -> {rewarded[-1]['reward']:.3f}"
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

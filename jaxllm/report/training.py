@@ -38,15 +38,15 @@ def write_report(workdir: str | Path) -> Path:
 
 
 def _page(run: Run, summary: Summary, pictures: dict[str, Html]) -> str:
-    small = [picture for name, picture in pictures.items() if name != "loss"]
-    reading = _healthy(run) if runs.prefers(run) else _reading(summary)
+    small = [picture for name, picture in pictures.items() if name not in ("loss", "reward")]
+    reading = REWARDS_READING if run.rollouts else _healthy(run) if runs.prefers(run) else _reading(summary)
     return html.page(
         f"{run.name} - jaxllm",
         html.tag("h1", run.name),
         html.tag("p", _subtitle(run, summary), css="faint"),
         html.notes(_notes(run, summary)),
-        html.numbers(_numbers(summary)),
-        pictures.get("loss", ""),
+        html.numbers(_rewards(run) + _numbers(summary)),
+        pictures.get("loss", "") or pictures.get("reward", ""),
         html.tag("p", change) if (change := describe_change(run)) else "",
         reading,
         html.tag("div", *small, css="row") if small else "",
@@ -79,7 +79,7 @@ def _notes(run: Run, summary: Summary) -> list[str]:
         found.append(f"Training stopped after {summary.steps:,} of {summary.total_steps:,.0f} steps{why}. See below how to resume.")
     if summary.skipped:
         found.append(f"{summary.skipped:,.0f} steps were skipped because the loss or the gradient was not finite.")
-    if run.train and not summary.final:
+    if run.train and not run.evals:
         found.append("The validation loss has not been measured yet.")
     return found
 
@@ -112,6 +112,22 @@ def _numbers(summary: Summary) -> list[tuple[str, str, str]]:
         (summary.peak_bytes and size(summary.peak_bytes), "peak memory", "a step on one device, by the compiler"),
     ]
     return [(value, name, also) for value, name, also in found if value]
+
+
+def _rewards(run: Run) -> list[tuple[str, str, str]]:
+    """The last validation of a model that learns from rewards."""
+    final = [(row, reward) for row in run.evals if (reward := number(row.get("reward"))) is not None][-1:]
+    return [
+        (f"{reward:.4f}", "validation reward", f"likeliest answers to {row.get('answers', '?')} prompts") for row, reward in final
+    ]
+
+
+REWARDS_READING = html.tag(
+    "p",
+    "Reward is the mean of what answers are worth: those that the model drew for training, and its likeliest ones to held-out prompts. The"
+    " loss of a policy gradient is no measure of progress: its mean is near 0 whatever the model knows.",
+    css="faint small",
+)
 
 
 def _reading(summary: Summary) -> Html:
