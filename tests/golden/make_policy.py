@@ -91,14 +91,15 @@ def advantages(rewards: torch.Tensor) -> dict[str, list]:
     return {scale: values.view(-1, GROUP).tolist() for scale, values in found.items()}
 
 
-def main() -> None:
+def make() -> dict[str, Any]:
+    """What expected.json holds."""
     given = inputs()
     rewards = torch.tensor(np.random.default_rng(1).choice([0.0, 0.5, 1.0], ANSWERS))
     cases = {
         f"{loss} {beta} {high}": case(given, loss, beta, high)
         for loss, (beta, high) in product(("grpo", "bnpo", "dr_grpo", "dapo"), ((0.0, 0.2), (0.04, 0.2), (0.1, 0.28)))
     }
-    record = {
+    return {
         "trl": trl.__version__,
         "most_tokens": MOST_TOKENS,
         "mean_tokens": (float(given["mask"].sum()) + OTHER_TOKENS) / BATCHES,
@@ -107,9 +108,8 @@ def main() -> None:
         "advantages": advantages(rewards),
         "cases": cases,
     }
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    OUT.parent.mkdir(exist_ok=True)
+    OUT.write_text(json.dumps(make(), indent=1) + "\n")

@@ -140,11 +140,12 @@ def kto(drawn: dict[str, torch.Tensor], shift: float) -> dict[str, Any]:
     return {"shift": shift, "kl": kl, "labels": labels.tolist(), "loss": value.item(), "gradients": log_p.grad[:, 0].tolist()}
 
 
-def main() -> None:
+def make() -> dict[str, Any]:
+    """What preferences.json holds."""
     drawn = draw()
     arrays = {"log_p": drawn["log_p"].sum(1), "reference": drawn["reference"], "tokens": drawn["mask"].sum(1)}
     smoothed = {"beta": BETA, "label_smoothing": 0.2}
-    found = {
+    return {
         "trl": "1.16",
         "beta": BETA,
         **{name: array.tolist() for name, array in arrays.items()},
@@ -159,9 +160,7 @@ def main() -> None:
         },
         "kto": [kto(drawn, shift) for shift in (0.7, -0.7)],
     }
-    path = Path(__file__).parent / "preferences.json"
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    (Path(__file__).parent / "preferences.json").write_text(json.dumps(make(), indent=1) + "\n", encoding="utf-8")
