@@ -25,6 +25,8 @@ FITTING = {
     "seq2seq": ("t5 transformer", "lm"),
     "sequence_classification": ("bert gpt llama", "classify"),
     "sft": ("gpt llama", "lm"),
+    **dict.fromkeys(("dpo", "kto", "orpo", "simpo"), ("gpt llama", "lm")),
+    "reward": ("bert gpt llama", "classify"),
     "token_classification": ("bert gpt llama", "tag"),
 }
 
@@ -84,7 +86,7 @@ def test_contradictions(changes: dict[str, Any], words: str) -> None:
     [
         ({}, ""),
         ({"chat__train_on": "last"}, ""),
-        ({"model__name": "t5"}, "does not fit model.name = 't5'.\n  Accepted: gpt or llama for"),
+        ({"model__name": "t5"}, "does not fit model.name = 't5'.\n  Accepted: .*gpt or llama for"),
         ({"chat__train_on": "all"}, "chat.train_on = 'all' .*Set chat.train_on=assistant"),
         ({"data__replay_source": "x.txt"}, "data.replay_source = 'x.txt' .*Leave out data.replay_source"),
         ({"model__window_tokens": 8}, "model.window_tokens = 8 .*Set model.window_tokens=0"),
