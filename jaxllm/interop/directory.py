@@ -198,7 +198,8 @@ def write(
     architecture = families.choose(arch)
     export = weights.export(params, architecture, arch)
     packed = write_packed.pack(export, families.find(architecture), packing, dtype, forced) if packing else None
-    made, notes = tokenizer_files.NOTHING, ()
+    made = tokenizer_files.NOTHING
+    notes: tuple[str, ...] = ()
     if tokenizer is not None and arch.head == "classify" and arch.family.kind == "decoder":
         tokenizer, notes = _with_padding(tokenizer)
     if tokenizer is not None and not any(name in carried for name in tokenizer_files.DEFINITIONS):

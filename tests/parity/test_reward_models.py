@@ -1,4 +1,4 @@
-"""Reward models with transformers' classes for one label: what is exported gives our rewards there, padded as its tokenizer pads, and back."""
+"""Reward models and transformers' classes with one label: an export gives our rewards there, padded as its tokenizer pads, and back."""
 
 from pathlib import Path
 from typing import Any
