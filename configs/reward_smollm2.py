@@ -24,7 +24,6 @@ def get_config() -> ConfigDict:
     config.lora.rank = 16
     config.lora.alpha = 32.0
     config.lora.also = "head/.*"
-    config.reward.centering = 0.01
     config.optimizer.learning_rate = 5e-4
     config.optimizer.b2 = 0.999
     config.optimizer.weight_decay = 0.0

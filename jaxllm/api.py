@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxllm import runs
+from jaxllm import models, runs
 from jaxllm.data.chat import encoding
 from jaxllm.data.documents import Message
 from jaxllm.decode import beam, masks, text
@@ -25,7 +25,8 @@ from jaxllm.decode import chat as conversations
 from jaxllm.decode import classes as labels
 from jaxllm.decode.reward_model import RewardModel
 from jaxllm.ops import sampling
-from jaxllm.types import Model, Params, Tokenizer
+from jaxllm.parallel.plan import Plan
+from jaxllm.types import Model, Params, Tokenizer, Unconstrained
 
 
 def load(
@@ -146,10 +147,22 @@ def reward(
 
     Only differences mean something: 1 / (1 + exp(r2 - r1)) is the probability that the first of two answers is the better one. ValueError
     for a model that gives no reward, and for an answer that does not fit into the context behind its prompt. For many prompts at once, and
-    on several devices, see `jaxllm.decode.reward_model.RewardModel`.
+    on several devices, see `reward_model`.
     """
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     each = [answers] if isinstance(answers, str) else list(answers)
     scorer = RewardModel(model, params, tokenizer)
     found = scorer([""] * len(each), each, {"messages": [asked] * len(each)})
     return found[0] if isinstance(answers, str) else found
+
+
+def reward_model(directory: str | Path, step: int | None = None, *, base: str | Path = "", plan: Plan | None = None) -> RewardModel:
+    """The reward model of a run, or of what else `load` opens, for many answers: reward_model(DIR)(prompts, answers) -> float32 [N].
+
+    plan: a mesh, each of whose devices then holds a copy of the parameters and scores a part of the rows.
+    """
+    run = runs.load(directory, step, base=base, for_decoding=True)
+    if plan is None:
+        return RewardModel(run.model, run.params, run.tokenizer)
+    model = models.build(run.config, Unconstrained("the compiler alone decides where the arrays of rewards lie"))
+    return RewardModel(model, jax.device_put(jax.device_get(run.params), plan.replicated), run.tokenizer, plan)

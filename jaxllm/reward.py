@@ -12,25 +12,21 @@ import json
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags, logging
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from jaxllm import api, command, models, runs
+from jaxllm import api, command
 from jaxllm.data import pack
 from jaxllm.data.chat.answers import Refused
 from jaxllm.data.documents import Message
 from jaxllm.data.sources import conversations, jsonl, preferences
 from jaxllm.decode.reward_model import RewardModel
 from jaxllm.engine import compilation
-from jaxllm.parallel.plan import Plan
-from jaxllm.types import Unconstrained
 
 BLOCK_ROWS = 1024
 WHY = "not_scored"
@@ -55,20 +51,11 @@ def main(arguments: list[str]) -> None:
             "  Give one of the two."
         )
     compilation.use_cache()
-    scorer = load(given.run, given.step, base=given.base)
+    scorer = api.reward_model(given.run, given.step, base=given.base)
     if given.data:
         write(scorer, given.data)
         return
     show(given.answer, scorer([given.prompt] * len(given.answer), given.answer), Console(soft_wrap=True))
-
-
-def load(directory: str | Path, step: int | None = None, *, base: str | Path = "", plan: Plan | None = None) -> RewardModel:
-    """The reward model of a run, or of what else `runs.load` opens. plan: of a mesh, each of whose devices then has a copy of it."""
-    run = runs.load(directory, step, base=base, for_decoding=True)
-    if plan is None:
-        return RewardModel(run.model, run.params, run.tokenizer)
-    model = models.build(run.config, Unconstrained("the compiler alone decides where the arrays of rewards lie"))
-    return RewardModel(model, jax.device_put(jax.device_get(run.params), plan.replicated), run.tokenizer, plan)
 
 
 def show(answers: Sequence[str], rewards: np.ndarray, console: Console) -> None:

@@ -14,7 +14,7 @@ HEALTHY: Mapping[str, str] = {
 }
 # The same of reward models.
 REWARDS: Mapping[str, str] = {
-    "loss": "-log of the probability that chosen is the better answer; begins near ln 2 = 0.6931, which is a guess, and falls",
+    "loss": "-log of the probability that chosen is the better answer; begins near ln 2 = 0.6931 (more with margins), and falls",
     "accuracy": "pairs whose chosen answer has the higher reward; begins near one half and rises; people agree on about 0.73",
     "margin": "chosen less rejected reward; begins near 0 and rises. Where it grows and the validation loss does too, the model overfits",
     "chosen_reward": "only differences are trained: the level of the rewards is free, unless reward.centering holds it near 0",

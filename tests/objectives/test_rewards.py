@@ -28,6 +28,7 @@ SIZES = {
     "model__classes": 1,
     "model__context_tokens": WIDTH,
     "chat__template": "chatml",
+    "reward__centering": 0.0,
 }
 MODELS = {
     "gpt": {"model__name": "gpt", "model__kv_heads": 0},
