@@ -5,7 +5,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Imported on first use, so that `import jaxllm` costs no more than its lightest use.
-_LAZY = dict.fromkeys(("load", "generate", "chat", "fill_mask", "classify"), "jaxllm.api")
+_LAZY = dict.fromkeys(("load", "generate", "chat", "fill_mask", "classify", "reward", "reward_model"), "jaxllm.api")
 
 
 def __getattr__(name: str) -> Any:

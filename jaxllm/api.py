@@ -5,6 +5,7 @@ logits = model.apply(params, inputs)                                      # int3
 text = jaxllm.generate(model, params, tokenizer, "The ", temperature=0.8)
 answer = jaxllm.chat(model, params, tokenizer, "Who are you?")            # of a model with a chat template
 guesses = jaxllm.fill_mask(model, params, tokenizer, "The [MASK] sat.")   # of a model of masked text
+rewards = jaxllm.reward(model, params, tokenizer, "Who are you?", ["A model.", "Guess."])   # of a reward model
 labels = jaxllm.classify(model, params, tokenizer, "Good, but long.")     # of a model with a head for classes
 """
 
@@ -14,15 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from jaxllm import runs
+from jaxllm import models, runs
 from jaxllm.data.chat import encoding
 from jaxllm.data.documents import Message
 from jaxllm.decode import beam, masks, text
 from jaxllm.decode import chat as conversations
 from jaxllm.decode import classes as labels
+from jaxllm.decode.reward_model import RewardModel
 from jaxllm.ops import sampling
-from jaxllm.types import Model, Params, Tokenizer
+from jaxllm.parallel.plan import Plan
+from jaxllm.types import Model, Params, Tokenizer, Unconstrained
 
 
 def load(
@@ -134,3 +138,31 @@ def classify(
     else:
         found = labels.of_texts(model, params, tokenizer, texts, seconds, names=classes, top_k=top_k)
     return found[0] if isinstance(text, str) else found
+
+
+def reward(
+    model: Model, params: Params, tokenizer: Tokenizer, prompt: str | Sequence[Message], answers: str | Sequence[str]
+) -> np.ndarray:
+    """float32, what a reward model thinks of the answer to the prompt, a question or a conversation; of a list of answers a number each.
+
+    Only differences mean something: 1 / (1 + exp(r2 - r1)) is the probability that the first of two answers is the better one. ValueError
+    for a model that gives no reward, and for an answer that does not fit into the context behind its prompt. For many prompts at once, and
+    on several devices, see `reward_model`.
+    """
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    each = [answers] if isinstance(answers, str) else list(answers)
+    scorer = RewardModel(model, params, tokenizer)
+    found = scorer([""] * len(each), each, {"messages": [asked] * len(each)})
+    return found[0] if isinstance(answers, str) else found
+
+
+def reward_model(directory: str | Path, step: int | None = None, *, base: str | Path = "", plan: Plan | None = None) -> RewardModel:
+    """The reward model of a run, or of what else `load` opens, for many answers: reward_model(DIR)(prompts, answers) -> float32 [N].
+
+    plan: a mesh, each of whose devices then holds a copy of the parameters and scores a part of the rows.
+    """
+    run = runs.load(directory, step, base=base, for_decoding=True)
+    if plan is None:
+        return RewardModel(run.model, run.params, run.tokenizer)
+    model = models.build(run.config, Unconstrained("the compiler alone decides where the arrays of rewards lie"))
+    return RewardModel(model, jax.device_put(jax.device_get(run.params), plan.replicated), run.tokenizer, plan)

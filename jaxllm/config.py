@@ -97,7 +97,12 @@ def with_vocabulary(config: ConfigDict, vocab_size: int) -> ConfigDict:
 
 
 def with_classes(config: ConfigDict, classes: int) -> ConfigDict:
-    """A copy, with this model.classes if that was left open (0); ValueError if it says another number. 0 classes: no labels."""
+    """A copy, with this model.classes if that was left open (0); ValueError if it says another number. 0 classes: no labels.
+
+    A reward is the one class of its model, whatever is given.
+    """
+    if config.train.objective == "reward":
+        classes = 1
     if classes and config.model.classes not in (0, classes):
         raise ValueError(
             f"model.classes = {config.model.classes}, but the training data has {classes} different labels.\n"

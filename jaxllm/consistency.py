@@ -16,7 +16,7 @@ MODELS = {
     "orpo": ("gpt", "llama"),
     "prefix_lm": ("gpt", "llama"),
     "masked_lm": ("bert",),
-    "reward": ("gpt", "llama"),
+    "reward": ("bert", "gpt", "llama"),
     "span_corruption": ("t5", "transformer"),
     "seq2seq": ("t5", "transformer"),
     "sequence_classification": ("bert", "gpt", "llama"),
@@ -95,6 +95,11 @@ def _check_objective(config: ConfigDict) -> None:
         raise ValueError(
             f"model.head = '{config.model.head}' does not fit train.objective = '{objective}'.\n  Accepted: {head}.\n"
             f"  Set model.head={head}, or another train.objective."
+        )
+    if objective == "reward" and config.model.classes not in (0, 1):
+        raise ValueError(
+            f"model.classes = {config.model.classes} with train.objective = 'reward': a reward is one number.\n  Accepted: 1, or 0, which"
+            " is the same here.\n  Leave out model.classes."
         )
 
 

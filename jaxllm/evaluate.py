@@ -16,7 +16,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -40,8 +40,7 @@ from jaxllm.engine import compilation, references
 from jaxllm.engine.checkpoint import Checkpoints
 from jaxllm.evals import answers, baseline, exact, metrics, perplexity, recall
 from jaxllm.interop import peft
-from jaxllm.report import units
-from jaxllm.report.healthy import HEALTHY
+from jaxllm.report import healthy, units
 from jaxllm.runs import Run
 from jaxllm.types import Batch
 
@@ -283,6 +282,8 @@ def show(row: dict[str, Any], console: Console) -> None:
     console.print(shown)
     if "classes" in row:
         console.print(_class_table(row["classes"]))
+    if "calibration" in row:
+        console.print(_calibration_table(row["calibration"]))
 
 
 def _lines(row: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -290,7 +291,7 @@ def _lines(row: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     if "perplexity" in row:
         yield from _token_lines(row)
     else:
-        told = [name for name in row if name in HEALTHY or name == "answer_tokens" or name.startswith("reward")]
+        told = [name for name in row if name in healthy.NAMES or name == "answer_tokens" or name.startswith("reward")]
         yield from ((name.replace("_", " "), f"{row[name]:.4f}") for name in told)
         yield from ((unit, f"{row[unit]:,}") for unit in ("pairs", "answers") if unit in row)
     yield "parameters on the device", units.size(row["parameter_bytes"])
@@ -310,6 +311,14 @@ def _token_lines(row: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     if row["bytes"] is not None:
         yield "bytes of text", f"{row['bytes']:,}"
     yield "documents", f"{row['documents']:,}"
+
+
+def _calibration_table(bins: Sequence[tuple[float, float, int]]) -> Table:
+    """How often the higher reward is the chosen answer's, by the probability that the rewards give to it."""
+    table = Table("probability", *(Column(name, justify="right") for name in ("is right", "pairs")))
+    for predicted, right, pairs in bins:
+        table.add_row(f"{predicted:.1%}", f"{right:.1%}", f"{pairs:,}")
+    return table
 
 
 def _class_table(found: Mapping[str, Mapping[str, int]]) -> Table:

@@ -24,6 +24,7 @@ TABLE: dict[str, dict[str, str]] = {
         "masked_lm": "jaxllm.objectives.tokens:make",
         "orpo": "jaxllm.objectives.preferences:make_pairs",
         "prefix_lm": "jaxllm.objectives.tokens:make",
+        "reward": "jaxllm.objectives.rewards:make",
         "seq2seq": "jaxllm.objectives.tokens:make",
         "sequence_classification": "jaxllm.objectives.tokens:make",
         "sft": "jaxllm.objectives.tokens:make",

@@ -225,6 +225,12 @@ SCHEMA: dict[str, Field] = {
     "preference.margin": Field(0.5, at_least(0), "simpo: by how much beta times the difference is to exceed 0"),
     "preference.desirable_weight": Field(1.0, at_least(0), "kto: of the loss of good answers"),
     "preference.undesirable_weight": Field(1.0, at_least(0), "kto: of the loss of bad answers"),
+    "reward.centering": Field(
+        0.01, at_least(0), "coefficient of the squared sum of a pair's rewards, which keeps them near 0; 0.01 is common"
+    ),
+    "reward.margin_factor": Field(
+        1.0, at_least(0), "times the margin of a pair in the data, by which its rewards are to differ; 0: no margin"
+    ),
     # How it is trained.
     "train.objective": Field("causal_lm", one_of(registry.names("objective")), "what is minimized"),
     "train.steps": Field(1000, at_least(1), "optimizer updates"),

@@ -221,6 +221,10 @@ def _prepare(config: ConfigDict, workdir: Workdir, rows: str | None, say: Callab
 def _next_command(config: ConfigDict, workdir: Workdir) -> str:
     """What to do with the trained model."""
     run = f"--run {shlex.quote(str(workdir.path))}"
+    if config.train.objective == "reward":
+        return (
+            f"python -m jaxllm.evaluate {run}, or\n  python -m jaxllm.reward {run} --prompt PROMPT --answer ANSWER --answer OTHER"
+        )
     if config.model.head != "lm":
         pair = " --pair TEXT" if config.data.pair_field else ""
         return f"python -m jaxllm.evaluate {run}, or\n  python -m jaxllm.classify {run} --text TEXT{pair}"

@@ -31,6 +31,8 @@ Params = dict[str, Any]
 #   branches: int32 [B, T], 0 for the trunk of a segment (a prompt without its last token), 1, 2, ... for what goes on from it: answers,
 #              each beginning with the last token of the prompt. A token sees its trunk and its own branch. Positions of a branch go on
 #              from the trunk's, so those of a segment do not ascend.
+#   margins: float32 [B, T], by how much the chosen answer of the token's segment is better (reward).
+#   pairs: int32 [B, T], where each answer of a pair is a segment of its own (reward, bert), counted as segments are.
 #   reference: float32 [B, T], log-probabilities of the targets by the model that training began with (engine/references.py).
 # None of these is ever derived from another one inside a model or an objective.
 Batch = Mapping[str, jax.Array]

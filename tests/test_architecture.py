@@ -40,6 +40,7 @@ LEVELS = (
         "quantize",
         "fill_mask",
         "classify",
+        "reward",
         "schedules",
         "hosts",
         "adapters",

@@ -181,6 +181,11 @@ def _check(model: Model, head: str, names: Sequence[str], top_k: int) -> None:
         raise ValueError(
             f"this model has {gives}, not {wanted}.\n  Accepted: model.head = '{head}'.\n  {change}, or use another model."
         )
+    if model.config.classes == 1:
+        raise ValueError(
+            "this model has one class, and so nothing to choose from: its head gives a number, as a reward model's does.\n  Accepted: two"
+            " classes or more.\n  Use python -m jaxllm.reward (jaxllm.reward in Python) for rewards of answers."
+        )
     if top_k < 1:
         raise ValueError(f"top_k = {top_k}.\n  Accepted: 1 or more.\n  Change top_k.")
     if names and len(names) != model.config.classes:

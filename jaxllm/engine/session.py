@@ -25,6 +25,8 @@ from jaxllm.types import Model, Params
 
 # Stands for a number of classes that only the data will tell.
 UNKNOWN_CLASSES = 2
+# What is added to each hidden state, or to each logit, at the end.
+SHIFTS = ("norm/bias", "head/bias")
 # What jax multiplies float32 matrices in where nobody says more.
 NARROWED = {"gpu": "TF32, with 10 bits of mantissa,", "tpu": "bfloat16, with 7 bits of mantissa,"}
 
@@ -54,12 +56,14 @@ class Session:
         """Name -> the update that must change this trained array, where it is not the first one; 0: none.
 
         A of an adapter has no gradient while B is 0, nor has B of an embedding's while A is; rows of new tokens in an embedding have
-        none where no batch has these tokens.
+        none where no batch has these tokens. What shifts all rewards alike has none where only their differences count.
         """
         names = adapt.adapters(self.model.axes)
         drawn = {name for name in names if name.endswith("/b" if name.startswith(f"{grown.EMBEDDING}/") else "/a")}
         late = dict.fromkeys(drawn, 2) if self.config.lora.init == "zero" else {}
-        return late | {name: 0 for name in names if name.endswith("/rows")}
+        differences = self.config.train.objective == "reward" and not self.config.reward.centering
+        free = dict.fromkeys(SHIFTS, 0) if differences else {}
+        return late | free | {name: 0 for name in names if name.endswith("/rows")}
 
     @property
     def weights(self) -> int:

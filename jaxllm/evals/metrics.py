@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxllm.evals import calibration
 from jaxllm.parallel import measure as on_mesh
 from jaxllm.parallel.region import Region
 from jaxllm.types import Batch, Metrics, Model, Objective, Params
@@ -14,11 +15,13 @@ Evaluate = Callable[[Params, Iterable[Batch]], dict[str, Any]]
 
 
 def make_eval(objective: Objective, model: Model, config: Any, unit: str, region: Region | None = None) -> Evaluate:
-    """evaluate(params, batches) -> the objective's metrics, each divided by its weight, and the weight of "loss" by the name `unit`.
+    """evaluate(params, batches) -> the objective's metrics, each divided by its weight, and the weight of "loss" by the name `unit`; of
+    rewards their calibration, too.
 
     A metric of which there is nothing to measure is left out. Sums first, divides once, in float64. Dropout is off. Compiled once a batch
     shape. Parameters and batches lie on one device, or on the mesh of the region. ValueError if there is nothing to evaluate.
     """
+    objective = calibration.added(objective)
 
     def alone(params: Params, batch: Batch) -> Metrics:
         return objective(params, batch, None)[1]
@@ -29,15 +32,15 @@ def make_eval(objective: Objective, model: Model, config: Any, unit: str, region
         sums: dict[str, np.ndarray] = {}
         for batch in batches:
             for name, mean in jax.device_get(measure(params, batch)).items():
-                sums[name] = sums.get(name, np.zeros(2)) + np.array(mean, np.float64)
+                sums[name] = sums.get(name, 0) + np.array(mean, np.float64)
         if not sums or not sums["loss"][1]:
             raise ValueError(
                 f"nothing to evaluate: the rows hold no {unit}.\n  Accepted: rows with one or more.\n  Give more data, or raise"
                 " data.validation_frac."
             )
-        row = {name: float(total / weight) for name, (total, weight) in sums.items() if weight}
+        row = {name: float(mean[0] / mean[1]) for name, mean in sums.items() if mean.ndim == 1 and mean[1]}
         if "margin" not in row and {"chosen_reward", "rejected_reward"} <= row.keys():
             row["margin"] = row["chosen_reward"] - row["rejected_reward"]
-        return row | {unit: int(sums["loss"][1])}
+        return row | calibration.told(sums) | {unit: int(sums["loss"][1])}
 
     return evaluate

@@ -1,5 +1,6 @@
 """Directories as transformers writes them: config.json, tensors, and files that travel along. Read into our terms, and written."""
 
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 from jaxllm import config as schema
 from jaxllm import models
 from jaxllm.data import tokenize
+from jaxllm.data.chat import encoding
 from jaxllm.data.tokenizers import file as tokenizer_file
 from jaxllm.interop import families, safetensors, tokenizer_files, weights
 from jaxllm.interop.family import Family, Settings
@@ -72,7 +74,9 @@ def read(path: str | Path, *, keep_codes: bool = False) -> Imported:
     config = schema.base()
     config.model.update(fields | {"head": head, "classes": given.classes() if head in ("classify", "tag") else 0})
     config.model.init_std = given.number("initializer_range", 0.0)
-    config.train.objective = OBJECTIVES.get(head) or LM_OBJECTIVES.get(config.model.name, "causal_lm")
+    # A head with one label gives a number: of what transformers can train like this, a reward is what can be measured here.
+    rewards = head == "classify" and config.model.classes == 1
+    config.train.objective = "reward" if rewards else OBJECTIVES.get(head) or LM_OBJECTIVES.get(config.model.name, "causal_lm")
     config.data.row_tokens = min(config.model.context_tokens, ROW_TOKENS)
     tensors = _tensors(path, given, family, config, architecture)
     if keep_codes and isinstance(tensors, Dense):
@@ -195,12 +199,15 @@ def write(
     export = weights.export(params, architecture, arch)
     packed = write_packed.pack(export, families.find(architecture), packing, dtype, forced) if packing else None
     made = tokenizer_files.NOTHING
+    notes: tuple[str, ...] = ()
+    if tokenizer is not None and arch.head == "classify" and arch.family.kind == "decoder":
+        tokenizer, notes = _with_padding(tokenizer)
     if tokenizer is not None and not any(name in carried for name in tokenizer_files.DEFINITIONS):
         made = tokenizer_files.make(tokenizer, arch.context_tokens, arch.family.kind)
     values = {"architectures": [architecture], **families.find(architecture).write(arch, architecture)}
     values |= _labels(arch, classes) | (_carried_keys(carried) if CONFIG in carried else _ids(arch, tokenizer))
     # Both spellings: the first is that of transformers 4.
-    notes = made.notes
+    notes += made.notes
     if arch.bidirectional_prompt:
         notes += ("transformers attends causally to a prompt, whose tokens see each other in prefix_lm",)
     values |= {"torch_dtype": dtype, "dtype": dtype}
@@ -244,6 +251,26 @@ def _ids(arch: Architecture, tokenizer: Tokenizer | None) -> dict[str, Any]:
     if arch.family.kind == "encoder_decoder":
         ids["decoder_start_token_id"] = tokenize.start_id(tokenizer)
     return ids
+
+
+def _with_padding(tokenizer: Tokenizer) -> tuple[Tokenizer, tuple[str, ...]]:
+    """The tokenizer, with another pad token if its own one ends a text, and a note on that.
+
+    A decoder's class stands at the token that ends a text; transformers looks for it at a row's last token that is not padding.
+    """
+    ends = set(tokenize.stop_ids(tokenizer))
+    if getattr(tokenizer, "template", None) is not None:
+        ends |= set(encoding.answer_stop_ids(tokenizer))
+    if tokenizer.pad_id not in ends:
+        return tokenizer, ()
+    others = sorted({*tokenize.special_ids(tokenizer), *getattr(tokenizer, "special_tokens", {}).values()} - ends)
+    if not others:
+        note = "the pad token ends a text, and transformers reads a class before it: give it rows without padding"
+        return tokenizer, (note,)
+    changed = copy.copy(tokenizer)
+    changed.pad_id = next((index for index in others if index != tokenizer.bos_id), others[0])
+    name = tokenize.names(tokenizer, [changed.pad_id]).get(changed.pad_id, str(changed.pad_id))
+    return changed, (f"{name!r} is the pad token: the tokenizer's own one ends a text, where transformers is to read the class",)
 
 
 def _carried_keys(carried: Mapping[str, bytes]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ TASKS = {
     "kto": (*COMPARED, "preference.desirable_weight", "preference.undesirable_weight"),
     "orpo": COMPARED,
     "simpo": (*COMPARED, "preference.margin"),
+    "reward": (*COMPARED[:-1], "reward.margin_factor"),
     "sft": ("data.target_field", "chat.format", "chat.template", "chat.train_on"),
     "sequence_classification": ("data.target_field", "data.pair_field"),
     "token_classification": ("data.target_field",),

@@ -139,6 +139,24 @@ def divergence(run: Run, theme: Theme) -> Figure | None:
     return _compared(run, theme, {"kl": "KL"}, "Divergence from the reference", "nats an answer")
 
 
+def calibration(run: Run, theme: Theme) -> Figure | None:
+    """Of the last evaluation: how often the higher reward is the chosen answer's, by the probability that the rewards give to it."""
+    bins = next((row["calibration"] for row in reversed(run.evals) if row.get("calibration")), None)
+    if bins is None:
+        return None
+    predicted, right, pairs = np.array(bins, np.float64).T
+    drawn = canvas.figure(theme, *SMALL)
+    axes = drawn.add_subplot()
+    canvas.dress(axes, theme, "Calibration", "probability by the rewards", "share that is right")
+    axes.plot([0.5, 1], [0.5, 1], color=theme.faint, linewidth=0.8)
+    canvas.line(axes, predicted, right, theme.lines[0])
+    # Their areas are the numbers of pairs.
+    axes.scatter(predicted, right, s=10 + 150 * pairs / pairs.max(), color=theme.lines[0], alpha=0.5, linewidth=0)
+    axes.set_xlim(0.5, 1.02)
+    axes.set_ylim(min(0.45, float(right.min()) - 0.05), 1.05)
+    return drawn
+
+
 # Name of the file and what a screen reader says, in the order of the page.
 PICTURES: dict[str, tuple[Draw, str]] = {
     "loss": (loss, "Training and validation loss against the step"),
@@ -151,6 +169,10 @@ PICTURES: dict[str, tuple[Draw, str]] = {
     "rewards": (rewards, "Rewards of chosen and rejected answers against the step"),
     "logps": (logps, "Log-probabilities of chosen and rejected answers against the step"),
     "divergence": (divergence, "Divergence of the model from its reference against the step"),
+    "calibration": (
+        calibration,
+        "Share of the pairs in which the higher reward is right against the probability that the rewards say",
+    ),
     "learning_rate": (learning_rate, "Learning rate against the step"),
     "gradient_norm": (gradient_norm, "Gradient norm against the step"),
     "tokens_per_sec": (speed, "Tokens per second against the step"),

@@ -1,4 +1,4 @@
-"""What the metrics of preferences (objectives/preferences.py) look like when all is well, for who sees them for the first time."""
+"""What the metrics of preferences (objectives/preferences.py, rewards.py) look like when all is well, for who is new to them."""
 
 from collections.abc import Mapping
 
@@ -12,3 +12,19 @@ HEALTHY: Mapping[str, str] = {
     "rejected_logp": "the same of rejected answers; falls faster",
     "kl": "how far the model is from its reference, in nats an answer; 0 at the beginning, rises slowly",
 }
+# The same of reward models.
+REWARDS: Mapping[str, str] = {
+    "loss": "-log of the probability that chosen is the better answer; begins near ln 2 = 0.6931 (more with margins), and falls",
+    "accuracy": "pairs whose chosen answer has the higher reward; begins near one half and rises; people agree on about 0.73",
+    "margin": "chosen less rejected reward; begins near 0 and rises. Where it grows and the validation loss does too, the model overfits",
+    "chosen_reward": "only differences are trained: the level of the rewards is free, unless reward.centering holds it near 0",
+    "rejected_reward": "below the chosen one",
+    "penalty": "reward.centering times the squared sum of a pair's rewards; near 0",
+    "calibration_error": "how far probabilities are from the shares of pairs that are right, on average; near 0; rises with overfitting",
+}
+NAMES = tuple({**HEALTHY, **REWARDS})
+
+
+def of(objective: str) -> Mapping[str, str]:
+    """A line for each metric of the objective."""
+    return REWARDS if objective == "reward" else HEALTHY

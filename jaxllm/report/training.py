@@ -11,8 +11,7 @@ from typing import Any
 
 from jaxllm import config as schema
 from jaxllm.consistency import ANSWERING
-from jaxllm.report import canvas, curves, html, runs
-from jaxllm.report.healthy import HEALTHY
+from jaxllm.report import canvas, curves, healthy, html, runs
 from jaxllm.report.html import Html
 from jaxllm.report.runs import Run, number
 from jaxllm.report.summary import Summary, describe_change, inner, sessions, summarize
@@ -99,6 +98,7 @@ def _numbers(summary: Summary) -> list[tuple[str, str, str]]:
         (shown(final.get("bits_per_byte"), ".3f"), "bits per byte", "any tokenizer"),
         (shown(final.get("accuracy"), ".1%") if "margin" in final else None, "accuracy", "of pairs, validation"),
         (shown(final.get("margin"), "+.3f"), "reward margin", "chosen less rejected, validation"),
+        (shown(final.get("calibration_error"), ".3f"), "calibration error", "of probabilities, validation"),
         (shown(final.get("forgetting"), "+.4f"), "forgetting", "nats a token, replay_source"),
         (shown(summary.train_loss, ".4f"), "training loss", "mean of the last rows"),
         (summary.tokens and count(summary.tokens), "tokens seen", ""),
@@ -152,15 +152,15 @@ def _reading(summary: Summary) -> Html:
 def _healthy(run: Run) -> Html:
     """What is measured of preferences: at the beginning, at the end, and what it looks like when all is well."""
     first, last = (run.evals[0], run.evals[-1]) if run.evals else ({}, {})
+    told = healthy.of(run.config["train.objective"])
 
     def cell(row: Mapping[str, Any], name: str) -> str:
         value = number(row.get(name))
         return "" if value is None else f"{value:.4f}"
 
-    present = [name for name in HEALTHY if any(number(row.get(name)) is not None for row in (*run.evals, *run.train[-1:]))]
+    present = [name for name in told if any(number(row.get(name)) is not None for row in (*run.evals, *run.train[-1:]))]
     rows = [
-        (name.replace("_", " "), cell(first, name), cell(last, name), html.tag("span", HEALTHY[name], css="faint"))
-        for name in present
+        (name.replace("_", " "), cell(first, name), cell(last, name), html.tag("span", told[name], css="faint")) for name in present
     ]
     steps = [f"step {row['step']:,}" if row else "" for row in (first, last)]
     return (
@@ -190,6 +190,8 @@ def _commands(run: Run) -> Html:
     use = ("Write text", f"{python} -m jaxllm.{command} --run {place} --prompt {shlex.quote(prompt)}")
     if run.config.get("model.head") in ("classify", "tag"):
         use = ("Classify a text", f"{python} -m jaxllm.classify --run {place} --text TEXT")
+    if run.config.get("train.objective") == "reward":
+        use = ("Compare answers", f"{python} -m jaxllm.reward --run {place} --prompt PROMPT --answer ANSWER --answer OTHER")
     score = ("Score a text", f"{python} -m jaxllm.evaluate --run {place} --data FILE")
     if runs.prefers(run):
         score = ("Measure it on the validation rows", f"{python} -m jaxllm.evaluate --run {place}")

@@ -32,10 +32,18 @@ def read(ids: Sequence[np.ndarray], prompt_tokens: int) -> dict[str, np.ndarray]
     return _side(tokens, [np.zeros_like(each) for each in tokens], [np.zeros(prompt_tokens, bool), *ends])
 
 
-def _side(tokens: Sequence[np.ndarray], targets: Sequence[np.ndarray], weights: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+def apart(ids: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """One segment without a trunk, of which the first token of each branch counts: the prompt stands in each branch again."""
+    return _side(ids, [np.zeros_like(each) for each in ids], [np.arange(len(each)) == 0 for each in ids], first_branch=1)
+
+
+def _side(
+    tokens: Sequence[np.ndarray], targets: Sequence[np.ndarray], weights: Sequence[np.ndarray], first_branch: int = 0
+) -> dict[str, np.ndarray]:
     arrays = {"tokens": tokens, "targets": targets, "weights": weights}
     side = {name: np.concatenate(parts).astype(np.int32) for name, parts in arrays.items()}
-    return side | {"branches": np.repeat(np.arange(len(tokens), dtype=np.int32), [len(part) for part in tokens])}
+    branches = np.arange(first_branch, first_branch + len(tokens), dtype=np.int32)
+    return side | {"branches": np.repeat(branches, [len(part) for part in tokens])}
 
 
 def positions(segments_BT: np.ndarray, branches_BT: np.ndarray) -> np.ndarray:

@@ -8,6 +8,9 @@ Stored, all [N, T]: tokens, targets, segments, branches and weights (1 if the ta
     pairs      branch 1 is the chosen answer, 2 the rejected one.
     scored     pairs for a reward model: the weight 1 stands at the last token of each branch, which is the one that ends the answer, and
                margins (float32, stored by its bits) holds by how much chosen is better at all tokens of the pair; 0 if nothing says it.
+               An encoder's tokens see those behind them, and branches would not keep the answers apart: there each branch is the prompt
+               with its answer, a segment of its own in a batch (pair k has the segments 2k - 1 and 2k, and k is in the array pairs), and
+               the weight 1 stands at its first token.
     labelled   branch 1 is the answer, and desirable is 1 at all tokens of a good one's segment, else 0. Branch 2 is the answer of another
                example, from which KTO estimates how far the model is from the reference (Ethayarajh et al. 2024, arXiv:2402.01306, section
                4.1, z_0): the one before it, as if they stood in a circle, which gives each answer to the next prompt. Where that has the
@@ -15,6 +18,7 @@ Stored, all [N, T]: tokens, targets, segments, branches and weights (1 if the ta
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,8 +29,9 @@ from jaxllm.data import fill, pack
 from jaxllm.data.chat import answers, templates
 from jaxllm.data.documents import Document
 from jaxllm.data.examples import forked, shown
-from jaxllm.data.examples.contract import Array, Examples, MakeBatch, Show, decoder_arrays, row_tokens
+from jaxllm.data.examples.contract import Array, Examples, MakeBatch, Show, count_positions, decoder_arrays, row_tokens
 from jaxllm.data.examples.left_out import LeftOut, Words
+from jaxllm.data.examples.sequence_classification import ENCODERS
 from jaxllm.data.shards import FLAG, Block, Column, Totals, smallest_dtype
 from jaxllm.data.tokenizers.added import Added
 
@@ -60,8 +65,12 @@ def make_pairs(config: ConfigDict) -> Examples:
 
 
 def make_scored(config: ConfigDict) -> Examples:
-    """Rows of pairs whose ends are scored."""
-    return _examples(config, "scored", {"margins": np.dtype(np.uint32)}, _scored, shown.scored)
+    """Rows of pairs whose answers are scored."""
+    margins = {"margins": np.dtype(np.uint32)}
+    if config.model.name not in ENCODERS:
+        return _examples(config, "scored", margins, _scored, shown.scored)
+    made = _examples(config, "scored_apart", margins, _scored_apart, shown.scored)
+    return replace(made, arrays={**made.arrays, "pairs": Array(row_tokens(config), np.int32)}, batch=_batch_apart)
 
 
 def make_labelled(config: ConfigDict) -> Examples:
@@ -76,8 +85,10 @@ MakeSides = Callable[[Iterable[Prompted], int], Iterator[dict[str, np.ndarray]]]
 def _examples(config: ConfigDict, rows_name: str, more: Mapping[str, np.dtype], make_sides: MakeSides, show: Show) -> Examples:
     width, context_tokens = row_tokens(config), config.model.context_tokens
     unit = "answers" if rows_name == "labelled" else "pairs"
-    # What a row needs besides a prompt and its answers: the prompt's last token in the trunk, or a first one of another answer.
-    spare = 0 if rows_name == "pairs" else 1
+
+    def places(found: Prompted) -> int:
+        """Of a row, for the example and what it needs besides: the prompt's last token in the trunk, or a first one of another answer."""
+        return sum(map(len, found.ids)) if rows_name == "scored_apart" else found.length + (rows_name != "pairs")
 
     def columns(vocab_size: int) -> dict[str, Column]:
         ids, segments = Column(width, smallest_dtype(vocab_size - 1)), Column(width, smallest_dtype(width))
@@ -91,7 +102,7 @@ def _examples(config: ConfigDict, rows_name: str, more: Mapping[str, np.dtype], 
     def rows(documents: Iterable[Document], tokenizer: "Tokenizer", labels: tuple[str, ...], totals: Totals) -> Iterator[Block]:
         del labels
         left_out = LeftOut(_words(unit), tokenizer, width, context_tokens, totals)
-        examples = _usable(documents, tokenizer, left_out, spare, LONG[unit])
+        examples = _usable(documents, tokenizer, left_out, places, LONG[unit])
         for block in fill.fill(_counted(make_sides(examples, width), totals), (width,), ("segments",), 0):
             padding = block["segments"] == 0
             yield block | {name: np.where(padding, tokenizer.pad_id, block[name]) for name in ("tokens", "targets")}
@@ -140,15 +151,17 @@ def _counted(sides: Iterable[dict[str, np.ndarray]], totals: Totals) -> Iterator
 
 
 def _usable(
-    documents: Iterable[Document], tokenizer: "Tokenizer", left_out: LeftOut, spare: int, too_long: str
+    documents: Iterable[Document], tokenizer: "Tokenizer", left_out: LeftOut, places: Callable[[Prompted], int], too_long: str
 ) -> Iterator[Prompted]:
-    """Those of the documents that a row has room for, and for `spare` more tokens. Checks in the end that they are not too few."""
-    encode, room, resplit = answers.make(tokenizer, "last"), left_out.width - spare, 0
+    """Those of the documents that a row has room for. Checks in the end that they are not too few."""
+    encode, resplit = answers.make(tokenizer, "last"), 0
     for document in documents:
         try:
             found = prompted(document, encode)
-            left_out.need(found.length + spare)
-            if found.length > room:
+            needs = places(found)
+            left_out.need(needs)
+            if needs > left_out.width:
+                room = left_out.width - (needs - found.length)
                 raise answers.Refused(LONG_PROMPT if found.prompt_tokens > room else too_long)
         except answers.Refused as error:
             left_out.add(document, str(error))
@@ -192,10 +205,18 @@ def _pairs(examples: Iterable[Prompted], width: int) -> Iterator[dict[str, np.nd
 def _scored(examples: Iterable[Prompted], width: int) -> Iterator[dict[str, np.ndarray]]:
     del width
     for found in examples:
-        side = forked.read(found.ids, found.prompt_tokens)
-        margin = np.array(found.document.score or 0, np.float32)
-        side["margins"] = np.full(len(side["tokens"]), margin.view(np.int32))
-        yield side
+        yield _with_margin(forked.read(found.ids, found.prompt_tokens), found.document)
+
+
+def _scored_apart(examples: Iterable[Prompted], width: int) -> Iterator[dict[str, np.ndarray]]:
+    del width
+    for found in examples:
+        yield _with_margin(forked.apart(found.ids), found.document)
+
+
+def _with_margin(side: dict[str, np.ndarray], document: Document) -> dict[str, np.ndarray]:
+    margin = np.array(document.score or 0, np.float32)
+    return side | {"margins": np.full(len(side["tokens"]), margin.view(np.int32))}
 
 
 def _labelled(examples: Iterable[Prompted], width: int) -> Iterator[dict[str, np.ndarray]]:
@@ -244,5 +265,18 @@ def _batch(more: tuple[str, ...], tokenizer: "Tokenizer") -> MakeBatch:
             batch["margins"] = stored["margins"].view(np.float32)
         positions = forked.positions(stored["segments"], stored["branches"])
         return batch | {"positions": positions, "weights": stored["weights"].astype(np.float32)}
+
+    return make_batch
+
+
+def _batch_apart(tokenizer: "Tokenizer") -> MakeBatch:
+    """Each answer with its prompt is a segment."""
+    make = _batch(("margins",), tokenizer)
+
+    def make_batch(stored: Mapping[str, np.ndarray], rows: np.ndarray, seed: int, step: int) -> dict[str, np.ndarray]:
+        batch = make(stored, rows, seed, step)
+        pairs = batch["segments"].astype(np.int32)
+        segments = np.where(pairs > 0, 2 * pairs - (batch["branches"] == 1), 0)
+        return batch | {"pairs": pairs, "segments": segments, "positions": count_positions(segments)}
 
     return make_batch

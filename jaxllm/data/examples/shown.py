@@ -120,12 +120,14 @@ def labelled(row: Row, tokenizer: "Tokenizer", labels: tuple[str, ...]) -> Itera
 
 
 def scored(row: Row, tokenizer: "Tokenizer", labels: tuple[str, ...]) -> Iterator[Shown]:
-    """Each prompt, its chosen and its rejected answer, and the tokens at which they are scored."""
+    """Each prompt, its chosen and its rejected answer, and where they are scored; of an encoder each answer with its prompt."""
     del labels
-    for number, place in spans(row["segments"]):
+    for number, place in spans(row.get("pairs", row["segments"])):
         tokens, counts, branches = (row[name][place] for name in ("tokens", "weights", "branches"))
         margin = row["margins"][place][0]
         for branch, name in enumerate(("prompt", *PAIR)):
+            if not (branches == branch).any():
+                continue
             ids, flags = tokens[branches == branch].tolist(), (counts[branches == branch] > 0).tolist()
             better = f", better by {margin:g}" if margin and name == PAIR[0] else ""
             yield Shown(f"pair {number}, {name}, {len(ids)} tokens{better}", _pieces(ids, tokenizer, flags))

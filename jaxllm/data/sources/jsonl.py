@@ -20,20 +20,22 @@ def read(location: str, config: ConfigDict) -> Iterator[Document]:
     A file that starts with `[` is one array: it is read whole and its origins are `file[index]`.
     """
     wanted = fields.of(config)
+    for row, origin in objects(location):
+        yield fields.document(row, wanted, origin)
+
+
+def objects(location: str) -> Iterator[tuple[Any, str]]:
+    """(what a line, or an element of the array, holds; its origin) of the file; ValueError where it is not JSON."""
     # Closed here and not by the garbage collector, which an error would leave it to.
     with closing(text.lines(location)) as lines:
         filled = (line for line in lines if line.text.strip())
         for index, line in enumerate(filled):
             if index == 0 and line.text.lstrip().startswith("["):
                 whole = line.text + "".join(rest.text for rest in lines)
-                yield from _array(_parse(whole, location, line.number), location, wanted)
+                rows = _parse(whole, location, line.number)
+                yield from ((row, f"{location}[{index}]") for index, row in enumerate(rows))
                 return
-            yield fields.document(_parse(line.text.rstrip("\n"), location, line.number), wanted, f"{location}:{line.number}")
-
-
-def _array(rows: list[Any], location: str, wanted: fields.Fields) -> Iterator[Document]:
-    for index, row in enumerate(rows):
-        yield fields.document(row, wanted, f"{location}[{index}]")
+            yield _parse(line.text.rstrip("\n"), location, line.number), f"{location}:{line.number}"
 
 
 def _parse(text: str, location: str, first_line: int) -> Any:

@@ -309,6 +309,30 @@ def test_pairs_that_just_fit() -> None:
             packed(config_of(objective, width=needed - 1), pair)
 
 
+def test_an_encoder_reads_each_answer_with_its_prompt_in_a_segment_of_its_own() -> None:
+    a, b, c, d, e, line = *b"abcde", 10
+    documents = [judged("a", "bc", "d", score=1.5), judged("b", "e", "c")]
+    config = config_of("reward", "plain", 24, model__name="bert", model__head="classify")
+    batch, totals = packed(config, documents)
+    expected = {
+        #          with chosen             with rejected       with chosen        with rejected
+        "tokens": [BOS, a, line, b, c, EOS, BOS, a, line, d, EOS, BOS, b, line, e, EOS, BOS, b, line, c, EOS, PAD, PAD, PAD],
+        "segments": [1] * 6 + [2] * 5 + [3] * 5 + [4] * 5 + [0] * 3,
+        "pairs": [1] * 11 + [2] * 10 + [0] * 3,
+        "branches": [1] * 6 + [2] * 5 + [1] * 5 + [2] * 5 + [0] * 3,
+        "positions": [*range(6), *range(5), *range(5), *range(5), *range(3)],
+        "weights": [1, 0, 0, 0, 0, 0] + [1, 0, 0, 0, 0] * 3 + [0] * 3,
+        "margins": [1.5] * 11 + [0] * 13,
+    }
+    for name, row in expected.items():
+        np.testing.assert_array_equal(batch[name], [row], err_msg=name)
+    assert totals.tokens == 21 and totals.weighted_tokens == 4
+    parts = list(shown.scored({name: array[0] for name, array in batch.items()}, tokenize.make(config, list), ()))
+    assert parts[0] == ("pair 1, chosen, 6 tokens, better by 1.5", [("<s>", True), ("a\nbc</s>", False)]) and len(parts) == 5
+    with pytest.raises(ValueError, match="the longest pair needs rows of 11 tokens"):
+        packed(config_of("reward", "plain", 10, model__name="bert", model__head="classify"), documents[:1])
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     rows = [
