@@ -35,20 +35,20 @@ def loss(rewards: torch.Tensor, margin: torch.Tensor | None, centering: float | 
     return {"margins": margin is not None, "centering": centering or 0.0, "loss": value.item(), **measured, **halves}
 
 
-def main() -> None:
+def make() -> dict[str, Any]:
+    """What rewards.json holds."""
     generator = torch.Generator().manual_seed(0)
     # Rounded to float32, as they are read.
     rewards = (torch.randn(2 * PAIRS, generator=generator) * 3).double()
     margin = (torch.rand(PAIRS, generator=generator) * 3).double()
-    found = {
+    return {
         "trl": "1.16",
         "chosen": rewards[:PAIRS].tolist(),
         "rejected": rewards[PAIRS:].tolist(),
         "margin": margin.tolist(),
         "cases": [loss(rewards, m, c) for m in (None, margin) for c in (None, 0.01, 0.3)],
     }
-    (Path(__file__).parent / "rewards.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    (Path(__file__).parent / "rewards.json").write_text(json.dumps(make(), indent=1) + "\n", encoding="utf-8")
