@@ -25,8 +25,9 @@ from jaxllm import beginning as beginnings
 from jaxllm import command, dry_run
 from jaxllm.beginning import Beginning
 from jaxllm.config import flatten, with_classes, with_vocabulary
-from jaxllm.consistency import ANSWERING
+from jaxllm.consistency import ANSWERING, rows_of
 from jaxllm.data import loader, mixture
+from jaxllm.data.examples.contract import MakeBatch
 from jaxllm.data.prepare import Prepared, place, prepare
 from jaxllm.decode import samples
 from jaxllm.engine import compilation, evaluation, hang, hooks, references, trackers
@@ -139,8 +140,9 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
         check_space(workdir.checkpoints, _bytes_to_come(session, checkpoints))
     watchdog.beside("restoring or creating the state", 0)
     if newest is None:
+        referred = beginnings.ask_teacher(session, prepared, watchdog, say)
         state = beginning.create(session, say)
-        referred = beginnings.refer(session, prepared, state, watchdog, say)
+        referred = referred or beginnings.refer(session, prepared, state, watchdog, say)
     else:
         referred = beginnings.refer_again(session, prepared, checkpoints, newest, watchdog, say)
         state = beginning.restore(session, checkpoints, newest, say)
@@ -226,7 +228,7 @@ def _next_command(config: ConfigDict, workdir: Workdir) -> str:
         return f"python -m jaxllm.evaluate {run}, or\n  python -m jaxllm.classify {run} --text TEXT{pair}"
     if config.train.objective == "masked_lm":
         return f'python -m jaxllm.fill_mask {run} --text "The [MASK]."'
-    if config.train.objective in ANSWERING:
+    if rows_of(config) in ANSWERING:
         return f"python -m jaxllm.generate --chat {run}"
     prompt = config.sample.prompts[0] if config.sample.prompts else ""
     return f"python -m jaxllm.generate {run} --prompt {shlex.quote(prompt)}"
@@ -280,9 +282,11 @@ def _train(
         progress = stack.enter_context(Progress(total, start, console))
         tracker = trackers.open_all(config, workdir.path, start, progress.message) if processes.is_first() else trackers.Trackers()
         stack.callback(tracker.close)
-        batches = prepared.batches(config, session.plan.arrange)
-        batches = batches._replace(make_batch=references.joined(referred, "train", batches.make_batch))
-        source = stack.enter_context(loader.make(batches, session.plan.batch_sharding()))
+
+        def arrange(make_batch: MakeBatch) -> MakeBatch:
+            return session.plan.arrange(references.joined(referred, "train", make_batch))
+
+        source = stack.enter_context(loader.make(prepared.batches(config, arrange), session.plan.batch_sharding()))
 
         def write(row: Mapping[str, Any]) -> None:
             tracker.write(row)

@@ -32,6 +32,8 @@ Params = dict[str, Any]
 #              each beginning with the last token of the prompt. A token sees its trunk and its own branch. Positions of a branch go on
 #              from the trunk's, so those of a segment do not ascend.
 #   reference: float32 [B, T], log-probabilities of the targets by the model that training began with (engine/references.py).
+#   teacher_ids: int32 [B, T K], for each target the K tokens that a teacher finds likeliest there; teacher: float32 [B, T (K + 1)], its
+#              log-probabilities of these and of all others together.
 # None of these is ever derived from another one inside a model or an objective.
 Batch = Mapping[str, jax.Array]
 
