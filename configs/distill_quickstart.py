@@ -21,7 +21,6 @@ def get_config() -> ConfigDict:
     config.data.source = "python_docs"
     config.train.objective = "distill"
     config.distill.teacher = "runs/quickstart"
-    config.distill.hard_frac = 0.1
     config.train.steps = 600
     config.train.batch_seqs = 16
     config.optimizer.learning_rate = 4e-3

@@ -223,7 +223,11 @@ SCHEMA: dict[str, Field] = {
     "distill.kl": Field("forward", one_of(("forward", "reverse")), "divergence: KL(teacher, student), or KL(student, teacher)"),
     "distill.top_k": Field(32, at_least(1), "tokens of the teacher that are kept for each target; all others count as one"),
     "distill.temperature": Field(1.0, above(0), "of both models; the divergence is multiplied by its square"),
-    "distill.hard_frac": Field(0.0, between(0, 1), "share of the ordinary cross-entropy in the loss"),
+    "distill.hard_frac": Field(
+        0.1,
+        between(0, 1),
+        "share of the ordinary cross-entropy in the loss: it alone tells the tokens apart that are not among top_k",
+    ),
     # How it is trained.
     "train.objective": Field("causal_lm", one_of(registry.names("objective")), "what is minimized"),
     "train.steps": Field(1000, at_least(1), "optimizer updates"),
