@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm import start
+from jaxllm import start, teacher
+from jaxllm.consistency import DISTILL, REFERRED
 from jaxllm.data.prepare import Prepared
 from jaxllm.engine import references
 from jaxllm.engine.checkpoint import Checkpoints
@@ -110,33 +111,49 @@ def _without_frozen(state: TrainState) -> TrainState:
     return dataclasses.replace(state, frozen=nothing)
 
 
+def ask_teacher(session: Session, prepared: Prepared, watchdog: Watchdog, say: Say) -> References | None:
+    """What the teacher says of the targets, where there is one. It is in memory meanwhile, and need not share that with a state."""
+    if session.config.train.objective != DISTILL:
+        return None
+    watchdog.beside("scoring with the teacher", 0)
+    scorer, params = teacher.load(session, prepared.tokenizer, say)
+    return references.make(scorer, prepared, params, watchdog, say)
+
+
 def refer(session: Session, prepared: Prepared, first: TrainState, watchdog: Watchdog, say: Say) -> References | None:
     """What the first state says of the targets, where the objective needs it."""
-    if not references.needed(session.config):
+    if session.config.train.objective not in REFERRED:
         return None
     watchdog.beside("scoring with the reference", 0)
-    scorer = Scorer(session.model, session.config, session.plan, session.region, session.eval_seqs)
+    title = "the model that training begins with"
+    scorer = Scorer(session.model, session.config, session.plan, session.region, session.eval_seqs, title, "train.start")
     return references.make(scorer, prepared, full_params(first), watchdog, say)
 
 
 def refer_again(
     session: Session, prepared: Prepared, checkpoints: Checkpoints, step: int, watchdog: Watchdog, say: Say
 ) -> References | None:
-    """The same for a run that goes on from a checkpoint: what it began with, from the first state if the files are not there as they were.
+    """The same for a run that goes on from a checkpoint: what it began with, made again if the files are not there as they were.
 
-    ValueError if the first state is no longer what it was.
+    ValueError if the first state or the teacher is no longer what it was.
     """
     if not references.needed(session.config):
         return None
     key = str(checkpoints.record(step).meta[references.NAME])
     if references.are_there(prepared, key):
         return references.read(prepared, key)
-    say(f"the reference log-probabilities in '{prepared.directory}' are not there as they were: they are made from the first state")
-    made = refer(session, prepared, Beginning().create(session, say), watchdog, say)
+    taught = session.config.train.objective == DISTILL
+    source = "by the teacher" if taught else "from the first state"
+    say(f"the reference log-probabilities in '{prepared.directory}' are not there as they were: they are made {source}")
+    if taught:
+        made = ask_teacher(session, prepared, watchdog, say)
+    else:
+        made = refer(session, prepared, Beginning().create(session, say), watchdog, say)
     if made is not None and made.key != key:
+        field, path = ("distill.teacher", session.config.distill.teacher) if taught else ("train.start", session.config.train.start)
         raise ValueError(
-            f"the model that this run began with is no longer the one in train.start = '{session.config.train.start}', or is computed"
-            f" otherwise: its reference has the key {made.key}.\n  Accepted: {key}. Put back what train.start was, or"
+            f"the model that this run began with is no longer the one in {field} = '{path}', or is computed"
+            f" otherwise: its reference has the key {made.key}.\n  Accepted: {key}. Put back what {field} was, or"
             f" '{prepared.directory / references.FOLDER / key}', or begin a new run in another --workdir."
         )
     return made

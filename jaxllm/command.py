@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.text import Text
 
-from jaxllm import start
+from jaxllm import start, teacher
 from jaxllm.config import SCHEMA, check, check_fields, load, unknown_key, wrong_type
 from jaxllm.data.folder import FULL
 
@@ -49,8 +49,11 @@ def experiment() -> tuple[ConfigDict, Path]:
 
 
 def resolved(config: ConfigDict, workdir: Path, asked: Collection[str]) -> ConfigDict:
-    """The config of a run in `workdir`, with what the model that it begins with says, and checked. asked: see `start.resolve`."""
-    config = start.resolve(config, workdir, asked)
+    """The config of a run in `workdir`, with what the models say that it begins with and learns from, and checked.
+
+    asked: see `start.resolve`.
+    """
+    config = teacher.resolve(start.resolve(config, workdir, asked), workdir, asked)
     check(config)
     return config
 

@@ -11,6 +11,7 @@ LOADED = ("file", "gguf")
 # The models that each objective can train.
 MODELS = {
     "causal_lm": ("gpt", "llama"),
+    "distill": ("gpt", "llama"),
     "dpo": ("gpt", "llama"),
     "kto": ("gpt", "llama"),
     "orpo": ("gpt", "llama"),
@@ -33,10 +34,18 @@ PREFERENCES = ("dpo", "kto", "orpo", "reward", "simpo")
 REFERRED = ("dpo", "kto")
 # Objectives that learn from answers which the model writes itself.
 ON_POLICY = ("grpo",)
+# The objective that learns from a teacher, from rows of another one.
+DISTILL = "distill"
 # Objectives of models that answer.
 ANSWERING = ("sft", "dpo", "kto", "orpo", "simpo", *ON_POLICY)
 # Objectives whose documents are more than a text.
 PAIRED = ("seq2seq", "sft", *PREFERENCES, *ON_POLICY, "sequence_classification", "token_classification")
+
+
+def rows_of(config: ConfigDict) -> str:
+    """The objective whose rows are trained on: its own, but for distillation."""
+    objective: str = config.train.objective
+    return config.distill.rows if objective == DISTILL else objective
 
 
 def check(config: ConfigDict) -> None:
@@ -46,6 +55,7 @@ def check(config: ConfigDict) -> None:
     _check_data(config)
     _check_losses(config)
     _check_preferences(config)
+    _check_distill(config)
     _check_optimizer(config)
     _check_adapters(config)
     _check_codes(config)
@@ -191,11 +201,8 @@ def _check_data(config: ConfigDict) -> None:
             "  Accepted: the path of a tokenizer.model, tokenizer.json or GGUF file."
             "\n  Set tokenizer.path."
         )
-    if (
-        config.train.objective in ("sft", *PREFERENCES, *ON_POLICY)
-        and config.chat.template == "tokenizer"
-        and config.tokenizer.kind not in LOADED
-    ):
+    talks = rows_of(config) in ("sft", *PREFERENCES, *ON_POLICY)
+    if talks and config.chat.template == "tokenizer" and config.tokenizer.kind not in LOADED:
         raise ValueError(
             f"chat.template = 'tokenizer' with tokenizer.kind = '{config.tokenizer.kind}', which is made here and has no chat template.\n"
             "  Accepted: alpaca, chatml, llama3 or plain; tokenizer for a tokenizer.path that has one.\n  Set chat.template=chatml."
@@ -215,7 +222,7 @@ def _check_data(config: ConfigDict) -> None:
             "  Accepted: a share above 0, or another source. Set one of them."
         )
     _check_replay(config)
-    if config.data.split_by == "characters" and config.train.objective in PAIRED and not config.data.validation_source:
+    if config.data.split_by == "characters" and rows_of(config) in PAIRED and not config.data.validation_source:
         raise ValueError(
             f"data.split_by = 'characters' cuts a text, which train.objective = '{config.train.objective}' cannot do with its documents.\n"
             "  Accepted: documents.\n  Set data.split_by=documents, or data.validation_source."
@@ -277,6 +284,30 @@ def _check_preferences(config: ConfigDict) -> None:
         raise ValueError(
             f"parallel.seq = {config.parallel.seq} with train.objective = '{objective}', whose rows are not cut.\n  Accepted: 1.\n"
             "  Set parallel.seq=1, and parallel.fsdp or parallel.tensor for more devices."
+        )
+
+
+def _check_distill(config: ConfigDict) -> None:
+    """A teacher is named where there is something to learn from it, and what is learnt from it is all that is added to the loss."""
+    teacher, objective = config.distill.teacher, config.train.objective
+    if bool(teacher) != (objective == DISTILL):
+        raise ValueError(
+            f"distill.teacher = '{teacher}' with train.objective = '{objective}'.\n"
+            "  Accepted: a run, a directory of transformers or a GGUF file with distill; '' with other objectives.\n"
+            f"  {'Leave out distill.teacher, or set train.objective=distill' if teacher else 'Set distill.teacher'}."
+        )
+    if objective != DISTILL:
+        return
+    added = [name for name in ("z_loss", "label_smoothing") if config.train[name]]
+    if added:
+        raise ValueError(
+            f"train.{added[0]} = {config.train[added[0]]:g} with train.objective = 'distill', whose targets are smooth already.\n"
+            f"  Accepted: 0.\n  Leave out train.{added[0]}."
+        )
+    if config.data.replay_source:
+        raise ValueError(
+            f"data.replay_source = '{config.data.replay_source}' with train.objective = 'distill': a teacher reads the rows of data.source"
+            " alone.\n  Accepted: none.\n  Leave out data.replay_source and data.replay_frac, and add its text to data.source."
         )
 
 

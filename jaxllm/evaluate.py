@@ -7,8 +7,9 @@ Without --data: the run's own validation rows, or those of another split: train,
 which are evaluated as the run did it: beside conversations as plain text. SOURCE is anything that data.source may be; it is cleaned and
 encoded as the run's own data was. Beside loss and accuracy stands the unigram baseline: every target guessed by its frequency in the run's
 training data. There are also bits per byte (causal_lm), the share of exact sequences (seq2seq) and the recall of each class
-(classification). A run that prefers answers is measured by its objective: loss, rewards, their margin and accuracy. Every result is added
-to DIR/evaluations.jsonl. DIR may also be a directory of transformers, or a GGUF file: then --data is needed, and nothing is written.
+(classification). A run that prefers answers is measured by its objective: loss, rewards, their margin and accuracy; one that learns from a
+teacher also by how far it is from it. Every result is added to DIR/evaluations.jsonl. DIR may also be a directory of transformers, or a
+GGUF file: then --data is needed, and nothing is written.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from rich.text import Text
 
 from jaxllm import command, registry, runs
 from jaxllm import config as schema
-from jaxllm.consistency import ON_POLICY, PREFERENCES, REFERRED
+from jaxllm.consistency import DISTILL, ON_POLICY, PREFERENCES, REFERRED
 from jaxllm.data import examples, folder, foreign, loader, prepare, shards
 from jaxllm.data.examples import prompts
 from jaxllm.data.examples.contract import MakeBatch
@@ -130,7 +131,7 @@ def evaluate_split(run: Run, split: str, max_seqs: int = MOST_SEQS) -> dict[str,
         return _compare(run, rows, what, _reference(run, prepared, split))
     if run.config.train.objective in ON_POLICY:
         return _answer(run, rows, what, max_seqs)
-    return _measure(run, rows, train, what, max_seqs)
+    return _measure(run, rows, train, what, max_seqs, _taught(run, prepared, split))
 
 
 def evaluate_source(run: Run, source: str, max_seqs: int = MOST_SEQS) -> dict[str, Any]:
@@ -172,12 +173,15 @@ def _train_rows(run: Run) -> shards.Shards | None:
     return rows if rows.fingerprint == _fingerprint(run, "train") else None
 
 
-def _measure(run: Run, rows: shards.Shards, train: shards.Shards | None, data: str, max_seqs: int) -> dict[str, Any]:
-    """The result of an objective that predicts tokens or classes."""
+def _measure(
+    run: Run, rows: shards.Shards, train: shards.Shards | None, data: str, max_seqs: int, taught: MakeBatch | None = None
+) -> dict[str, Any]:
+    """The result of an objective that predicts tokens or classes. taught: what makes batches with what a teacher says of the rows."""
     began = time.perf_counter()
     make_batch = examples.make(run.config).batch(run.tokenizer)
     sweep = partial(_sweep, run, rows, make_batch)
-    row = perplexity.make_eval(run.model, run.config)(run.params, sweep(), rows.bytes_per_token)
+    measure = perplexity.make_eval(run.model, run.config, with_reference=taught is not None)
+    row = measure(run.params, _sweep(run, rows, taught or make_batch), rows.bytes_per_token)
     beside = {**_baseline(run, train, rows, make_batch), **_beside(run, sweep, max_seqs)}
     return _told(run, rows, data, perplexity.metric_name(run.config, run.tokenizer, rows.row_tokens), {**row, **beside}, began)
 
@@ -232,6 +236,18 @@ def _reference(run: Run, prepared: prepare.Prepared, split: str) -> MakeBatch:
         return make_batch
     key = Checkpoints(run.workdir.checkpoints).record(run.step).meta[references.NAME]
     return references.read(prepared, key).join(split, make_batch)
+
+
+def _taught(run: Run, prepared: prepare.Prepared, split: str) -> MakeBatch | None:
+    """What makes batches of the rows of a split with what the teacher of the run says of them; None without a teacher, and if what it says
+    is no longer there, which the student's own numbers do not need."""
+    if run.config.train.objective != DISTILL:
+        return None
+    key = Checkpoints(run.workdir.checkpoints).record(run.step).meta.get(references.NAME)
+    if key is None or not references.are_there(prepared, key):
+        logging.warning("what the teacher says of the rows is not in %s: its divergence is not measured", prepared.directory)
+        return None
+    return references.read(prepared, key).join(split, prepared.make_batch(run.config))
 
 
 def _baseline(run: Run, train: shards.Shards | None, rows: shards.Shards, make_batch: MakeBatch) -> dict[str, float]:
@@ -303,6 +319,8 @@ def _token_lines(row: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     yield row["metric"].partition(" (")[0], f"{row['perplexity']:.3f}", *score
     yield f"loss (nats a {what})", f"{row['loss']:.4f}", *((f"{row['baseline_loss']:.4f}",) if base else ())
     yield f"likeliest {what} is right", f"{row['accuracy']:.2%}", *((f"{row['baseline_accuracy']:.2%}",) if base else ())
+    if "kl" in row:
+        yield "KL of the teacher (nats a token)", f"{row['kl']:.4f}"
     if row["bits_per_byte"] is not None:
         yield "bits per byte of text", f"{row['bits_per_byte']:.4f}"
     if "exact" in row:

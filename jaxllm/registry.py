@@ -19,6 +19,7 @@ TABLE: dict[str, dict[str, str]] = {
     # One loss for most of these: they differ in the batches, which the line of the same name under "examples" makes.
     "objective": {
         "causal_lm": "jaxllm.objectives.tokens:make",
+        "distill": "jaxllm.objectives.distill:make",
         "dpo": "jaxllm.objectives.preferences:make_pairs",
         "kto": "jaxllm.objectives.preferences:make_labelled",
         "masked_lm": "jaxllm.objectives.tokens:make",
@@ -35,6 +36,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "examples": {
         "causal_lm": "jaxllm.data.examples.causal_lm:make",
+        "distill": "jaxllm.data.examples.distill:make",
         "dpo": "jaxllm.data.examples.preferences:make_pairs",
         "kto": "jaxllm.data.examples.preferences:make_labelled",
         "masked_lm": "jaxllm.data.examples.masked_lm:make",

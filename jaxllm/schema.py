@@ -231,6 +231,18 @@ SCHEMA: dict[str, Field] = {
     "reward.margin_factor": Field(
         1.0, at_least(0), "times the margin of a pair in the data, by which its rewards are to differ; 0: no margin"
     ),
+    "distill.teacher": Field(
+        "", TEXT, "of train.objective=distill: a run, a directory of transformers or a GGUF file, with the tokenizer of the student"
+    ),
+    "distill.rows": Field("causal_lm", one_of(("causal_lm", "sft")), "what is learnt on: text, or the answers of conversations"),
+    "distill.kl": Field("forward", one_of(("forward", "reverse")), "divergence: KL(teacher, student), or KL(student, teacher)"),
+    "distill.top_k": Field(32, at_least(1), "tokens of the teacher that are kept for each target; all others count as one"),
+    "distill.temperature": Field(1.0, above(0), "of both models; the divergence is multiplied by its square"),
+    "distill.hard_frac": Field(
+        0.1,
+        between(0, 1),
+        "share of the ordinary cross-entropy in the loss: it alone tells the tokens apart that are not among top_k",
+    ),
     # How it is trained.
     "train.objective": Field("causal_lm", one_of(registry.names("objective")), "what is minimized"),
     "train.steps": Field(1000, at_least(1), "optimizer updates"),

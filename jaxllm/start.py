@@ -74,6 +74,13 @@ class Start:
     title: str
     imported: Imported | None = None
 
+    @property
+    def tokenizer_fields(self) -> tuple[str, str]:
+        """tokenizer.kind and tokenizer.path that load its tokenizer; "" each if it has none."""
+        if self.tokenizer is None:
+            return "", ""
+        return "gguf" if self.files.is_file() else "file", str(self.files.absolute())
+
 
 def open_start(path: str, transforms: Sequence[str] = ()) -> Start:
     """The model at `path`, its weights still on disk; ValueError if there is none, and for an adapter that does not fit its base.
@@ -130,18 +137,16 @@ def resolve(config: ConfigDict, workdir: Path, asked: Collection[str] = ()) -> C
     if Checkpoints(begun.checkpoints).steps() and begun.config.is_file():
         stored = schema.load(begun.config)
         if stored.train.start == config.train.start:
-            config = _with_architecture(config, stored.model, stored.model.start_rows, str(begun.config), asked)
-            config = _with_tokenizer(config, stored.tokenizer.kind, stored.tokenizer.path, asked)
-            return _with_codes(config, stored)
+            config = with_architecture(config, stored.model, stored.model.start_rows, str(begun.config), asked)
+            config = with_tokenizer(config, (stored.tokenizer.kind, stored.tokenizer.path), asked)
+            return with_codes(config, stored)
     found = open_start(config.train.start, config.train.transforms)
-    config = _with_architecture(config, found.config.model, found.config.model.vocab_size, config.train.start, asked)
-    kind, path = "gguf" if found.files.is_file() else "file", str(found.files.absolute())
-    if found.tokenizer is None:
-        kind = path = ""
-    return _with_tokenizer(_with_codes(config, found.config), kind, path, asked)
+    config = with_architecture(config, found.config.model, found.config.model.vocab_size, config.train.start, asked)
+    return with_tokenizer(with_codes(config, found.config), found.tokenizer_fields, asked)
 
 
-def _with_architecture(config: ConfigDict, model: ConfigDict, rows: int, where: str, asked: Collection[str]) -> ConfigDict:
+def with_architecture(config: ConfigDict, model: ConfigDict, rows: int, where: str, asked: Collection[str]) -> ConfigDict:
+    """A copy with the fields of `model`, that of `where`, which has so many rows in its embedding; ValueError for contradictions."""
     config = config.copy_and_resolve_references()
     contradictions = []
     for name, value in model.items():
@@ -166,7 +171,7 @@ def _with_architecture(config: ConfigDict, model: ConfigDict, rows: int, where: 
     return config
 
 
-def _with_codes(config: ConfigDict, start: ConfigDict) -> ConfigDict:
+def with_codes(config: ConfigDict, start: ConfigDict) -> ConfigDict:
     """With the frozen form of the start's kernels, which are taken over as they are; ValueError for another one.
 
     A start with adapters is dense: they are folded into what they stand beside.
@@ -194,9 +199,13 @@ def _with_codes(config: ConfigDict, start: ConfigDict) -> ConfigDict:
     return config
 
 
-def _with_tokenizer(config: ConfigDict, kind: str, path: str, asked: Collection[str]) -> ConfigDict:
-    """The config with the tokenizer of the model, if it has one ("": none) and no file is given."""
-    given = config.tokenizer
+def with_tokenizer(config: ConfigDict, fields: tuple[str, str], asked: Collection[str], setting: str = "train.start") -> ConfigDict:
+    """The config with the tokenizer of the model that `setting` names, if it has one and no file is given.
+
+    fields: its `Start.tokenizer_fields`.
+    """
+    given, (kind, path), (section, _, name) = config.tokenizer, fields, setting.partition(".")
+    model = f"{setting} = '{config[section][name]}'"
     if given.kind in LOADED:
         return config
     wrong = f"tokenizer.path = '{given.path}' and no tokenizer.kind" if given.path else ""
@@ -204,13 +213,13 @@ def _with_tokenizer(config: ConfigDict, kind: str, path: str, asked: Collection[
         wrong = f"tokenizer.kind = '{given.kind}'"
     if wrong:
         raise ValueError(
-            f"{wrong} with train.start = '{config.train.start}', whose embeddings belong to its tokenizer's ids.\n"
+            f"{wrong} with {model}, whose embeddings belong to its tokenizer's ids.\n"
             "  Accepted: neither, which takes that tokenizer; file, with a tokenizer.path that has the same ids.\n"
             "  Leave out tokenizer.kind and tokenizer.path, or set both."
         )
     if not kind:
         raise ValueError(
-            f"train.start = '{config.train.start}' has no tokenizer.\n  Accepted: a model with its tokenizer files;"
+            f"{model} has no tokenizer.\n  Accepted: a model with its tokenizer files;"
             " tokenizer.kind = 'file' and tokenizer.path.\n  Fetch them, or set tokenizer.path."
         )
     given.kind, given.path = kind, path

@@ -25,7 +25,7 @@ from jaxllm import beginning as beginnings
 from jaxllm import command, dry_run
 from jaxllm.beginning import Beginning
 from jaxllm.config import flatten, with_classes, with_vocabulary
-from jaxllm.consistency import ANSWERING
+from jaxllm.consistency import ANSWERING, rows_of
 from jaxllm.data import mixture
 from jaxllm.data.prepare import Prepared, place, prepare
 from jaxllm.decode import samples
@@ -139,8 +139,9 @@ def _run(config: ConfigDict, workdir: Workdir, console: Console, watchdog: Watch
         check_space(workdir.checkpoints, _bytes_to_come(session, checkpoints))
     watchdog.beside("restoring or creating the state", 0)
     if newest is None:
+        referred = beginnings.ask_teacher(session, prepared, watchdog, say)
         state = beginning.create(session, say)
-        referred = beginnings.refer(session, prepared, state, watchdog, say)
+        referred = referred or beginnings.refer(session, prepared, state, watchdog, say)
     else:
         referred = beginnings.refer_again(session, prepared, checkpoints, newest, watchdog, say)
         state = beginning.restore(session, checkpoints, newest, say)
@@ -230,7 +231,7 @@ def _next_command(config: ConfigDict, workdir: Workdir) -> str:
         return f"python -m jaxllm.evaluate {run}, or\n  python -m jaxllm.classify {run} --text TEXT{pair}"
     if config.train.objective == "masked_lm":
         return f'python -m jaxllm.fill_mask {run} --text "The [MASK]."'
-    if config.train.objective in ANSWERING:
+    if rows_of(config) in ANSWERING:
         return f"python -m jaxllm.generate --chat {run}"
     prompt = config.sample.prompts[0] if config.sample.prompts else ""
     return f"python -m jaxllm.generate {run} --prompt {shlex.quote(prompt)}"

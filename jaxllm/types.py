@@ -34,6 +34,8 @@ Params = dict[str, Any]
 #   margins: float32 [B, T], by how much the chosen answer of the token's segment is better (reward).
 #   pairs: int32 [B, T], where each answer of a pair is a segment of its own (reward, bert), counted as segments are.
 #   reference: float32 [B, T], log-probabilities of the targets by the model that training began with (engine/references.py).
+#   teacher_ids: int32 [B, T K], for each target the K tokens that a teacher finds likeliest there; teacher: float32 [B, T (K + 1)], its
+#              log-probabilities of these and of all others together.
 # None of these is ever derived from another one inside a model or an objective.
 Batch = Mapping[str, jax.Array]
 

@@ -25,6 +25,7 @@ LEVELS = (
         "command",
         "runs",
         "start",
+        "teacher",
         "beginning",
         "series",
         "logits",

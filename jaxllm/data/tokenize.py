@@ -155,6 +155,14 @@ def _restore(saved: files.Saved) -> "Tokenizer":
     return made
 
 
+def table_fingerprint(tokenizer: "Tokenizer", size: int) -> str:
+    """Hexadecimal SHA-256 of what the first `size` ids stand for. Tokenizers that differ in the token that ends a text, in their chat
+    template or in the file that they come from have the same one, if all ids are the same tokens."""
+    special = names(tokenizer, range(size))
+    spelled = [special[index] if index in special else tokenizer.decode([index]) for index in range(size)]
+    return hashlib.sha256(json.dumps(spelled).encode()).hexdigest()
+
+
 def fingerprint(tokenizer: "Tokenizer") -> str:
     """Hexadecimal SHA-256 of everything that decides the ids of a text: equal tokenizers, equal fingerprints."""
     digest = hashlib.sha256()

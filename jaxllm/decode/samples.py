@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from jaxllm import models
-from jaxllm.consistency import ANSWERING
+from jaxllm.consistency import ANSWERING, rows_of
 from jaxllm.data.chat import encoding
 from jaxllm.decode import generate as generation
 from jaxllm.decode import masks, network, text
@@ -32,7 +32,7 @@ def make(config: ConfigDict, tokenizer: Tokenizer, say: Callable[[str], None]) -
     # Without the plan's layout of activations: a few prompts do not divide over the mesh, so the compiler follows the weights.
     model = models.build(config, Unconstrained("the compiler alone decides where the arrays of a sample lie"))
     try:
-        answers = config.train.objective in ANSWERING
+        answers = rows_of(config) in ANSWERING
         make_sampler = _make_filler if model.decode is None else _make_talker if answers else _make_writer
         return make_sampler(config, model, tokenizer, say)
     except ValueError as error:

@@ -36,8 +36,9 @@ def make(
         with_reference = references.joined(referred, "validation", prepared.make_batch(config))
         return lambda state: compare(eval_params(state), sweep(shards, with_reference))
 
-    measure = perplexity.make_eval(session.model, config, session.region)
     make_batch = prepared.make_batch(config)
+    with_reference = references.joined(referred, "validation", make_batch)
+    measure = perplexity.make_eval(session.model, config, session.region, with_reference=referred is not None)
 
     outcomes = config.model.vocab_size if config.model.head == "lm" else config.model.classes
     guess = baseline.measure(prepared.train, shards, make_batch, outcomes, config.eval.max_seqs)
@@ -47,7 +48,7 @@ def make(
 
     def evaluate(state: TrainState) -> Row:
         params = eval_params(state)
-        row = measure(params, sweep(shards, make_batch), shards.bytes_per_token)
+        row = measure(params, sweep(shards, with_reference), shards.bytes_per_token)
         row |= {"baseline_loss": guess.loss, "baseline_accuracy": guess.accuracy}
         if replayed is None:
             return row

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from jaxllm import registry
 from jaxllm.data import loader
+from jaxllm.data.examples.contract import MakeBatch
 from jaxllm.data.prepare import Prepared
 from jaxllm.engine import evaluation, references
 from jaxllm.engine.hooks import Row
@@ -70,7 +71,9 @@ def from_shards(setting: Setting, state: TrainState, tell: Tell) -> Feed:
     """Rows of the prepared data, read ahead."""
     del state, tell
     session, prepared, referred = setting.session, setting.prepared, setting.referred
-    batches = prepared.batches(session.config, session.plan.arrange)
-    batches = batches._replace(make_batch=references.joined(referred, "train", batches.make_batch))
-    source = loader.make(batches, session.plan.batch_sharding())
+
+    def arrange(make_batch: MakeBatch) -> MakeBatch:
+        return session.plan.arrange(references.joined(referred, "train", make_batch))
+
+    source = loader.make(prepared.batches(session.config, arrange), session.plan.batch_sharding())
     return Feed(source, (), evaluation.make(session, prepared, setting.watchdog, referred), session.first_moves, source.close)

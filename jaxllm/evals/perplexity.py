@@ -16,24 +16,30 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from jaxllm.consistency import rows_of
 from jaxllm.data import tokenize
-from jaxllm.objectives import tokens
+from jaxllm.objectives import distill, tokens
 from jaxllm.parallel import measure as on_mesh
 from jaxllm.parallel.region import Region
-from jaxllm.types import Batch, Metrics, Model, Params, Tokenizer
+from jaxllm.types import Batch, Metrics, Model, Objective, Params, Tokenizer
 
 Evaluate = Callable[[Params, Iterable[Batch], float], dict[str, Any]]
 
 
-def make_eval(model: Model, config: ConfigDict, region: Region | None = None) -> Evaluate:
+# What the objective of distillation measures beside the model itself (objectives/distill.py).
+TAUGHT = ("kl", "covered")
+
+
+def make_eval(model: Model, config: ConfigDict, region: Region | None = None, with_reference: bool = False) -> Evaluate:
     """evaluate(params, batches, bytes_per_token) -> {"loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "bytes"}.
 
     `bytes_per_token`: UTF-8 bytes that a weighted target of these batches stands for (`Shards.bytes_per_token`). "tokens" are
-    the weighted targets, "bytes" the text that they spell; it and "bits_per_byte" are None unless the objective is causal_lm. Sums
+    the weighted targets, "bytes" the text that they spell; it and "bits_per_byte" are None unless the rows are those of causal_lm. Sums
     first, divides once: the size of a batch does not matter. Dropout is off. Compiled once a batch shape. Parameters and batches lie
-    on one device, or on the mesh of the region.
+    on one device, or on the mesh of the region. with_reference: batches have what a teacher says of them, and there are those of TAUGHT.
     """
-    objective = tokens.make(model, config)
+    objective: Objective = distill.make(model, config) if with_reference else tokens.make(model, config)
+    names = ("loss", "accuracy", *(TAUGHT if with_reference else ()))
 
     def alone(params: Params, batch: Batch) -> Metrics:
         return objective(params, batch, None)[1]
@@ -41,23 +47,24 @@ def make_eval(model: Model, config: ConfigDict, region: Region | None = None) ->
     measure = jax.jit(alone if region is None else on_mesh.make(objective, model, config, region))
 
     def evaluate(params: Params, batches: Iterable[Batch], bytes_per_token: float) -> dict[str, Any]:
-        nll = correct = weight = 0.0
-        waiting = None
+        sums, waiting = dict.fromkeys((*names, "weight"), 0.0), None
         for batch in batches:
             # Read the sums of the batch before while this one is computed; float64 on the host.
             waiting, ready = measure(params, batch), waiting
             if ready is not None:
-                nll, correct, weight = _add((nll, correct, weight), ready)
+                sums = _add(sums, ready)
         if waiting is not None:
-            nll, correct, weight = _add((nll, correct, weight), waiting)
-        return _row(nll, correct, weight, bytes_per_token if config.train.objective == "causal_lm" else 0.0)
+            sums = _add(sums, waiting)
+        row = _row(sums["loss"], sums["accuracy"], sums["weight"], bytes_per_token if rows_of(config) == "causal_lm" else 0.0)
+        return row | {name: sums[name] / sums["weight"] for name in names[2:]}
 
     return evaluate
 
 
-def _add(sums: tuple[float, float, float], metrics: Metrics) -> tuple[float, float, float]:
-    loss, accuracy = jax.device_get((metrics["loss"], metrics["accuracy"]))
-    return sums[0] + float(loss.total), sums[1] + float(accuracy.total), sums[2] + float(loss.weight)
+def _add(sums: dict[str, float], metrics: Metrics) -> dict[str, float]:
+    found = jax.device_get(metrics)
+    more = {name: found["loss"].weight if name == "weight" else found[name].total for name in sums}
+    return {name: so_far + float(more[name]) for name, so_far in sums.items()}
 
 
 def _row(nll: float, correct: float, weight: float, bytes_per_token: float) -> dict[str, Any]:
@@ -100,12 +107,12 @@ _SCORES = {
 
 def score_name(config: ConfigDict) -> str:
     """What the perplexity is of, in short."""
-    return _SCORES[config.train.objective]
+    return _SCORES[rows_of(config)]
 
 
 def _conditions(config: ConfigDict, tokenizer: Tokenizer, row_tokens: int) -> list[str]:
     """What decides how hard the predictions are, besides the text and the tokenizer."""
-    data, objective = config.data, config.train.objective
+    data, objective = config.data, rows_of(config)
     window = f"window {row_tokens}, stride {row_tokens}"
     if objective == "causal_lm":
         start = "BOS at document start" if tokenizer.bos_id is not None else "no BOS"

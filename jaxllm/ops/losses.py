@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxllm.ops import vocabulary
+
 
 class Totals(NamedTuple):
     """Float32 sums over tokens, each times its weight; minimize nll + penalty. `correct` has no gradient."""
@@ -83,7 +85,7 @@ def cross_entropy(
 
 def _plain(inputs: _Inputs, how: _How) -> Totals:
     hidden_ND, kernel_VD, bias_V, targets_N, weights_N = inputs
-    logits_NV = _logits(hidden_ND, kernel_VD, bias_V)
+    logits_NV = vocabulary.logits(hidden_ND, kernel_VD, bias_V)
     log_z_N = jax.nn.logsumexp(logits_NV, axis=-1)
     nll_N = log_z_N - jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1, mode="clip")[:, 0]
     penalty_N = how.z_loss * log_z_N**2
@@ -92,11 +94,6 @@ def _plain(inputs: _Inputs, how: _How) -> Totals:
     nll_N = _refuse(nll_N, targets_N, weights_N, kernel_VD.shape[0])
     correct = jax.lax.stop_gradient(jnp.sum(weights_N * (jnp.argmax(logits_NV, axis=-1) == targets_N)))
     return Totals(jnp.sum(weights_N * nll_N), jnp.sum(weights_N * penalty_N), correct)
-
-
-def _logits(hidden_ND: jax.Array, kernel_VD: jax.Array, bias_V: jax.Array | None) -> jax.Array:
-    logits_NV = jnp.einsum("nd,vd->nv", hidden_ND, kernel_VD.astype(hidden_ND.dtype), preferred_element_type=jnp.float32)
-    return logits_NV if bias_V is None else logits_NV + bias_V.astype(jnp.float32)
 
 
 def _refuse(nll_N: jax.Array, targets_N: jax.Array, weights_N: jax.Array, vocab_size: int) -> jax.Array:
@@ -137,7 +134,7 @@ _chunked.defvjp(_forward, _backward)
 def _scan(inputs: _Inputs, how: _How, cotangents: tuple | None) -> _Pass:
     """One pass over the chunks. `cotangents` (of nll and penalty) asks for the gradients."""
     hidden_ND, kernel_VD, bias_V, targets_N, weights_N = inputs
-    cut, join = partial(_cut, how.chunk_tokens), partial(_join, hidden_ND.shape[0])
+    cut, join = partial(vocabulary.cut, how.chunk_tokens), partial(vocabulary.join, hidden_ND.shape[0])
 
     def body(carry: tuple, chunk: tuple) -> tuple[tuple, tuple]:
         totals, sums = carry
@@ -149,7 +146,7 @@ def _scan(inputs: _Inputs, how: _How, cotangents: tuple | None) -> _Pass:
         dkernel_VD, dbias_V = sums
         if bias_V is not None:
             dbias_V += dlogits_CV.sum(0)
-        dhidden_CD, more_VD = _through(dlogits_CV, hidden_CD, kernel_VD)
+        dhidden_CD, more_VD = vocabulary.through(dlogits_CV, hidden_CD, kernel_VD)
         return (totals, (dkernel_VD + more_VD, dbias_V)), (*losses[:2], dhidden_CD)
 
     zero = jnp.zeros((), jnp.float32)
@@ -160,32 +157,10 @@ def _scan(inputs: _Inputs, how: _How, cotangents: tuple | None) -> _Pass:
     return _Pass(totals, join(nll), join(penalty), gradients)
 
 
-def _through(dlogits_CV: jax.Array, hidden_CD: jax.Array, kernel_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(dhidden_CD, what the chunk adds to dkernel_VD), float32, by products in the dtype of hidden_CD."""
-    dlogits_CV = dlogits_CV.astype(hidden_CD.dtype)
-    dhidden_CD = jnp.einsum("cv,vd->cd", dlogits_CV, kernel_VD.astype(dlogits_CV.dtype), preferred_element_type=jnp.float32)
-    return dhidden_CD, jnp.einsum("cv,cd->vd", dlogits_CV, hidden_CD, preferred_element_type=jnp.float32)
-
-
-def _cut(chunk_tokens: int, x_N: jax.Array) -> jax.Array:
-    """[chunks, C, ...] of [N, ...], the last tokens padded with 0."""
-    tokens = x_N.shape[0]
-    chunks = max(1, -(-tokens // chunk_tokens))
-    rows = -(-tokens // chunks)
-    # A chunk is every chunks-th token and not a run of tokens: where the compiler has spread them over devices each keeps its share.
-    padded = jnp.pad(x_N, [(0, rows * chunks - tokens)] + [(0, 0)] * (x_N.ndim - 1))
-    return padded.reshape(rows, chunks, *x_N.shape[1:]).swapaxes(0, 1)
-
-
-def _join(tokens: int, x_chunks: jax.Array) -> jax.Array:
-    """The inverse of `_cut`."""
-    return x_chunks.swapaxes(0, 1).reshape(-1, *x_chunks.shape[2:])[:tokens]
-
-
 def _chunk(inputs: _Inputs, how: _How, cotangents: tuple | None) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """(nll_C, penalty_C, correct_C, dlogits_CV). Only reductions over V, no gather: V may be spread over devices."""
     hidden_CD, kernel_VD, bias_V, targets_C, weights_C = inputs
-    logits_CV = _logits(hidden_CD, kernel_VD, bias_V)
+    logits_CV = vocabulary.logits(hidden_CD, kernel_VD, bias_V)
     ids_V = jnp.arange(logits_CV.shape[-1])
     is_target_CV = ids_V == targets_C[:, None]
     top_C1 = logits_CV.max(-1, keepdims=True)
@@ -233,7 +208,7 @@ def log_probs(
     inputs = _Scored(hidden_ND, kernel_VD, bias_V, targets_N)
     if chunk_tokens:
         return _score_chunks(inputs, chunk_tokens)
-    return _score(_logits(hidden_ND, kernel_VD, bias_V), targets_N)[0]
+    return _score(vocabulary.logits(hidden_ND, kernel_VD, bias_V), targets_N)[0]
 
 
 def _score(logits_CV: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -255,10 +230,10 @@ def _score_forward(inputs: _Scored, chunk_tokens: int) -> tuple[jax.Array, tuple
 
     def body(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         hidden_CD, targets_C = chunk
-        return None, _score(_logits(hidden_CD, kernel_VD, bias_V), targets_C)
+        return None, _score(vocabulary.logits(hidden_CD, kernel_VD, bias_V), targets_C)
 
-    _, found = jax.lax.scan(body, None, (_cut(chunk_tokens, hidden_ND), _cut(chunk_tokens, targets_N)))
-    log_p_N, log_z_N = (_join(hidden_ND.shape[0], x) for x in found)
+    _, found = jax.lax.scan(body, None, (vocabulary.cut(chunk_tokens, hidden_ND), vocabulary.cut(chunk_tokens, targets_N)))
+    log_p_N, log_z_N = (vocabulary.join(hidden_ND.shape[0], x) for x in found)
     return log_p_N, (inputs, log_z_N)
 
 
@@ -268,18 +243,18 @@ def _score_backward(chunk_tokens: int, residuals: tuple[_Scored, jax.Array], dlo
     def body(sums: tuple, chunk: tuple) -> tuple[tuple, jax.Array]:
         dkernel_VD, dbias_V = sums
         hidden_CD, targets_C, log_z_C, dlog_p_C = chunk
-        p_CV = jnp.exp(_logits(hidden_CD, kernel_VD, bias_V) - log_z_C[:, None])
+        p_CV = jnp.exp(vocabulary.logits(hidden_CD, kernel_VD, bias_V) - log_z_C[:, None])
         # d log p[target] = 1[target] - p.
         is_target_CV = jnp.arange(kernel_VD.shape[0]) == targets_C[:, None]
         dlogits_CV = dlog_p_C[:, None] * (is_target_CV - p_CV)
         dbias_V = None if dbias_V is None else dbias_V + dlogits_CV.sum(0)
-        dhidden_CD, more_VD = _through(dlogits_CV, hidden_CD, kernel_VD)
+        dhidden_CD, more_VD = vocabulary.through(dlogits_CV, hidden_CD, kernel_VD)
         return (dkernel_VD + more_VD, dbias_V), dhidden_CD
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (kernel_VD, bias_V))
-    chunked = [_cut(chunk_tokens, x) for x in (hidden_ND, targets_N, log_z_N, dlog_p_N)]
+    chunked = [vocabulary.cut(chunk_tokens, x) for x in (hidden_ND, targets_N, log_z_N, dlog_p_N)]
     (dkernel_VD, dbias_V), dhidden = jax.lax.scan(body, zeros, tuple(chunked))
-    gradients = _join(hidden_ND.shape[0], dhidden), dkernel_VD, dbias_V
+    gradients = vocabulary.join(hidden_ND.shape[0], dhidden), dkernel_VD, dbias_V
     dhidden_ND, dkernel_VD, dbias_V = jax.tree.map(lambda x, like: x.astype(like.dtype), gradients, residuals[0][:3])
     return (_Scored(dhidden_ND, dkernel_VD, dbias_V, None),)
 

@@ -218,7 +218,7 @@ def _differences(found: Sequence[Run]) -> list[tuple[str, list[Any]]]:
 
 def _task(run: Run) -> str:
     """What is predicted, in words: equal for runs whose losses compare."""
-    objective = run.config.get("train.objective", "unknown")
+    objective = runs.learns_from(run) or "unknown"
     fields = {key.partition(".")[2]: run.config.get(key) for key in TASKS.get(objective, ())}
     return objective + (f" ({', '.join(f'{name} {value}' for name, value in fields.items())})" if fields else "")
 

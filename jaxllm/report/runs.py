@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.config import flatten
-from jaxllm.consistency import PREFERENCES
+from jaxllm.consistency import DISTILL, PREFERENCES
 
 Row = Mapping[str, Any]
 
@@ -71,6 +71,12 @@ def read(directory: str | Path) -> Run:
 def prefers(run: Run) -> bool:
     """Whether the run was trained on preferences, whose metrics are those of report/healthy.py."""
     return run.config.get("train.objective") in PREFERENCES
+
+
+def learns_from(run: Run) -> str | None:
+    """The objective whose rows the run was trained on."""
+    objective: str | None = run.config.get("train.objective")
+    return run.config.get("distill.rows") if objective == DISTILL else objective
 
 
 def loss_unit(shown: Sequence[Run]) -> str:

@@ -186,7 +186,7 @@ def _commands(run: Run) -> Html:
     config = shlex.quote(str(run.directory / runs.CONFIG))
     prompts = run.config.get("sample.prompts")
     prompt = prompts[0] if isinstance(prompts, list) and prompts and isinstance(prompts[0], str) else "The "
-    command = "generate --chat" if run.config.get("train.objective") in ANSWERING else "generate"
+    command = "generate --chat" if runs.learns_from(run) in ANSWERING else "generate"
     use = ("Write text", f"{python} -m jaxllm.{command} --run {place} --prompt {shlex.quote(prompt)}")
     if run.config.get("model.head") in ("classify", "tag"):
         use = ("Classify a text", f"{python} -m jaxllm.classify --run {place} --text TEXT")
