@@ -19,6 +19,7 @@ def config_of(**changes: Any) -> Any:
 # objective -> (its models, its head)
 FITTING = {
     "causal_lm": ("gpt llama", "lm"),
+    "distill": ("gpt llama", "lm"),
     "prefix_lm": ("gpt llama", "lm"),
     "masked_lm": ("bert", "lm"),
     "span_corruption": ("t5 transformer", "lm"),
@@ -34,6 +35,7 @@ def test_each_objective_takes_its_models_and_head(objective: str) -> None:
     fitting, head = FITTING[objective]
     for model in registry.names("model"):
         config = config_of(train__objective=objective, model__name=model, model__head=head, chat__template="chatml")
+        config.distill.teacher = "a model" if objective == "distill" else ""
         if model in fitting.split():
             schema.check(config)
         else:
