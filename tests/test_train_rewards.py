@@ -13,7 +13,7 @@ from rich.console import Console
 
 import jaxllm
 from jaxllm import config as schema
-from jaxllm import evaluate, runs, start, train
+from jaxllm import convert, evaluate, runs, start, train
 from jaxllm.engine.workdir import open_workdir
 from jaxllm.report.training import write_report
 
@@ -117,6 +117,14 @@ def test_evaluation_is_that_of_the_run_and_shows_bins(finished: Finished, source
         assert text in output.getvalue()
 
 
+def test_an_export_is_evaluated_as_the_run_is(finished: Finished, source: Path, tmp_path: Path) -> None:
+    """Opened as a model of transformers with one label."""
+    assert convert.convert(finished[0], tmp_path / "hf", "hf", None, Console(file=io.StringIO()), checked=True) == 0
+    both = [evaluate.evaluate_source(runs.load(path), str(source)) for path in (finished[0], tmp_path / "hf")]
+    for name in ("accuracy", "margin", "calibration_error", "pairs"):
+        assert both[1][name] == pytest.approx(both[0][name], rel=1e-5), name
+
+
 def test_scores_of_the_run_rank_as_the_rule_does(finished: Finished) -> None:
     scorer, rng = jaxllm.reward_model(finished[0]), np.random.default_rng(9)
     answers = [words(rng, red) for red in range(10)]
@@ -149,15 +157,14 @@ def test_a_margin_in_the_data_makes_the_rewards_differ_more(finished: Finished, 
 
 @pytest.mark.parametrize("transforms", [("lora",), ("nf4", "lora")], ids="+".join)
 def test_adapters_and_a_new_head_learn_it_beside_a_model_of_text(source: Path, tmp_path: Path, transforms: tuple[str, ...]) -> None:
-    beginning = write_run(tmp_path / "beginning", model__name="llama", model__layers=1, model__init_std=0.005)
+    beginning = write_run(tmp_path / "beginning", model__name="llama", model__layers=1, model__width=64, model__init_std=0.005)
     config = make_config(
         source,
         train__start=str(beginning),
         train__transforms=transforms,
         lora__rank=16,
-        lora__also="head/.*",
-        train__steps=80,
-        lora__lr_ratio=4.0,
+        lora__also="(head|embed)/.*",
+        train__steps=60,
         **{key: schema.SCHEMA[key.replace("__", ".")].default for key in ARCHITECTURE},
     )
     rows, said = run(config, tmp_path / "run")

@@ -39,13 +39,14 @@ def _cleaned(config: ConfigDict, source: str, classes: tuple[str, ...], setting:
     config = config.copy_and_resolve_references()
     config.data.max_documents = 0
     cleaner, dropped, left = clean.make(config), Counter[str](), most_characters
-    cuts = most_characters and examples.make(config).reads == "text"
+    reads = examples.make(config).reads
+    cuts, named = most_characters and reads == "text", bool(classes) and reads in ("label", "labels")
     for document in documents.open(source, config, setting=setting):
         cleaned = cleaner(document)
         if isinstance(cleaned, clean.Dropped):
             dropped[cleaned.reason] += 1
             continue
-        if classes:
+        if named:
             labels.check_known(labels.of(cleaned), classes, cleaned.origin)
         yield cleaned._replace(text=cleaned.text[:left]) if cuts else cleaned
         left -= len(cleaned.text)
