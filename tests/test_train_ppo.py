@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from jaxllm import config as schema
-from jaxllm import convert, runs, train
+from jaxllm import convert, runs, start, train
 from jaxllm.engine.workdir import open_workdir
 from jaxllm.objectives import policy_losses
 
@@ -97,6 +97,7 @@ def test_the_coefficient_follows_the_divergence(finished: Path) -> None:
     trained = rows(finished, "train")
     assert trained[0]["drift"] == pytest.approx(0, abs=1e-6) and trained[0]["value_clipped"] == 0
     assert trained[-1]["value_error"] > 0
+    assert {"explained.png", "kl_coefficient.png", "kl.png"} <= {path.name for path in (finished / "pictures").iterdir()}
 
 
 def test_the_arrays_of_a_block_follow_from_what_was_drawn(finished: Path) -> None:
@@ -138,10 +139,15 @@ def test_a_coefficient_that_is_gone_is_said(tmp_path: Path) -> None:
         run(config_of(), tmp_path)
 
 
-def test_it_learns_what_is_rewarded_beside_adapters(finished: Path, tmp_path: Path) -> None:
+def begun_with(path: Path, **overrides: Any) -> ConfigDict:
+    default = schema.base().tokenizer.kind
+    return start.resolve(config_of(train__start=str(path), tokenizer__kind=default, **overrides), path / "none")
+
+
+def test_it_learns_what_is_rewarded_beside_adapters(tmp_path: Path) -> None:
     """From a model without a value head, which is trained though nothing names it; what follows needs none."""
-    begun = {"train__start": str(tmp_path / "grpo"), "tokenizer__kind": "bpe"}
-    run(config_of(train__objective="grpo", train__steps=2, rl__kl_target=0.0), tmp_path / "grpo")
+    grpo = {"train__objective": "grpo", "train__steps": 1, "rl__refresh_steps": 1, "rl__epochs": 1, "rl__kl_target": 0.0}
+    run(config_of(**grpo), tmp_path / "grpo")
     more = {
         "train__transforms": ("lora",),
         "lora__rank": 4,
@@ -151,25 +157,21 @@ def test_it_learns_what_is_rewarded_beside_adapters(finished: Path, tmp_path: Pa
         "rl__kl_target": 0.0,
     }
     more |= {"rl__answers": 6, "optimizer__learning_rate": 3e-2}
-    said = run(config_of(train__steps=40, **begun, **more), tmp_path / "ppo")
+    said = run(begun_with(tmp_path / "grpo", train__steps=40, **more), tmp_path / "ppo")
     assert "begin at 0: value/bias, value/kernel" in said and "random" not in said
     drawn = rows(tmp_path / "ppo", "rollouts")
     assert drawn[0]["reward"] < 0.4 and np.mean([row["reward"] for row in drawn[-5:]]) > 0.8
+    assert max(row["explained"] for row in drawn) > 0.05
     assert np.abs(runs.load(tmp_path / "ppo").params["value"]["kernel"]).max() > 0
-    assert "not used: value/bias, value/kernel" in run(
-        config_of(
-            train__steps=1, train__objective="grpo", rl__kl_target=0.0, train__start=str(tmp_path / "ppo"), tokenizer__kind="bpe"
-        ),
-        tmp_path / "after",
-    )
+    assert "not used: value/bias, value/kernel" in run(begun_with(tmp_path / "ppo", **grpo), tmp_path / "after")
 
 
-def test_files_for_others_leave_the_value_head_out(finished: Path, tmp_path: Path) -> None:
-    output = io.StringIO()
-    assert convert.convert(finished, tmp_path / "hf", "", None, Console(file=output, width=200), checked=True) == 0
+def test_files_for_others_leave_the_value_head_out(tmp_path: Path) -> None:
+    output, tokens = io.StringIO(), np.arange(6)[None]
+    run(config_of(train__steps=2, tokenizer__kind="byte"), tmp_path / "ppo")
+    assert convert.convert(tmp_path / "ppo", tmp_path / "hf", "", None, Console(file=output, width=200), checked=True) == 0
     assert "value/bias, value/kernel" in output.getvalue() and "ok" in output.getvalue()
-    tokens = np.arange(6)[None]
-    before, after = runs.load(finished), runs.load(tmp_path / "hf")
+    before, after = runs.load(tmp_path / "ppo"), runs.load(tmp_path / "hf")
     expected, found = (each.model.apply(each.params, tokens) for each in (before, after))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
