@@ -26,6 +26,7 @@ FITTING = {
     "sequence_classification": ("bert gpt llama", "classify"),
     "sft": ("gpt llama", "lm"),
     "grpo": ("gpt llama", "lm"),
+    "ppo": ("gpt llama", "lm"),
     "dpo": ("gpt llama", "lm"),
     "kto": ("gpt llama", "lm"),
     "orpo": ("gpt llama", "lm"),

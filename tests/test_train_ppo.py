@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from jaxllm import adapters, convert, runs, start, train
 from jaxllm import config as schema
-from jaxllm import convert, runs, start, train
 from jaxllm.engine.workdir import open_workdir
 from jaxllm.objectives import policy_losses
 
@@ -163,6 +164,9 @@ def test_it_learns_what_is_rewarded_beside_adapters(tmp_path: Path) -> None:
     assert drawn[0]["reward"] < 0.4 and np.mean([row["reward"] for row in drawn[-5:]]) > 0.8
     assert max(row["explained"] for row in drawn) > 0.05
     assert np.abs(runs.load(tmp_path / "ppo").params["value"]["kernel"]).max() > 0
+    adapters.export(str(tmp_path / "ppo"), tmp_path / "peft")
+    names = list(safetensors.numpy.load_file(tmp_path / "peft" / "adapter_model.safetensors"))
+    assert names and all("lora_" in name for name in names)
     assert "not used: value/bias, value/kernel" in run(begun_with(tmp_path / "ppo", **grpo), tmp_path / "after")
 
 
