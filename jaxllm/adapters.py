@@ -233,7 +233,7 @@ def export(directory: str, target: Path, step: int | None = None, base: str = ""
     ValueError for a run without an adapter, one whose kernels were trained themselves, and one begun by PiSSA without its base, or
     whose kernels were then quantized.
     """
-    run = runs.load(directory, step)
+    run, _ = runs.without_value(runs.load(directory, step))
     config, axes = run.config, run.model.axes
     imported = run.imported is not None or peft.is_one(directory)
     if imported or not adapt.adapters(axes):

@@ -25,6 +25,7 @@ MODELS = {
     "simpo": ("gpt", "llama"),
     "token_classification": ("bert", "gpt", "llama"),
     "grpo": ("gpt", "llama"),
+    "ppo": ("gpt", "llama"),
 }
 # The head that it needs, if not "lm".
 HEADS = {"reward": "classify", "sequence_classification": "classify", "token_classification": "tag"}
@@ -33,7 +34,7 @@ PREFERENCES = ("dpo", "kto", "orpo", "reward", "simpo")
 # Those of them that compare the model with the one that training began with.
 REFERRED = ("dpo", "kto")
 # Objectives that learn from answers which the model writes itself.
-ON_POLICY = ("grpo",)
+ON_POLICY = ("grpo", "ppo")
 # The objective that learns from a teacher, from rows of another one.
 DISTILL = "distill"
 # Objectives of models that answer.
@@ -242,6 +243,12 @@ def _check_answers(config: ConfigDict) -> None:
         raise ValueError(
             "rl.answers = 1 with train.objective = 'grpo', which compares the answers to a prompt with each other.\n"
             "  Accepted: 2 or more.\n  Set rl.answers."
+        )
+    if rl.kl_target and (objective != "ppo" or not rl.kl):
+        given = f"train.objective = '{objective}'" if objective != "ppo" else "rl.kl = 0, which nothing makes larger"
+        raise ValueError(
+            f"rl.kl_target = {rl.kl_target:g} with {given}.\n  Accepted: with ppo, and a first coefficient rl.kl above 0.\n"
+            "  Set rl.kl, or leave out rl.kl_target."
         )
     if rl.refresh_steps % rl.epochs:
         raise ValueError(_divides("rl.epochs", rl.epochs, "rl.refresh_steps", rl.refresh_steps, ""))

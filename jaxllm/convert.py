@@ -222,12 +222,12 @@ def check_free(target: Path, wanted: str) -> None:
 def open_source(path: Path, step: int | None, wanted: str, base: str = "", *, keep_codes: bool = False) -> Source:
     """The model at `path`, loaded; in the form in which it is written without a second copy. keep_codes: quantized, if it is."""
     if not runs.is_foreign(path):
-        run = runs.load(path, step, base=base)
+        run, unused = runs.without_value(runs.load(path, step, base=base))
         carried = runs.carried(run.workdir)
         dtype = "float32" if wanted == RUN else directory.dtype_of(carried)
         coded = keep_codes and not adapt.adapters(run.params)
         config, params, notes = (run.config, run.params, ()) if coded or not run.config.train.transforms else _merge(run)
-        return Source(f"{path}, step {run.step}", config, run.tokenizer, params, dtype, (), carried, run.classes, notes)
+        return Source(f"{path}, step {run.step}", config, run.tokenizer, params, dtype, unused, carried, run.classes, notes)
     imported = runs.read_imported(path, step, keep_codes=keep_codes)
     if wanted != HF and imported.tokenizer is None:
         raise ValueError(runs.no_tokenizer(imported.path))

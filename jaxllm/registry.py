@@ -33,6 +33,7 @@ TABLE: dict[str, dict[str, str]] = {
         "span_corruption": "jaxllm.objectives.tokens:make",
         "token_classification": "jaxllm.objectives.tokens:make",
         "grpo": "jaxllm.objectives.policy:make",
+        "ppo": "jaxllm.objectives.policy:make_ppo",
     },
     "examples": {
         "causal_lm": "jaxllm.data.examples.causal_lm:make",
@@ -50,11 +51,13 @@ TABLE: dict[str, dict[str, str]] = {
         "span_corruption": "jaxllm.data.examples.span_corruption:make",
         "token_classification": "jaxllm.data.examples.token_classification:make",
         "grpo": "jaxllm.data.examples.prompts:make",
+        "ppo": "jaxllm.data.examples.prompts:make",
     },
     # Where the batches of an objective come from, if not from rows that were prepared.
     "feed": {
         "shards": "jaxllm.engine.feed:from_shards",
         "grpo": "jaxllm.engine.on_policy:make",
+        "ppo": "jaxllm.engine.on_policy:make",
     },
     # What becomes of kernels.
     "transform": {

@@ -26,6 +26,7 @@ from jaxllm.engine.workdir import Workdir
 from jaxllm.interop import directory as hf
 from jaxllm.interop import gguf, peft, peft_attach, peft_tokenizer, weights
 from jaxllm.interop.imported import Imported
+from jaxllm.models import heads
 from jaxllm.report import units
 from jaxllm.transforms import adapt, tree
 from jaxllm.transforms.quantized import Quantized
@@ -198,6 +199,17 @@ def merged(run: Run) -> Run:
     config.train.transforms, config.train.start = (), ""
     config.train.trainable = "auto"  # a pattern may name what adapters had
     return dataclasses.replace(run, config=config, model=models.build(config), params=adapt.merged(run.params))
+
+
+def without_value(run: Run) -> tuple[Run, tuple[str, ...]]:
+    """(the run without its value head, the names of what that had): nothing but more training with ppo has a use for one."""
+    if heads.VALUE not in run.params:
+        return run, ()
+    config = run.config.copy_and_resolve_references()
+    config.train.objective = "sft"  # the same model, to answer with
+    params = {name: part for name, part in run.params.items() if name != heads.VALUE}
+    names = tuple(f"{heads.VALUE}/{name}" for name in tree.names(run.params[heads.VALUE]))
+    return dataclasses.replace(run, config=config, model=models.build(config), params=params), names
 
 
 def beside(base: Run, adapter: peft.Adapter, others: Iterable[Run] = ()) -> Run:

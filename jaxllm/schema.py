@@ -183,7 +183,7 @@ SCHEMA: dict[str, Field] = {
     "data.source": Field(
         "python_docs",
         TEXT,
-        "python_docs, python_questions or sums (sft, grpo), a file, a folder, a glob, hf:OWNER/NAME?config=C&split=S, or sequences:copy",
+        "python_docs, python_questions or sums (sft and rl), a file, a folder, a glob, hf:OWNER/NAME?config=C&split=S, or sequences:copy",
     ),
     "data.validation_source": Field("", TEXT, "as source; empty means that validation_frac of source is held out"),
     "data.validation_frac": Field(0.05, between(0, 0.5), "share of the source held out for validation"),
@@ -297,13 +297,21 @@ SCHEMA: dict[str, Field] = {
     "rl.format": Field(".*", PATTERN, "regular expression that the reward 'format' wants all of an answer to match"),
     "rl.soft_tokens": Field(16, at_least(1), "the reward 'length' falls over so many tokens below max_new_tokens"),
     "rl.mask_truncated": Field(False, YES_NO, "answers that were cut off count in no loss"),
-    "rl.loss": Field("dapo", one_of(("grpo", "bnpo", "dr_grpo", "dapo")), "grpo: how its mean is taken over tokens and answers"),
+    "rl.loss": Field("dapo", one_of(("grpo", "bnpo", "dr_grpo", "dapo")), "how the mean is taken over tokens and answers"),
     "rl.scale_rewards": Field(
         "group", one_of(("group", "batch", "none")), "grpo: whose standard deviation the advantages are divided by"
     ),
     "rl.clip": Field(0.2, above(0), "a token's probability counts down to 1 - this of what it was when it was drawn"),
     "rl.clip_high": Field(0.0, at_least(0), "and up to 1 + this (dapo: 0.28); 0 means as clip"),
     "rl.kl": Field(0.0, at_least(0), "coefficient of the divergence from the model before step 0"),
+    "rl.kl_target": Field(
+        0.0, at_least(0), "ppo: nats an answer that rl.kl, its coefficient at first, is to hold; 0 leaves it as it is"
+    ),
+    "rl.kl_horizon": Field(10000, at_least(1), "ppo: answers over which the coefficient follows; a block counts up to 1"),
+    "rl.gamma": Field(1.0, between(0, 1), "ppo: what is earned a token later counts this share"),
+    "rl.gae_lambda": Field(0.95, between(0, 1), "ppo: 1 trusts what was earned, 0 the values alone"),
+    "rl.value_coef": Field(0.1, above(0), "ppo: weight of the loss of values beside that of the policy"),
+    "rl.value_clip": Field(0.2, above(0), "ppo: values are learnt up to so far from what they were"),
     "rl.field_bytes": Field(2048, at_least(2), "most that is kept of what the data knows of a prompt, as JSON"),
     "optimizer.name": Field("adamw", one_of(registry.names("optimizer")), "from optax"),
     "optimizer.learning_rate": Field(1e-3, above(0), "peak"),

@@ -30,6 +30,7 @@ from jaxllm.engine.workdir import Workdir
 from jaxllm.interop import peft, peft_attach, peft_tokenizer, weights
 from jaxllm.interop.imported import Imported
 from jaxllm.interop.weights import OnHost
+from jaxllm.models import heads
 from jaxllm.transforms import adapt, grown, leaf, tree
 from jaxllm.transforms.quantized import Quantized
 from jaxllm.types import Axes, Params, Tokenizer
@@ -358,7 +359,10 @@ class _Placing:
         missing = [key for key in self._targets if key not in self._placed]
         remarks = []
         if missing:
-            remarks.append(f"drawn at random: {', '.join(self._draw(missing))}")
+            drawn = self._draw(missing)
+            values = [name for name in drawn if name.startswith(f"{heads.VALUE}/")]
+            for what, names in (("drawn at random", [name for name in drawn if name not in values]), ("begin at 0", values)):
+                remarks += [f"{what}: {', '.join(names)}"] if names else []
         if self._unused:
             remarks.append(f"not used: {', '.join(dict.fromkeys(self._unused))}")
         if self._grown:

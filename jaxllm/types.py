@@ -157,10 +157,14 @@ unconstrained = Unconstrained()
 
 
 class Head(NamedTuple):
-    """The output projection: logits = hidden kernel^T + bias. kernel [V, D] (or [classes, D]), bias [V] or None."""
+    """The output projection: logits = hidden kernel^T + bias. kernel [V, D] (or [classes, D]), bias [V] or None.
+
+    value: beside it, a head of one output that says what is still to be earned behind a token (ppo); else None.
+    """
 
     kernel: Any
     bias: Any | None
+    value: "Head | None" = None
 
 
 class Stack(NamedTuple):

@@ -24,7 +24,7 @@ FITTING = {
     "span_corruption": ("t5 transformer", "lm"),
     "seq2seq": ("t5 transformer", "lm"),
     "sequence_classification": ("bert gpt llama", "classify"),
-    **dict.fromkeys(("distill", "dpo", "grpo", "kto", "orpo", "sft", "simpo"), ("gpt llama", "lm")),
+    **dict.fromkeys(("distill", "dpo", "grpo", "kto", "orpo", "ppo", "sft", "simpo"), ("gpt llama", "lm")),
     "reward": ("bert gpt llama", "classify"),
     "token_classification": ("bert gpt llama", "tag"),
 }

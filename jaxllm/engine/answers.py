@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxllm import models
@@ -19,9 +20,12 @@ from jaxllm.data.examples import prompts as stored_prompts
 from jaxllm.data.prepare import Prepared
 from jaxllm.data.shards import Shards
 from jaxllm.decode import generate, rewards, rollouts
+from jaxllm.engine import advantages
+from jaxllm.engine.advantages import Answers
 from jaxllm.engine.session import Session
 from jaxllm.engine.state import TrainState, full_params, random_key
 from jaxllm.evals import answers as evals
+from jaxllm.models import heads
 from jaxllm.objectives import policy, policy_losses
 from jaxllm.parallel import measure, processes
 from jaxllm.transforms import tree
@@ -39,21 +43,6 @@ class Block(NamedTuple):
     rows_MP: np.ndarray
     row: dict[str, float]
     shown: str
-
-
-class Answers(NamedTuple):
-    """Of one batch. wanted: the answers in the data. layout, arrays: where they lie in rows. old_RN, reference_RN: log-probabilities by the
-    trainer's own forward pass."""
-
-    prompts: Sequence[np.ndarray]
-    drawn: rollouts.Drawn
-    texts: tuple[list[str], list[str]]
-    rewards_R: np.ndarray
-    parts: dict[str, np.ndarray]
-    layout: experience.Layout
-    arrays: dict[str, np.ndarray]
-    old_RN: np.ndarray
-    reference_RN: np.ndarray
 
 
 class Maker:
@@ -76,21 +65,22 @@ class Maker:
             vocab_size=prepared.tokenizer.vocab_size,
             longest=longest,
         )
-        self._score = make_score(session)
+        self._score, self._learn = make_score(session), advantages.FORMS[config.train.objective]
 
-    def make(self, step: int, state: TrainState) -> Block:
-        """The block that is learnt from in the updates step + 1, step + 2, ..., made by the model of `state`."""
+    def make(self, step: int, state: TrainState, before: Mapping[str, float] | None) -> Block:
+        """The block that is learnt from in the updates step + 1, step + 2, ..., made by the model of `state`.
+
+        before: `row` of the block before it, None for the first one.
+        """
         began, first = time.perf_counter(), step // self._rl.refresh_steps * self.batches
         numbers = range(first, first + self.batches)
         rows_MP = np.stack([self.rows(number) for number in numbers])
         found = [self._answer(rows_P, number, state) for rows_P, number in zip(rows_MP, numbers, strict=True)]
-        lengths_MR = np.stack([self._counted(each.drawn) for each in found])
-        made = [
-            self._arrays(each, lengths_R, lengths_MR.sum() / self.batches)
-            for each, lengths_R in zip(found, lengths_MR, strict=True)
-        ]
+        learnt = self._learn(self._rl, found, before)
+        mean_tokens = sum(each.counted_R.sum() for each in found) / self.batches
+        made = [self._arrays(each, values_RN, mean_tokens) for each, values_RN in zip(found, learnt.batches, strict=True)]
         batches = {name: np.stack([each[name] for each in made]) for name in made[0]}
-        row = self._row(found) | {"rollout_secs": round(time.perf_counter() - began, 3)}
+        row = self._row(found) | learnt.row | {"rollout_secs": round(time.perf_counter() - began, 3)}
         return Block(batches, rows_MP, row, self._show(found[0]))
 
     def rows(self, number: int) -> np.ndarray:
@@ -110,28 +100,24 @@ class Maker:
         fields = rewards.join(beside, {"tokens": drawn.lengths_R.tolist(), "ended": drawn.ended_R.tolist()})
         rewards_R, parts = self._rewards(*texts, fields)
         layout, arrays = experience.lay(each, drawn.tokens_RN, drawn.lengths_R, self._shape, tokenizer.pad_id)
-        old_RN = reference_RN = layout.gather(self._score(params, arrays), drawn.tokens_RN)
+        old_RN, values_RN = (layout.gather(each_BT, drawn.tokens_RN) for each_BT in self._score(params, arrays))
+        reference_RN = old_RN
         if self._reference is not None:
-            reference_RN = layout.gather(self._score(tree.combine(self._reference, state.frozen), arrays), drawn.tokens_RN)
-        return Answers(each, drawn, texts, rewards_R, parts, layout, arrays, old_RN, reference_RN)
+            reference_BT, _ = self._score(tree.combine(self._reference, state.frozen), arrays)
+            reference_RN = layout.gather(reference_BT, drawn.tokens_RN)
+        counted_R = self._counted(drawn)
+        return Answers(each, drawn, texts, rewards_R, parts, layout, arrays, old_RN, reference_RN, values_RN, counted_R)
 
     def _counted(self, drawn: rollouts.Drawn) -> np.ndarray:
         """int32 [R]: tokens of each answer that count."""
         rl = self._rl
         return np.where(drawn.ended_R | (not rl.mask_truncated), drawn.lengths_R, 0)
 
-    def _arrays(self, answers: Answers, lengths_R: np.ndarray, mean_tokens: float) -> dict[str, np.ndarray]:
+    def _arrays(self, answers: Answers, learnt: Mapping[str, np.ndarray], mean_tokens: float) -> dict[str, np.ndarray]:
         """The arrays [B, T] of a batch."""
-        rl, answered_RN = self._rl, np.ones_like(answers.old_RN)
-        weights_R = policy_losses.token_weights(rl.loss, lengths_R, rl.max_new_tokens, mean_tokens) * (lengths_R > 0)
-        rewards_NG = answers.rewards_R.reshape(-1, rl.answers)
-        advantages_R = policy_losses.group_advantages(rewards_NG, rl.scale_rewards).reshape(-1)
-        values = {
-            "weights": weights_R[:, None] * answered_RN,
-            "old": answers.old_RN,
-            "reference": answers.reference_RN,
-            "advantages": advantages_R[:, None] * answered_RN,
-        }
+        rl, counted_R = self._rl, answers.counted_R
+        weights_R = policy_losses.token_weights(rl.loss, counted_R, rl.max_new_tokens, mean_tokens) * (counted_R > 0)
+        values = {"weights": weights_R[:, None] * np.ones_like(answers.old_RN), "old": answers.old_RN, **learnt}
         return answers.arrays | {name: answers.layout.spread(values_RN) for name, values_RN in values.items()}
 
     def _row(self, found: Sequence[Answers]) -> dict[str, float]:
@@ -177,19 +163,24 @@ def make_writer(session: Session) -> Model:
     return models.build(session.config, Unconstrained("the compiler alone decides where the arrays of answers lie"))
 
 
-def make_score(session: Session) -> Callable[[Params, Mapping[str, np.ndarray]], np.ndarray]:
-    """score(params, arrays [B, T]) -> log-probabilities of the targets [B, T], by the forward pass that is trained, on its mesh."""
+def make_score(session: Session) -> Callable[[Params, Mapping[str, np.ndarray]], tuple[np.ndarray, np.ndarray]]:
+    """score(params, arrays [B, T]) -> (log-probabilities of the targets, values, 0 without a value head), both [B, T].
+
+    By the forward pass that is trained, on its mesh.
+    """
     temperature, chunk_tokens = session.config.rl.temperature, session.config.train.loss_chunk_tokens
 
-    def log_probs(params: Params, batch: Batch) -> jax.Array:
+    def numbers(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         hidden_BTD = session.model.hidden(params, batch["tokens"], **{name: batch[name] for name in policy.READ}, rng=None)
-        return policy.log_probs(hidden_BTD, session.model.head(params), batch["targets"], temperature, chunk_tokens)
+        head = session.model.head(params)
+        log_p_BT = policy.log_probs(hidden_BTD, head, batch["targets"], temperature, chunk_tokens)
+        return log_p_BT, jnp.zeros_like(log_p_BT) if head.value is None else heads.values(hidden_BTD, head)
 
     sharding = session.plan.batch_sharding()
-    compiled = jax.jit(measure.tokens(log_probs, session.region), out_shardings=sharding)
+    compiled = jax.jit(measure.tokens(numbers, session.region), out_shardings=sharding)
 
-    def score(params: Params, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        found: np.ndarray = processes.fetch(compiled(params, place(arrays, sharding)))
+    def score(params: Params, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        found: tuple[np.ndarray, np.ndarray] = processes.fetch(compiled(params, place(arrays, sharding)))
         return found
 
     return score

@@ -39,6 +39,7 @@ class OnPolicy:
     def __init__(self, setting: Setting, state: TrainState, tell: Tell, maker: Maker):
         rl = setting.session.config.rl
         self._setting, self._news, self._maker, self._steps = setting, tell, maker, rl.refresh_steps
+        self._carries = rl.kl_target > 0  # the KL coefficient follows from one block to the next
         self._store = Store(setting.directory / KIND)
         self._total = setting.session.config.train.steps
         self._sharding = setting.session.plan.batch_sharding()
@@ -55,7 +56,7 @@ class OnPolicy:
     def refresh(self, step: int, state: TrainState) -> None:
         """A hook: after the last update from a block makes the next one."""
         if step % self._steps == 0 and step < self._total:
-            self._block = self._make(step, state)
+            self._block = self._make(step, state, self._block.row)
 
     def _begin(self, start: int, state: TrainState) -> Block:
         """The block of update start + 1: from its file, or made where a block begins."""
@@ -64,16 +65,20 @@ class OnPolicy:
             self._store.clear()  # of a run that was begun anew
         if start and (block := self._store.load(first)) is not None:
             return block
-        if first != start:
+        before = self._store.load(start - self._steps) if start and first == start else None
+        if first != start or (start and self._carries and before is None):
+            what, gone = f"in the middle of the answers that it drew at step {first}", first
+            if first == start:
+                what, gone = f"with the KL coefficient of the answers of step {start - self._steps}", start - self._steps
             raise ValueError(
-                f"this run goes on in the middle of the answers that it drew at step {first}, and '{self._store.path(first)}' is gone.\n"
+                f"this run goes on {what}, and '{self._store.path(gone)}' is gone.\n"
                 f"  Accepted: the file of this run; or a checkpoint of a step that rl.refresh_steps = {self._steps} divides.\n"
                 "  Put it back, or use another --workdir."
             )
-        return self._make(start, state)
+        return self._make(start, state, before.row if before else None)
 
-    def _make(self, step: int, state: TrainState) -> Block:
-        block = self._maker.make(step, state)
+    def _make(self, step: int, state: TrainState, before: Mapping[str, float] | None) -> Block:
+        block = self._maker.make(step, state, before)
         if processes.is_first():
             self._store.save(step, block)
             self._store.drop_before(min(self._setting.kept(), default=0) // self._steps * self._steps)

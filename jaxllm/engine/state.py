@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxllm.models import heads
 from jaxllm.transforms import adapt, depth, tree
 from jaxllm.transforms.quantized import Quantized
 from jaxllm.types import Model, Params
@@ -126,7 +127,7 @@ def trains(config: Any, axes: Any) -> Selects:
         return name in names and not frozen
 
     left = {tree.path_name(path) for path, _ in jax.tree.leaves_with_path(axes, is_leaf=adapt.is_axes) if selects(path)}
-    beside = names - adapt.adapters(axes) if config.lora.also else set()
+    beside = names - adapt.adapters(axes) - _value(axes) if config.lora.also else set()
     for field, pattern, wanted in (
         ("train.trainable", config.train.trainable, names),
         ("lora.also", config.lora.also, beside),
@@ -146,7 +147,7 @@ def trainable(config: Any, axes: Any) -> set[str]:
     if pattern == "auto":
         return set(tree.names(axes))
     try:
-        found = adapters | (tree.matches(pattern, axes) if pattern else set())
+        found = adapters | _value(axes) | (tree.matches(pattern, axes) if pattern else set())
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from None
     if (beside := adapt.adapters(axes)) and not beside & found:
@@ -157,6 +158,11 @@ def trainable(config: Any, axes: Any) -> set[str]:
             " train.transforms."
         )
     return found
+
+
+def _value(axes: Any) -> set[str]:
+    """Path names of a value head: it begins with nothing, so it is trained whatever the patterns say."""
+    return {name for name in tree.names(axes) if name.startswith(f"{heads.VALUE}/")}
 
 
 def check_floats(params: Params, config: Any) -> None:

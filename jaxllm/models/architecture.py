@@ -45,6 +45,7 @@ class Architecture:
 
     layers: of the decoder, or of the encoder where there is one. biased: the projections with a bias, of qkv, o, mlp and norm.
     bidirectional_prompt: tokens of a prompt see each other in both directions, as they did in training (prefix_lm).
+    value_head: beside the head there is one that says what is still to be earned (ppo).
     transforms: what becomes of kernels, in order.
     """
 
@@ -78,6 +79,7 @@ class Architecture:
     attention: str
     attention_block_tokens: int
     bidirectional_prompt: bool
+    value_head: bool
     layers_as: str
     remat: Remat
     compute: str
@@ -142,6 +144,7 @@ def resolve(config: ConfigDict, family: Family) -> Architecture:
         attention=model.attention,
         attention_block_tokens=model.attention_block_tokens,
         bidirectional_prompt=config.train.objective == "prefix_lm",
+        value_head=config.train.objective == "ppo",
         layers_as=model.layers_as,
         remat=remat.make(model),
         compute=config.precision.compute,

@@ -27,6 +27,8 @@ class Decoder(nn.Module):
         if self.arch.norm_order == "pre":
             self.norm = Norm(self.arch)
         self.head = heads.Head(self.arch)
+        if self.arch.value_head:
+            self.value = heads.ValueHead(self.arch)
 
     def run_embedding(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         return self.embed(tokens_BT, positions_BT)
@@ -38,12 +40,13 @@ class Decoder(nn.Module):
         return self.norm(x_BTD) if self.arch.norm_order == "pre" else x_BTD
 
     def run_head(self) -> types.Head:
-        return self.head.projection()
+        value = self.value.projection() if self.arch.value_head else None
+        return self.head.projection()._replace(value=value)
 
     def declare_rest(self, tokens_BT: jax.Array) -> None:
         """Touches every parameter outside the layers, for init."""
         self.run_norm(self.embed(tokens_BT, tokens_BT))
-        self.head.projection()
+        self.run_head()
 
 
 def make(config: ConfigDict, family: Family, constrain: Constrain) -> Model:
@@ -130,7 +133,7 @@ class _Functions:
         return block
 
     def head(self, params: Params) -> types.Head:
-        own = self._call("run_head", _only(params, "head"))
+        own = self._call("run_head", _only(params, "head") | _only(params, heads.VALUE))
         return own if own.kernel is not None else own._replace(kernel=params["embed"]["tokens"])
 
     def decode(

@@ -15,6 +15,9 @@ from jaxllm.models.layers import Norm, Projection, normal, parameter
 from jaxllm.ops import activations
 from jaxllm.transforms import leaf
 
+# Where the parameters of a value head are.
+VALUE = "value"
+
 
 class Head(nn.Module):
     """The output projection, as far as it has parameters of its own: none in a decoder whose head is its embedding.
@@ -48,6 +51,17 @@ class Head(nn.Module):
         return types.Head(kernel, bias)
 
 
+class ValueHead(nn.Module):
+    """One output beside the others. It begins at 0, so that at first nothing is expected, and the layers are not moved by noise."""
+
+    arch: Architecture
+
+    @nn.compact
+    def projection(self) -> types.Head:
+        kernel = parameter(self, "kernel", (1, self.arch.width), ("classes", "embed_rest"), nn.initializers.zeros)
+        return types.Head(kernel, parameter(self, "bias", (1,), ("classes",), nn.initializers.zeros))
+
+
 def square(arch: Architecture) -> Projection:
     """A dense layer from D to D, as BERT has before its outputs."""
     return Projection("BTD,DE->BTE", (arch.width, arch.width), ("embed", "features"), arch.init_std, bias=True)
@@ -58,3 +72,9 @@ def logits(hidden: jax.Array, head: types.Head) -> jax.Array:
     spec = "BTD,VD->BTV" if hidden.ndim == 3 else "BD,VD->BV"
     found: Any = leaf.einsum(spec, hidden.astype(jnp.float32), head.kernel)
     return found if head.bias is None else found + head.bias
+
+
+def values(hidden_BTD: jax.Array, head: types.Head) -> jax.Array:
+    """float32 [B, T]: what the value head of a head says of each token, hidden . kernel + bias."""
+    assert head.value is not None, "the objective is one of those that give a model a value head"
+    return logits(hidden_BTD, head.value)[..., 0]

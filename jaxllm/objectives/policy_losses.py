@@ -17,8 +17,8 @@ import numpy as np
 
 # Added to a standard deviation, as TRL 1.16 has it.
 STD_EPS = 1e-4
-# Of the adaptive KL coefficient: the most that an error counts, and how fast it acts (Ziegler et al. 2019, section 2.2).
-MOST_ERROR, GAIN = 0.2, 0.1
+# Of the adaptive KL coefficient: the most that an error counts (Ziegler et al. 2019, section 2.2).
+MOST_ERROR = 0.2
 
 
 class Clipped(NamedTuple):
@@ -122,9 +122,11 @@ def whitened(advantages_NT: np.ndarray, lengths_N: np.ndarray) -> np.ndarray:
     """float64 [N, T]: with mean 0 and variance 1 over all tokens of the answers; 0 outside of them."""
     inside_NT = np.arange(advantages_NT.shape[1]) < lengths_N[:, None]
     inside = advantages_NT[inside_NT]
+    if not inside.size:  # all answers were left out
+        return np.zeros_like(advantages_NT)
     return np.where(inside_NT, (advantages_NT - inside.mean()) / np.sqrt(inside.var() + 1e-8), 0)
 
 
-def adapted_coefficient(coefficient: float, found: float, target: float) -> float:
-    """The next KL coefficient: times 1 + 0.1 clip(KL / target - 1, -0.2, 0.2) (Ziegler et al. 2019, section 2.2)."""
-    return float(coefficient * (1 + GAIN * np.clip(found / target - 1, -MOST_ERROR, MOST_ERROR)))
+def adapted_coefficient(coefficient: float, found: float, target: float, gain: float) -> float:
+    """The next KL coefficient: times 1 + gain clip(KL / target - 1, -0.2, 0.2) (Ziegler et al. 2019, section 2.2, whose gain is 0.1)."""
+    return float(coefficient * (1 + gain * np.clip(found / target - 1, -MOST_ERROR, MOST_ERROR)))

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax.sharding import PartitionSpec
 
 from jaxllm.parallel import pipeline
@@ -11,10 +10,10 @@ from jaxllm.parallel.region import Region
 from jaxllm.types import Batch, Metrics, Model, Objective, Params
 
 
-def tokens(function: Callable[[Params, Batch], jax.Array], region: Region) -> Callable[[Params, Batch], jax.Array]:
-    """measure(params, batch) -> function(params, batch), a number a token [B, T], of each device's own rows. Not for a pipeline."""
+def tokens(function: Callable[[Params, Batch], Any], region: Region) -> Callable[[Params, Batch], Any]:
+    """measure(params, batch) -> function(params, batch), numbers a token [B, T], of each device's own rows. Not for a pipeline."""
 
-    def own(params: Params, batch: Batch) -> jax.Array:
+    def own(params: Params, batch: Batch) -> Any:
         return function(region.open(params), batch)
 
     return lambda params, batch: region.run(own, (params,), batch, out=region.plan.batch_sharding().spec)

@@ -88,6 +88,14 @@ def entropy(run: Run, theme: Theme) -> Figure | None:
     return _small(run.rollouts, theme, "entropy", "Entropy of the policy", "nats a token", _plain)
 
 
+def explained(run: Run, theme: Theme) -> Figure | None:
+    return _small(run.rollouts, theme, "explained", "What values know of returns", "share of the variance", _plain)
+
+
+def coefficient(run: Run, theme: Theme) -> Figure | None:
+    return _small(run.rollouts, theme, "kl_coefficient", "KL coefficient", "reward a nat", _plain)
+
+
 def _plain(axes: Axes) -> None:
     del axes
 
@@ -107,6 +115,8 @@ def gradient_norm(run: Run, theme: Theme) -> Figure | None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
 
+    if not (column(run.train, "grad_norm") > 0).any():
+        return None  # as where no answer of a short run was worth anything
     return _small(run.train, theme, "grad_norm", "Gradient norm before clipping", "global norm (log scale)", ticks)
 
 
@@ -164,6 +174,8 @@ PICTURES: dict[str, tuple[Draw, str]] = {
     "answer_tokens": (answer_tokens, "Tokens an answer against the step"),
     "kl": (distance, "Divergence from the model before step 0 against the step"),
     "entropy": (entropy, "Entropy of the policy against the step"),
+    "explained": (explained, "Share of the variance of returns that the values explain against the step"),
+    "kl_coefficient": (coefficient, "Coefficient of the divergence in the rewards against the step"),
     "accuracy": (accuracy, "Share of the pairs whose chosen answer has the higher reward against the step"),
     "margin": (margin, "Difference of the rewards of chosen and rejected answers against the step"),
     "rewards": (rewards, "Rewards of chosen and rejected answers against the step"),

@@ -93,11 +93,12 @@ def test_log_probabilities_of_a_padded_row_equal_those_of_the_row_alone(parts):
         expected = log_p_alone(training, params, prompts[row], tokens[row, : lengths[row]])
         np.testing.assert_allclose(found[row, : lengths[row]], expected, rtol=0, atol=2e-6)
     score = blocks.make_score(training)
-    scored = score(params, {name: batch[name] for name in ("tokens", "targets", "segments", "positions")})
+    scored, values = score(params, {name: batch[name] for name in ("tokens", "targets", "segments", "positions")})
     np.testing.assert_allclose(layout.gather(scored, tokens), found, rtol=0, atol=2e-6)
+    assert not values.any()
     changed = dict(batch)
     changed["tokens"] = np.where(batch["segments"] == 0, 5, np.where(batch["segments"] == 2, 7, batch["tokens"])).astype(np.int32)
-    other = score(params, {name: changed[name] for name in ("tokens", "targets", "segments", "positions")})
+    other, _ = score(params, {name: changed[name] for name in ("tokens", "targets", "segments", "positions")})
     first = batch["segments"] == 1
     np.testing.assert_array_equal(other[first], scored[first])
 

@@ -151,4 +151,4 @@ def test_whitened_advantages():
 
 @pytest.mark.parametrize(("found", "factor"), [(6.0, 1.0), (6.6, 1.01), (60.0, 1.02), (5.4, 0.99), (0.0, 0.98)])
 def test_the_kl_coefficient_follows_its_target(found, factor):
-    assert policy_losses.adapted_coefficient(0.2, found, 6.0) == pytest.approx(0.2 * factor, rel=1e-12)
+    assert policy_losses.adapted_coefficient(0.2, found, 6.0, 0.1) == pytest.approx(0.2 * factor, rel=1e-12)

@@ -28,7 +28,7 @@ ROWS_AT_ONCE = 256
 TOO_LONG = "a prompt that leaves no room for rl.max_new_tokens in a row (data.row_tokens)"
 LONG_FIELDS = "more beside a prompt than rl.field_bytes"
 # What an on-policy source writes beside the tokens, float32 [B, T] each.
-WRITTEN = {"grpo": ("old", "reference", "advantages")}
+WRITTEN = {"grpo": ("old", "reference", "advantages"), "ppo": ("old", "advantages", "old_values", "returns")}
 
 
 def make(config: ConfigDict) -> Examples:
