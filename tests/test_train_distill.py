@@ -182,7 +182,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(
     fields = {"distill__kl": kl, "train__transforms": transforms, "lora__rank": 4, "optimizer__learning_rate": 5e-4}
     first, *_, last = evals(run(started_from(teacher, teacher, **fields), tmp_path)[0])
     if "nf4" in transforms or "int8" in transforms:  # what quantization does to a model, which adapters take back
-        assert 0 < last["kl"] < first["kl"] < 0.5
+        assert 0 < last["kl"] < first["kl"]
     else:
         assert abs(first["kl"]) < 1e-6
 
