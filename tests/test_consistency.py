@@ -24,8 +24,7 @@ FITTING = {
     "span_corruption": ("t5 transformer", "lm"),
     "seq2seq": ("t5 transformer", "lm"),
     "sequence_classification": ("bert gpt llama", "classify"),
-    "sft": ("gpt llama", "lm"),
-    **dict.fromkeys(("dpo", "kto", "orpo", "simpo"), ("gpt llama", "lm")),
+    **dict.fromkeys(("dpo", "kto", "orpo", "sft", "simpo"), ("gpt llama", "lm")),
     "reward": ("bert gpt llama", "classify"),
     "token_classification": ("bert gpt llama", "tag"),
 }
@@ -56,6 +55,18 @@ def test_each_objective_takes_its_models_and_head(objective: str) -> None:
         ({"train__objective": "token_classification", "model__head": "classify"}, "Accepted: tag"),
         ({"model__head": "none"}, "model.head = 'none' does not fit train.objective = 'causal_lm'.\n  Accepted: lm"),
         ({"train__objective": "sft"}, "chat.template = 'tokenizer' with tokenizer.kind = 'bpe', .*Set chat.template=chatml"),
+        (
+            {"preference__loss": "ipo"},
+            "preference.loss = 'ipo' with train.objective = 'causal_lm', which has one loss.\n  Accepted: sigmoid",
+        ),
+        (
+            {"train__objective": "dpo", "chat__template": "plain", "preference__loss": "ipo", "preference__label_smoothing": 0.1},
+            "preference.label_smoothing = 0.1 with preference.loss = 'ipo', which does not smooth.\n  Accepted: 0; a share with .*robust",
+        ),
+        (
+            {"train__objective": "dpo", "chat__template": "plain", "preference__loss": "cdpo"},
+            "label_smoothing = 0 with preference.loss = 'cdpo', which would be sigmoid.\n  Accepted: a share above 0",
+        ),
         ({"data__input_tokens": 300}, "data.input_tokens = 300 is more than model.context_tokens = 256"),
         (
             {"train__objective": "seq2seq", "model__name": "t5", "data__split_by": "characters"},

@@ -194,7 +194,7 @@ def test_other_objectives_learn_too(beginning: Path, tmp_path: Path, objective: 
         assert found[name] == pytest.approx(last[name], rel=1e-4, abs=1e-5), name
 
 
-@pytest.mark.parametrize("transforms", [("lora",), ("int8", "dora")], ids="+".join)
+@pytest.mark.parametrize("transforms", [("lora",), ("int8", "lora")], ids="+".join)
 def test_adapters_begin_as_their_reference(beginning: Path, tmp_path: Path, transforms: tuple[str, ...]) -> None:
     rows, _ = run(make_config(beginning, train__transforms=transforms, lora__rank=2, optimizer__learning_rate=1e-2), tmp_path)
     first, *_, last = evals(rows)
@@ -204,17 +204,27 @@ def test_adapters_begin_as_their_reference(beginning: Path, tmp_path: Path, tran
     assert record.frozen is not None
 
 
-MESHES = [{"parallel__fsdp": 4, "parallel__data": 2}, {"parallel__tensor": 2, "parallel__fsdp": 2}, {"parallel__pipe": 2}]
+# Not from the random run, whose weights are so large that a rounding error of a parameter moves a gradient by a per cent.
+SMALL = {
+    "train__start": "",
+    "tokenizer__kind": "byte",
+    "model__layers": 2,
+    "model__width": 32,
+    "model__context_tokens": 64,
+    "model__vocab_size": 260,
+    "sample__tokens": 0,
+}
+MESHES = [{"parallel__fsdp": 4, "parallel__data": 2}, {"parallel__pipe": 2, "parallel__tensor": 2, "train__microbatches": 2}]
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.usefixtures("compiled_anew")
 def test_a_mesh_trains_as_one_device(beginning: Path, tmp_path: Path, mesh: dict[str, int]) -> None:
-    parts = {"train__microbatches": 2} if "parallel__pipe" in mesh else {}
-    both = [run(make_config(beginning, **parts, **fields), tmp_path / str(bool(fields)))[0] for fields in ({}, mesh)]
-    for one, other in zip(*both, strict=True):
-        for name, value in one.items():
-            assert other[name] == pytest.approx(value, rel=2e-3, abs=2e-4), (one["step"], name)
-    files = [next((tmp_path / name / "data" / "references").iterdir()) for name in ("False", "True")]
-    assert files[0].name == files[1].name
-    np.testing.assert_allclose(*(np.load(file / "train.npy") for file in files), rtol=0, atol=2e-5)
+    one, many = (run(make_config(beginning, **SMALL, **fields), tmp_path / str(len(fields)))[0] for fields in ({}, mesh))
+    for expected, found in zip(one, many, strict=True):
+        # Where model and reference are the same, rounding decides which reward is higher.
+        for name in expected.keys() - ({"kind"} if abs(expected["margin"]) > 1e-4 else {"kind", "accuracy"}):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4), (expected["step"], name)
+    first, second = (next((tmp_path / str(count) / "data" / "references").iterdir()) for count in (0, len(mesh)))
+    assert first.name == second.name
+    np.testing.assert_allclose(np.load(first / "train.npy"), np.load(second / "train.npy"), rtol=1e-6, atol=2e-6)

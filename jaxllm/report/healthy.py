@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 HEALTHY: Mapping[str, str] = {
     "loss": "falls; dpo begins at ln 2 = 0.6931 (sigmoid), where the model is its reference, and kto at 0.5",
-    "accuracy": "pairs whose chosen answer has the higher reward; dpo begins at 0, as equal rewards do not count, and rises above one half",
+    "accuracy": "pairs whose chosen answer has the higher reward; dpo begins at 0 (equal rewards) or by rounding anywhere, and rises",
     "margin": "chosen less rejected reward; rises. Where it grows fast and the validation loss does not fall, the model overfits",
     "chosen_reward": "may fall, as only the margin is trained; where both fall far, the learning rate is too high or beta too low",
     "rejected_reward": "falls, faster than the chosen one",
