@@ -127,9 +127,10 @@ def trains(config: Any, axes: Any) -> Selects:
         return name in names and not frozen
 
     left = {tree.path_name(path) for path, _ in jax.tree.leaves_with_path(axes, is_leaf=adapt.is_axes) if selects(path)}
-    beside = names - adapt.adapters(axes) - _value(axes) if config.lora.also else set()
+    named = names - _value(axes)
+    beside = named - adapt.adapters(axes) if config.lora.also else set()
     for field, pattern, wanted in (
-        ("train.trainable", config.train.trainable, names),
+        ("train.trainable", config.train.trainable, named),
         ("lora.also", config.lora.also, beside),
     ):
         if wanted and not left & wanted:
