@@ -49,8 +49,7 @@ class Dora(lora.Lora):
 
     def length(self) -> jax.Array:
         """||W + s A B||, [o...]."""
-        kernel = super().dense()
-        return norm(kernel.T, 1) if self.outputs_first else norm(kernel, self.a.ndim - 1)
+        return norm(super().dense(), -1 if self.outputs_first else self.a.ndim - 1)
 
     def _factor(self) -> jax.Array:
         length = jax.lax.stop_gradient(self.length())
@@ -59,8 +58,9 @@ class Dora(lora.Lora):
 
 
 def norm(kernel: jax.Array, inputs: int) -> jax.Array:
-    """[o...]: the length of what leads to each output, in float32."""
-    return jnp.sqrt(jnp.sum(jnp.square(kernel), axis=tuple(range(inputs))))
+    """[o...]: the length of what leads to each output, in float32; `inputs` as in types.Transform."""
+    axes = (-1,) if inputs < 0 else tuple(range(inputs or 1))
+    return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=axes))
 
 
 def make(config: ConfigDict) -> Transform:
@@ -69,7 +69,9 @@ def make(config: ConfigDict) -> Transform:
 
     def apply(kernel: Any, inputs: int, rng: jax.Array) -> Dora:
         begun: Any = plain.apply(kernel, inputs, rng)
-        return dataclasses.replace(begun, magnitude=begun.length())
+        # Of the kernel as it was given. To ask W + s A B for its length also goes wrong where XLA's CPU backend sees that B is zero: a sum
+        # over a product whose right side is one number, repeated, reads memory that nobody wrote (jax 0.10.2; fusions of YNNPACK).
+        return dataclasses.replace(begun, magnitude=norm(leaf.dense(kernel), inputs))
 
     def axes(axes: Any, inputs: int) -> Dora:
         begun = plain.axes(axes, inputs)
