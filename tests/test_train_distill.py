@@ -232,7 +232,7 @@ def test_a_mesh_trains_as_one_device(
                 name,
             )
     # Of a model whose weights were made large; tests/objectives/test_distill.py has tight tolerances.
-    np.testing.assert_allclose(kept(tmp_path, "train")["teacher"], kept(finished[0], "train")["teacher"], rtol=0, atol=2e-3)
+    np.testing.assert_allclose(kept(tmp_path, "train")["teacher"], kept(finished[0], "train")["teacher"], rtol=0, atol=2e-2)
 
 
 REFUSED = {
