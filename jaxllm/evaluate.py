@@ -307,7 +307,8 @@ def _lines(row: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     if "perplexity" in row:
         yield from _token_lines(row)
     else:
-        told = [name for name in row if name in healthy.NAMES or name == "answer_tokens" or name.startswith("reward")]
+        told = [name for name in healthy.NAMES if name in row]
+        told += [name for name in row if name == "answer_tokens" or name.startswith("reward")]
         yield from ((name.replace("_", " "), f"{row[name]:.4f}") for name in told)
         yield from ((unit, f"{row[unit]:,}") for unit in ("pairs", "answers") if unit in row)
     yield "parameters on the device", units.size(row["parameter_bytes"])
