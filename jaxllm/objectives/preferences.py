@@ -5,6 +5,7 @@ share a row, and a segment counts once, whatever its length. What an answer is b
 an objective is a function of the current parameters and the batch, as any other.
 """
 
+import abc
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ class Compared(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Preferences:
+class Preferences(abc.ABC):
     """What the objectives of this file have in common; a `types.Objective`.
 
     reads_reference: whether the batch has the array `reference`.
@@ -43,8 +44,9 @@ class Preferences:
         hidden_BTD = self.model.hidden(params, batch["tokens"], **{name: batch[name] for name in READ}, rng=rng)
         return self.of_hidden(hidden_BTD, self.model.head(params), batch)
 
+    @abc.abstractmethod
     def of_hidden(self, hidden_BTD: jax.Array, head: Head, batch: Batch, /) -> tuple[Mean, Metrics]:
-        raise NotImplementedError
+        """See `types.Objective`."""
 
     def score(self, hidden_BTD: jax.Array, head: Head, batch: Batch) -> Compared:
         """The log-probabilities of the answers."""

@@ -1,5 +1,6 @@
 """What a model says of the targets of a batch, as what a pass over it measures: nothing is minimized."""
 
+import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ PLACE = "place"
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
+class Scores(abc.ABC):
     """A `types.Objective` whose metrics have, in the place of a sum, totals [tokens, ...] by the names of `measure`: 0 where a target does
     not count.
 
@@ -45,9 +46,9 @@ class Scores:
         found = self.measure(hidden_BTD, head, batch)
         return Mean(jnp.zeros_like(weight), weight), {name: gather(values) for name, values in found.items()}
 
+    @abc.abstractmethod
     def measure(self, hidden_BTD: jax.Array, head: Head, batch: Batch) -> Mapping[str, jax.Array]:
         """Arrays [B T, ...] by name."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
